@@ -1,0 +1,36 @@
+"""One micro-batch: documents laid end to end, without padding.
+
+`data` makes it and `models` eats it. Shape letters: T tokens in all.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Documents end to end.
+
+    input_ids     int64 [T]
+    position_ids  int64 [T]  restart at 0 in each document
+    targets       int64 [T]  the id that position t must predict (the next token's), or IGNORE; the shift is done
+    lengths       tokens of each document; they sum to T. Attention never crosses a document's border.
+    rows          the data-set row behind each document, for messages; may be empty
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    targets: Tensor
+    lengths: tuple[int, ...]
+    rows: tuple[int, ...] = ()
+
+    @property
+    def tokens(self) -> int:
+        return self.input_ids.numel()
+
+    @property
+    def supervised_tokens(self) -> int:
+        return int((self.targets != IGNORE).sum())
