@@ -1,0 +1,60 @@
+# Everything runs in one virtual environment, made on first use. It needs python3 (3.11 or newer) and pip; a C++
+# compiler builds the native kernels, and without one the plain PyTorch path runs.
+#
+#   make demo       install, bring Gemma 3 270M, fine-tune it and show what it learnt   (ARGS="--overwrite": again)
+#   make test       ruff, mypy, import-linter and the fast tests
+#   make test-all   the slow tests too
+#   make format     let ruff rewrite what `make test` would refuse
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+ARGS ?=
+
+BIN := $(VENV)/bin
+# An editable install sees changed Python at once; these are what it must be repeated for.
+INSTALLED := pyproject.toml constraints.txt $(wildcard CMakeLists.txt csrc/* csrc/*/*)
+PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
+# Two test processes share the machine's cores, so each computes on one; tests about threads ask for more themselves.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+.PHONY: help demo test test-all lint format clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+demo: $(VENV)/.demo-installed
+	$(BIN)/halfbyte demo $(ARGS)
+
+test: lint
+	$(PYTEST) -m "not slow"
+
+test-all: lint
+	$(PYTEST)
+
+lint: $(VENV)/.dev-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev-installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "halfbyte needs Python 3.11 or newer: make PYTHON=/path/to/python3.11 ..."; exit 2; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "$(PYTHON) makes no virtual environments (on Debian: apt-get install python3-venv)"; exit 2; }
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+
+$(VENV)/.demo-installed: $(INSTALLED) | $(BIN)/python
+	$(PIP) -e ".[demo]"
+	@touch $@
+
+$(VENV)/.dev-installed: $(INSTALLED) | $(BIN)/python
+	$(PIP) -e . --group dev
+	@touch $@
