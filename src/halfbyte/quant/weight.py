@@ -4,7 +4,7 @@
 buffers, so that a model's `.to(device)` and `state_dict()` carry them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Self
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from halfbyte import ops
 from halfbyte.errors import UsageError
+from halfbyte.quant import bnb_format
 from halfbyte.quant.options import QuantOptions
 
 DTYPE_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -37,6 +38,23 @@ class Weight(nn.Module):
     def dequantize(self, dtype: torch.dtype, out: Tensor | None = None, rows: slice | None = None) -> Tensor:
         """The matrix, or only its `rows` (step 1), in `dtype`; into a contiguous `out` where given."""
         raise NotImplementedError
+
+    @property
+    def source_dtype(self) -> torch.dtype:
+        """The type that the weight had before quantization, and that a merge writes."""
+        raise NotImplementedError
+
+    def is_dense_in(self, dtype: torch.dtype) -> bool:
+        """Whether `dequantize(dtype)` is the held tensor itself, without work."""
+        return False
+
+    def trainable_tensor(self) -> Tensor | None:
+        """The parameter that full fine-tuning trains; None for a frozen weight."""
+        return None
+
+    def look_up(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """Single rows, as an embedding does: int64 [N] -> [N, in_features] in `dtype`."""
+        return self.dequantize(dtype)[index]
 
     def _row_range(self, rows: slice | None) -> tuple[int, int]:
         first, last, step = (rows or slice(None)).indices(self.shape[0])
@@ -66,6 +84,19 @@ class DenseWeight(Weight):
     @property
     def format(self) -> str:
         return DTYPE_NAMES[self.tensor.dtype]
+
+    @property
+    def source_dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    def is_dense_in(self, dtype: torch.dtype) -> bool:
+        return self.tensor.dtype == dtype
+
+    def trainable_tensor(self) -> Tensor | None:
+        return self.tensor if isinstance(self.tensor, nn.Parameter) else None
+
+    def look_up(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        return nn.functional.embedding(index, self.tensor).to(dtype)
 
     def dequantize(self, dtype: torch.dtype, out: Tensor | None = None, rows: slice | None = None) -> Tensor:
         """As in `Weight`; without `out` and conversion it is the tensor itself, or a view of its rows: do not write."""
@@ -148,6 +179,37 @@ class BlockWeight(Weight):
             self.nested_table,
             self.nested_blocksize,
         )
+
+    @property
+    def source_dtype(self) -> torch.dtype:
+        return self.dtype
+
+    def to_bnb(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors of bitsandbytes' 4-bit state dict; `prefix` is the weight's whole name ("….q_proj.weight").
+
+        Raises UsageError for INT4 and INT8, which bitsandbytes' files do not know.
+        """
+        return bnb_format.pack(
+            bnb_format.BnbState(
+                codes=self.codes,
+                absmax=self.absmax,
+                quant_type=self.quant_type,
+                blocksize=self.blocksize,
+                shape=self.shape,
+                dtype=self.dtype,
+                nested_absmax=self.nested_absmax,
+                nested_offset=self.nested_offset,
+                nested_blocksize=self.nested_blocksize,
+                table=self.table,
+                nested_table=self.nested_table,
+            ),
+            prefix,
+        )
+
+    @classmethod
+    def from_bnb(cls, tensors: Mapping[str, Tensor], prefix: str) -> Self:
+        """The weight named `prefix` of a bitsandbytes 4-bit state dict; UsageError where it is not whole."""
+        return cls(**vars(bnb_format.unpack(tensors, prefix)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         for name, buffer in self._buffers.items():

@@ -1,0 +1,194 @@
+"""Linears that share an input (query-key-value, gate-up), called as one.
+
+A group is a list of row segments, each with its own weight format, bias, adapter and Hugging Face name. Storage
+stays as the file had it; fusion happens in the call: the segments write side by side into one output, the
+gradient of the input is accumulated in one buffer, and all the A factors are one product.
+
+Shape letters: T tokens, I input features, O output features of one segment, S their sum, R the summed ranks.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from halfbyte.linear.lora import LoraAdapter
+from halfbyte.linear.workspace import scratch
+from halfbyte.quant import Weight
+
+
+class Segment(nn.Module):
+    """One linear of the model: `name` is its dotted Hugging Face name, "model.layers.0.self_attn.q_proj"."""
+
+    def __init__(self, name: str, weight: Weight, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.name = name
+        self.weight = weight
+        self.bias: nn.Parameter | None = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.adapter: LoraAdapter | None = None
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+    @property
+    def active_adapter(self) -> LoraAdapter | None:
+        return self.adapter if self.adapter is not None and self.adapter.enabled else None
+
+    def merged(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The dense weight with the adapter added, [out, in]; computed in float32, rounded once."""
+        weight = self.weight.dequantize(torch.float32)
+        if self.adapter is not None:
+            weight = weight + self.adapter.delta()
+        return weight.to(dtype)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one call needs beside tensors: per segment its weight and its adapter's scaling (None without one)."""
+
+    weights: tuple[Weight, ...]
+    scalings: tuple[float | None, ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [weight.shape[0] for weight in self.weights]
+
+
+def _dense(weight: Weight, like: Tensor) -> Tensor:
+    """The weight in the compute dtype: itself if it is held so, else dequantized into this thread's scratch."""
+    if weight.is_dense_in(like.dtype):
+        return weight.dequantize(like.dtype)
+    return weight.dequantize(like.dtype, out=scratch(weight.shape, like.dtype, like.device))
+
+
+class _Grouped(torch.autograd.Function):
+    """y = concat_s(x W_s^T + b_s + scaling_s (x A_s^T) B_s^T), and its gradients, written by hand.
+
+    Tensors after `x` come in fours per segment: trainable weight, bias, A, B (None where there is none).
+    Saved for backward: x once, the low-rank activations x A^T, and the factors. The base weight is dequantized
+    again in the backward pass: holding it would be holding the 16-bit model.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, x_TI: Tensor, *tensors: Tensor | None) -> Tensor:
+        sizes = call.sizes
+        y_TS = x_TI.new_empty(x_TI.shape[0], sum(sizes))
+        factors = [(i, tensors[4 * i + 2]) for i, s in enumerate(call.scalings) if s is not None]
+        a_RI = torch.cat([a for _, a in factors if a is not None]).to(x_TI.dtype) if factors else None
+        low_TR = x_TI @ a_RI.t() if a_RI is not None else None
+        low_parts = _split_low(low_TR, factors)
+        for i, (weight, y_TO) in enumerate(zip(call.weights, y_TS.split(sizes, 1), strict=True)):
+            bias, b_OR = tensors[4 * i + 1], tensors[4 * i + 3]
+            torch.mm(x_TI, _dense(weight, x_TI).t(), out=y_TO)
+            if bias is not None:
+                y_TO += bias.to(x_TI.dtype)
+            scaling = call.scalings[i]
+            if scaling is not None and b_OR is not None:
+                y_TO.addmm_(low_parts[i], (b_OR * scaling).to(x_TI.dtype).t())
+        ctx.call = call
+        ctx.save_for_backward(x_TI, low_TR, a_RI, *tensors)
+        return y_TS
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy_TS,) = grads
+        call: _Call = ctx.call
+        x_TI, low_TR, a_RI, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[2:]
+        dx_TI: Tensor | None = x_TI.new_empty(x_TI.shape) if ctx.needs_input_grad[1] else None
+        factors = [(i, tensors[4 * i + 2]) for i, s in enumerate(call.scalings) if s is not None]
+        low_parts = _split_low(low_TR, factors)
+        dlow_TR = torch.empty_like(low_TR) if low_TR is not None else None
+        dlow_parts = _split_low(dlow_TR, factors)
+        out: list[Tensor | None] = [None] * len(tensors)
+        for i, (weight, dy_TO) in enumerate(zip(call.weights, dy_TS.split(call.sizes, 1), strict=True)):
+            if dx_TI is not None:
+                dense = _dense(weight, x_TI)
+                torch.mm(dy_TO, dense, out=dx_TI) if i == 0 else dx_TI.addmm_(dy_TO, dense)
+            if needs[4 * i]:
+                out[4 * i] = dy_TO.t() @ x_TI
+            if needs[4 * i + 1]:
+                out[4 * i + 1] = dy_TO.sum(0, dtype=torch.float32)
+            scaling, b_OR = call.scalings[i], tensors[4 * i + 3]
+            if scaling is not None and b_OR is not None:
+                torch.mm(dy_TO, (b_OR * scaling).to(x_TI.dtype), out=dlow_parts[i])
+                if needs[4 * i + 3]:
+                    out[4 * i + 3] = (dy_TO.t() @ low_parts[i]).float() * scaling
+        if dlow_TR is not None and a_RI is not None:
+            if dx_TI is not None:
+                dx_TI.addmm_(dlow_TR, a_RI)
+            da_RI = (dlow_TR.t() @ x_TI).float()
+            ranks = [a.shape[0] for _, a in factors]
+            for (i, _), da in zip(factors, da_RI.split(ranks), strict=True):
+                out[4 * i + 2] = da if needs[4 * i + 2] else None
+        return (None, dx_TI, *(_like(g, t) for g, t in zip(out, tensors, strict=True)))
+
+
+def _like(grad: Tensor | None, tensor: Tensor | None) -> Tensor | None:
+    return grad if grad is None or tensor is None else grad.to(tensor.dtype)
+
+
+def _split_low(low_TR: Tensor | None, factors: Sequence[tuple[int, Tensor | None]]) -> dict[int, Tensor]:
+    """The columns of the stacked low-rank activations that belong to each segment."""
+    if low_TR is None:
+        return {}
+    ranks = [a.shape[0] for _, a in factors if a is not None]
+    return {i: part for (i, _), part in zip(factors, low_TR.split(ranks, 1), strict=True)}
+
+
+class GroupedLinear(nn.Module):
+    """Segments that share an input. `forward(x [T, I]) -> [T, S]`, the segments' outputs side by side."""
+
+    def __init__(self, segments: Sequence[Segment]) -> None:
+        super().__init__()
+        widths = {segment.in_features for segment in segments}
+        if len(widths) != 1:
+            raise ValueError(f"segments of one group read the same input; these read {sorted(widths)} features")
+        self.segments = nn.ModuleList(segments)
+
+    @property
+    def parts(self) -> list[Segment]:
+        return list(self.segments)  # type: ignore[arg-type]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [segment.out_features for segment in self.parts]
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        call_weights, scalings, tensors = [], [], []
+        with_dropout: list[tuple[int, LoraAdapter]] = []
+        for i, segment in enumerate(self.parts):
+            adapter = segment.active_adapter
+            if adapter is not None and adapter.dropout > 0 and adapter.training:
+                with_dropout.append((i, adapter))
+                adapter = None
+            call_weights.append(segment.weight)
+            scalings.append(None if adapter is None else adapter.scaling)
+            tensors += [
+                segment.weight.trainable_tensor(),
+                segment.bias,
+                None if adapter is None else adapter.lora_A,
+                None if adapter is None else adapter.lora_B,
+            ]
+        y_TS: Tensor = _Grouped.apply(_Call(tuple(call_weights), tuple(scalings)), x_TI, *tensors)
+        if with_dropout:
+            # Each adapter draws its own mask, as in PEFT, so the A products cannot be one.
+            parts = list(y_TS.split(self.sizes, 1))
+            for i, adapter in with_dropout:
+                parts[i] = parts[i] + adapter(x_TI)
+            y_TS = torch.cat(parts, 1)
+        return y_TS
+
+
+def segments(module: nn.Module) -> dict[str, Segment]:
+    """Every segment below `module`, by its Hugging Face name, in the model's order."""
+    return {m.name: m for m in module.modules() if isinstance(m, Segment)}

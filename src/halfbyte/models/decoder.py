@@ -1,0 +1,255 @@
+"""The decoder: one definition of a decoder-only transformer, which the named families configure.
+
+It replaces transformers' model classes for Llama, Mistral, Phi-3, Gemma and Qwen where speed and predictable
+memory matter: projections that share an input are one call, documents lie end to end without padding, the
+vocabulary projection and the loss are one chunked operator that never holds the logits, and only supervised
+positions reach it. `models.spec.ModelSpec` holds the switches; this file has no `if family == ...`.
+
+What it leaves out: dropout of the base model (fine-tuning sets it to zero), output of attention weights, and any
+architecture that is not in `spec.FAMILIES` (those run through `models.fallback`).
+
+Shape letters: T tokens, D hidden size, H query heads, K key-value heads, E head features, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from halfbyte.batch import IGNORE, Batch
+from halfbyte.linear import GroupedLinear, Segment, linear_cross_entropy, linear_logits
+from halfbyte.models import rope
+from halfbyte.models.attention import KVCache, attend, attend_cached
+from halfbyte.models.blocks import gated_unit, rms_norm
+from halfbyte.models.spec import LinearSpec, ModelSpec, RopeSpec
+from halfbyte.quant import Weight
+
+WeightProvider = Callable[[str, bool], Weight]
+"""(Hugging Face tensor name, whether it may be quantized) -> the weight."""
+TensorProvider = Callable[[str], Tensor]
+"""Hugging Face tensor name -> a plain tensor (a norm's weight, a bias)."""
+
+
+@dataclass
+class _Context:
+    """What all layers of one forward pass share."""
+
+    lengths: tuple[int, ...]
+    tables: dict[RopeSpec, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    cache: KVCache | None = None
+
+
+class Norm(nn.Module):
+    """RMSNorm; the weight is stored as the checkpoint has it (Gemma: minus one)."""
+
+    def __init__(self, name: str, weight: Tensor, eps: float, plus_one: bool) -> None:
+        super().__init__()
+        self.name, self.eps, self.plus_one = name, eps, plus_one
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps, self.plus_one)
+
+
+class Layer(nn.Module):
+    """Attention and gated unit, each behind a norm (Gemma 2 and 3: also before the residual add)."""
+
+    def __init__(self, spec: ModelSpec, index: int, weight: WeightProvider, tensor: TensorProvider) -> None:
+        super().__init__()
+        self.spec, self.index = spec, index
+        self.window, self.rope = spec.windows[index], spec.rope_of(index)
+        groups: dict[str, list[Segment]] = {}
+        for linear in spec.layer_linears(index):
+            groups.setdefault(linear.group, []).append(_segment(linear, weight, tensor))
+        self.qkv, self.o = GroupedLinear(groups["qkv"]), GroupedLinear(groups["o"])
+        self.gate_up, self.down = GroupedLinear(groups["gate_up"]), GroupedLinear(groups["down"])
+        prefix = f"model.layers.{index}."
+
+        def norm(name: str) -> Norm:
+            return Norm(prefix + name, tensor(f"{prefix}{name}.weight"), spec.norm_eps, spec.norm_plus_one)
+
+        self.input_norm = norm("input_layernorm")
+        if spec.sandwich_norms:
+            self.after_attention: Norm | None = norm("post_attention_layernorm")
+            self.before_mlp = norm("pre_feedforward_layernorm")
+            self.after_mlp: Norm | None = norm("post_feedforward_layernorm")
+        else:
+            self.after_attention, self.after_mlp = None, None
+            self.before_mlp = norm("post_attention_layernorm")
+        self.q_norm = norm("self_attn.q_norm") if spec.qk_norm else None
+        self.k_norm = norm("self_attn.k_norm") if spec.qk_norm else None
+
+    def forward(self, x_TD: Tensor, context: _Context) -> Tensor:
+        h = self._attention(self.input_norm(x_TD), context)
+        x_TD = x_TD + (h if self.after_attention is None else self.after_attention(h))
+        h = self.down(gated_unit(self.gate_up(self.before_mlp(x_TD)), self.spec.activation))
+        result: Tensor = x_TD + (h if self.after_mlp is None else self.after_mlp(h))
+        return result
+
+    def _attention(self, x_TD: Tensor, context: _Context) -> Tensor:
+        spec = self.spec
+        heads, kv = spec.num_heads, spec.num_kv_heads
+        qkv = self.qkv(x_TD).unflatten(1, (heads + 2 * kv, spec.head_dim))
+        q, k, v = qkv.split((heads, kv, kv), 1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        cos, sin = context.tables[self.rope]
+        q, k = rope.apply_rope(q, cos, sin), rope.apply_rope(k, cos, sin)
+        scale, cap = spec.attention_scale, spec.attention_softcap
+        if context.cache is None:
+            out = attend(q, k, v, context.lengths, scale, self.window, cap)
+        else:
+            new = list(context.lengths)
+            context.cache.append(self.index, k, v, new)
+            out = attend_cached(q, context.cache, self.index, new, scale, self.window, cap)
+        result: Tensor = self.o(out.flatten(1))
+        return result
+
+
+def _segment(linear: LinearSpec, weight: WeightProvider, tensor: TensorProvider) -> Segment:
+    bias = tensor(f"{linear.name}.bias") if linear.bias else None
+    return Segment(linear.name, weight(f"{linear.name}.weight", True), bias)
+
+
+class Decoder(nn.Module):
+    """A causal language model. Make one with `Decoder.build` or `models.load.load_model`.
+
+    dtype          the compute dtype: activations are held in it and weights are dequantized to it
+    checkpointing  recompute each layer's activations in the backward pass instead of keeping them
+    """
+
+    def __init__(self, spec: ModelSpec, embed: Weight, layers: list[Layer], norm: Norm, head: Weight) -> None:
+        super().__init__()
+        self.spec = spec
+        self.embed, self.head = embed, head
+        self.layers = nn.ModuleList(layers)
+        self.norm = norm
+        self.dtype = torch.float32
+        self.checkpointing = False
+
+    @classmethod
+    def build(
+        cls, spec: ModelSpec, weight: WeightProvider, tensor: TensorProvider, dtype: torch.dtype = torch.float32
+    ) -> "Decoder":
+        """Pull every tensor, in the checkpoint's order, from the providers. Nothing is held twice."""
+        embed = weight("model.embed_tokens.weight", False)
+        layers = [Layer(spec, index, weight, tensor) for index in range(spec.num_layers)]
+        norm = Norm("model.norm", tensor("model.norm.weight"), spec.norm_eps, spec.norm_plus_one)
+        head = embed if spec.tied else weight("lm_head.weight", False)
+        decoder = cls(spec, embed, layers, norm, head)
+        decoder.dtype = dtype
+        return decoder
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
+    # -- forward --------------------------------------------------------------------------------------------------
+
+    def hidden(
+        self, input_ids: Tensor, position_ids: Tensor, lengths: tuple[int, ...], cache: KVCache | None = None
+    ) -> Tensor:
+        """Final hidden states after the last norm, [T, D], of documents laid end to end."""
+        x = self._embed(input_ids)
+        context = _Context(lengths, cache=cache)
+        held = cache.lengths if cache is not None else [0] * len(lengths)
+        totals = [old + new for old, new in zip(held, lengths, strict=True)]
+        for kind in {self.spec.rope, self.spec.local_rope} - {None}:
+            assert kind is not None
+            context.tables[kind] = rope.table(kind, position_ids, totals, x.dtype, lengths)
+        recompute = self.checkpointing and torch.is_grad_enabled() and cache is None
+        for layer in self.layers:
+            x = checkpoint(layer, x, context, use_reentrant=False) if recompute else layer(x, context)
+        if cache is not None:
+            cache.advance(list(lengths))
+        result: Tensor = self.norm(x)
+        return result
+
+    def _embed(self, input_ids: Tensor) -> Tensor:
+        table = self.embed.trainable_tensor()
+        x = self.embed.look_up(input_ids, self.dtype) if table is None else F.embedding(input_ids, table).to(self.dtype)
+        if self.spec.embed_scale is not None:
+            # The families were trained with the scale rounded to the activations' dtype.
+            x = x * torch.tensor(self.spec.embed_scale, dtype=self.dtype, device=x.device)
+        return x
+
+    def loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """(summed negative log-likelihood of the supervised tokens, float32 scalar; how many there are).
+
+        Divide by the tokens of the whole update, not of the micro-batch: that is what makes accumulation exact.
+        """
+        nll = self._token_nll(batch)
+        return nll.sum(), nll.numel()
+
+    @torch.no_grad()
+    def token_logprobs(self, batch: Batch) -> Tensor:
+        """Log-probability of every supervised token in order, float32 [supervised tokens]."""
+        return -self._token_nll(batch)
+
+    def _token_nll(self, batch: Batch) -> Tensor:
+        hidden = self.hidden(batch.input_ids, batch.position_ids, batch.lengths)
+        supervised = (batch.targets != IGNORE).nonzero()[:, 0]
+        return linear_cross_entropy(
+            hidden.index_select(0, supervised), self.head, batch.targets[supervised], self.spec.final_softcap
+        )
+
+    @torch.no_grad()
+    def logits(
+        self,
+        input_ids: Tensor,
+        lengths: tuple[int, ...] | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
+        """float32 logits [T, V]; with `last_only` of each sequence's last token, [B, V]. Inference only.
+
+        input_ids  int64 [T], sequences end to end; `lengths` says how many tokens each has (default: one sequence)
+        cache      one slot a sequence: the ids continue what it holds, and are appended to it. A length may be 0
+                   (nothing new for that sequence) unless `last_only`.
+        """
+        sizes = (input_ids.numel(),) if lengths is None else tuple(lengths)
+        start = cache.lengths if cache is not None else [0] * len(sizes)
+        positions = torch.cat([torch.arange(s, s + n) for s, n in zip(start, sizes, strict=True)])
+        hidden = self.hidden(input_ids.to(self.device), positions.to(self.device), sizes, cache)
+        if last_only:
+            hidden = hidden[torch.tensor(sizes, device=self.device).cumsum(0) - 1]
+        return linear_logits(hidden, self.head, self.spec.final_softcap)
+
+    def new_cache(self, capacity: int, batch: int = 1) -> KVCache:
+        """An empty cache for `batch` sequences of up to `capacity` tokens each."""
+        s = self.spec
+        return KVCache(s.num_layers, batch, s.num_kv_heads, s.head_dim, capacity, self.dtype, str(self.device))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits with a graph, for one's own loop: [T] -> [T, V], or [B, L] -> [B, L, V] (float32)."""
+        ids = input_ids if input_ids.ndim == 2 else input_ids[None]
+        count, length = ids.shape
+        positions = torch.arange(length, device=ids.device).repeat(count)
+        hidden = self.hidden(ids.flatten(), positions, (length,) * count)
+        logits = F.linear(hidden, self.head.dequantize(hidden.dtype)).float()
+        cap = self.spec.final_softcap
+        if cap is not None:
+            logits = (logits / cap).tanh() * cap
+        return logits.view(*input_ids.shape, -1)
+
+    # -- the tensors ----------------------------------------------------------------------------------------------
+
+    def named_tensors(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        """(Hugging Face name, a function that returns the dense tensor as it is held, adapters left out)."""
+
+        def dense(weight: Weight) -> Callable[[], Tensor]:
+            return lambda: weight.dequantize(weight.source_dtype)
+
+        yield "model.embed_tokens.weight", dense(self.embed)
+        for module in self.modules():
+            if isinstance(module, Segment):
+                yield f"{module.name}.weight", dense(module.weight)
+                if module.bias is not None:
+                    yield f"{module.name}.bias", lambda bias=module.bias: bias.detach()  # type: ignore[misc]
+            elif isinstance(module, Norm):
+                yield f"{module.name}.weight", lambda norm=module: norm.weight.detach()  # type: ignore[misc]
+        if not self.spec.tied:
+            yield "lm_head.weight", dense(self.head)
