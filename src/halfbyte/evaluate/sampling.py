@@ -19,14 +19,22 @@ from halfbyte.options import Options
 class GenerateOptions(Options):
     """How a text is continued. The defaults are greedy, so that the same prompt gives the same text."""
 
-    max_new_tokens: int = Field(256, ge=1, description="stop after this many tokens")
-    temperature: float = Field(0.0, ge=0, description="0 takes the likeliest token; 1 samples as the model says")
-    top_k: int = Field(0, ge=0, description="sample only among the k likeliest tokens; 0 is off")
-    top_p: float = Field(1.0, gt=0, le=1, description="sample only among the likeliest tokens that together reach p")
-    min_p: float = Field(0.0, ge=0, le=1, description="drop tokens less likely than this share of the likeliest one")
-    repetition_penalty: float = Field(1.0, gt=0, description="above 1, tokens already in the text become less likely")
-    seed: int = Field(42, ge=0, description="seed of the sampling")
-    stop: tuple[str, ...] = Field((), description="end before the first of these texts appears")
+    max_new_tokens: int = Field(default=256, ge=1, description="stop after this many tokens")
+    temperature: float = Field(
+        default=0.0, ge=0, description="0 takes the likeliest token; 1 samples as the model says"
+    )
+    top_k: int = Field(default=0, ge=0, description="sample only among the k likeliest tokens; 0 is off")
+    top_p: float = Field(
+        default=1.0, gt=0, le=1, description="sample only among the likeliest tokens that together reach p"
+    )
+    min_p: float = Field(
+        default=0.0, ge=0, le=1, description="drop tokens less likely than this share of the likeliest one"
+    )
+    repetition_penalty: float = Field(
+        default=1.0, gt=0, description="above 1, tokens already in the text become less likely"
+    )
+    seed: int = Field(default=42, ge=0, description="seed of the sampling")
+    stop: tuple[str, ...] = Field(default=(), description="end before the first of these texts appears")
 
 
 def sequence_rng(seed: int, index: int = 0) -> np.random.Generator:

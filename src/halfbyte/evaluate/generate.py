@@ -1,0 +1,222 @@
+"""Text from a model: one prompt with its text as it comes, or many at once for an evaluation.
+
+A batch is prompts of similar length, continued together with a key-value cache; a finished one leaves. Each prompt
+has a random stream of its own, from the seed and its index, so that what is drawn for it does not depend on what
+else is in the batch (its logits may, by the rounding of another matrix shape).
+"""
+
+import itertools
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+
+from halfbyte.errors import UsageError
+from halfbyte.evaluate.sampling import GenerateOptions, next_token, sequence_rng
+from halfbyte.evaluate.session import Model, Session, context_length, inference
+from halfbyte.evaluate.text import TextStream
+
+FinishReason = Literal["eos", "stop", "length"]
+_GREEDY = GenerateOptions()
+_CONTEXT_TOKENS = 4  # of the prompt, to decode the answer's first word with its space
+BATCH_TOKENS = 16_384
+"""Most tokens, prompts and answers, that the caches of one batch hold room for."""
+
+_END_OF_TURN = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer; transformers' are such."""
+
+    def decode(self, token_ids: Any, skip_special_tokens: bool = ...) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A continuation.
+
+    tokens         the new ids; the end-of-text token that ended them is left out
+    text           their text, up to a stop text
+    finish_reason  "eos": the model ended it; "stop": a stop text came; "length": max_new_tokens or the model's context
+    prompt_tokens  how many tokens it continues
+    """
+
+    tokens: tuple[int, ...]
+    text: str
+    finish_reason: FinishReason
+    prompt_tokens: int
+
+
+@dataclass
+class _Sequence:
+    """One text in the making."""
+
+    index: int
+    prompt: Sequence[int]
+    room: int
+    stream: TextStream
+    rng: np.random.Generator
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def generation(self) -> Generation:
+        assert self.finish_reason is not None
+        return Generation(tuple(self.tokens), self.stream.text, self.finish_reason, len(self.prompt))
+
+
+def end_ids(tokenizer: Any, *sources: Mapping[str, Any]) -> frozenset[int]:
+    """The ids that end an answer.
+
+    They are the tokenizer's `eos_token_id`, the `eos_token_id` (a number or a list) of each of `sources`, such as
+    config.json and generation_config.json, and the end-of-turn tokens of the common chat templates that the
+    vocabulary holds as special tokens: a base model's files name only its end of text, and a tuned one ends turns.
+    """
+    found: set[int] = set()
+    for value in (tokenizer.eos_token_id, *(source.get("eos_token_id") for source in sources)):
+        found.update(value if isinstance(value, list | tuple) else () if value is None else (value,))
+    special = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
+    found.update(special[text] for text in _END_OF_TURN if text in special)
+    return frozenset(found)
+
+
+def generate(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    options: GenerateOptions = _GREEDY,
+    eos_ids: Collection[int] = (),
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Continue one prompt. `on_text` gets each piece of text as soon as it is certain; together they are `.text`.
+
+    Raises UsageError for an empty prompt and for one that fills the model's context.
+    """
+    return next(_run(model, tokenizer, [prompt_ids], options, eos_ids, 1, on_text))[1]
+
+
+def generate_batch(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    options: GenerateOptions = _GREEDY,
+    eos_ids: Collection[int] = (),
+    batch_size: int = 16,
+    on_done: Callable[[int, Generation], None] | None = None,
+) -> list[Generation]:
+    """Continue many prompts; the results in the prompts' order. `on_done(index, result)` comes as each ends."""
+    results: dict[int, Generation] = {}
+    for index, generation in _run(model, tokenizer, prompts, options, eos_ids, batch_size, None):
+        results[index] = generation
+        if on_done is not None:
+            on_done(index, generation)
+    return [results[i] for i in range(len(prompts))]
+
+
+def _run(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    options: GenerateOptions,
+    eos_ids: Collection[int],
+    batch_size: int,
+    on_text: Callable[[str], None] | None,
+) -> Iterator[tuple[int, Generation]]:
+    limit = context_length(model)
+    rooms = [_room(index, prompt, options.max_new_tokens, limit) for index, prompt in enumerate(prompts)]
+
+    def decode(ids: list[int]) -> str:
+        return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+    for batch in _batches(prompts, rooms, batch_size):
+        live = [
+            _Sequence(
+                index,
+                prompts[index],
+                rooms[index],
+                TextStream(decode, options.stop, prompts[index][-_CONTEXT_TOKENS:]),
+                sequence_rng(options.seed, index),
+            )
+            for index in batch
+        ]
+        with inference(model):
+            yield from _continue_together(model, live, options, frozenset(eos_ids), on_text)
+
+
+def _continue_together(
+    model: Model,
+    live: list[_Sequence],
+    options: GenerateOptions,
+    eos_ids: frozenset[int],
+    on_text: Callable[[str], None] | None,
+) -> Iterator[tuple[int, Generation]]:
+    session = Session(model, max(len(s.prompt) + s.room for s in live), len(live))
+    logits_BV = session.feed([s.prompt for s in live])
+    while True:
+        for sequence, logits_V in zip(live, logits_BV, strict=True):
+            seen = None
+            if options.repetition_penalty != 1.0:
+                seen = torch.tensor([*sequence.prompt, *sequence.tokens])
+            token = next_token(logits_V, options, seen, sequence.rng)
+            piece = _take(sequence, token, eos_ids)
+            if piece and on_text is not None:
+                on_text(piece)
+        yield from ((s.index, s.generation()) for s in live if s.finish_reason)
+        going = [i for i, s in enumerate(live) if not s.finish_reason]
+        if not going:
+            return
+        if len(going) < len(live):
+            session.keep(going)
+            live = [live[i] for i in going]
+        logits_BV = session.feed([[s.tokens[-1]] for s in live])
+
+
+def _take(sequence: _Sequence, token: int, eos_ids: frozenset[int]) -> str:
+    """Add the token, decide whether the text has ended, and return the text that became certain."""
+    if token in eos_ids:
+        sequence.finish_reason = "eos"
+        piece = sequence.stream.finish()
+    else:
+        sequence.tokens.append(token)
+        piece = sequence.stream.push(token)
+        if len(sequence.tokens) == sequence.room and not sequence.stream.stopped:
+            sequence.finish_reason = "length"
+            piece += sequence.stream.finish()
+    if sequence.stream.stopped:
+        sequence.finish_reason = "stop"
+    return piece
+
+
+def _room(index: int, prompt: Sequence[int], max_new_tokens: int, limit: int | None) -> int:
+    """How many tokens may follow the prompt."""
+    if not prompt:
+        raise UsageError(f"prompt {index + 1} is empty: give the model at least one token to continue")
+    if limit is None:
+        return max_new_tokens
+    if len(prompt) >= limit:
+        raise UsageError(
+            f"prompt {index + 1} has {len(prompt)} tokens and the model's context is {limit}: shorten the prompt"
+        )
+    return min(max_new_tokens, limit - len(prompt))
+
+
+def _batches(prompts: Sequence[Sequence[int]], rooms: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices of prompts of similar length, shortest first, within `batch_size` and BATCH_TOKENS of cache."""
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + rooms[i])
+    batch: list[int] = []
+    for i in order:
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * (len(prompts[i]) + rooms[i]) > BATCH_TOKENS):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
+
+
+def split_last_run(supervised: Sequence[bool]) -> tuple[int, int]:
+    """(start, stop) of the last run of supervised tokens: the answer that generation replaces. (0, 0) without one."""
+    runs = [(key, len(list(group))) for key, group in itertools.groupby(map(bool, supervised))]
+    stop = len(supervised) - (runs[-1][1] if runs and not runs[-1][0] else 0)
+    wanted = next((length for key, length in reversed(runs) if key), 0)
+    return (stop - wanted, stop) if wanted else (0, 0)

@@ -1,0 +1,101 @@
+"""Several texts in the making: a model, its key-value cache, and the few things that are done with them.
+
+Both kinds of model have the same cache interface; what is added here is that long prompts are read in pieces, and
+that a session can branch: score a continuation and be as before.
+
+Shape letters: T new tokens of all sequences end to end, B sequences, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from halfbyte.models.decoder import Decoder
+from halfbyte.models.fallback import Fallback
+
+Model = Decoder | Fallback
+
+PREFILL_TOKENS = 2048
+"""Tokens of prompts in one forward: it bounds the activations, and larger pieces are no faster."""
+
+
+@contextmanager
+def inference(model: Model) -> Iterator[None]:
+    """Dropout off and no graph; afterwards the model is in the mode it was in."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def context_length(model: Model) -> int | None:
+    """How many positions the model was made for; None where its configuration does not say."""
+    if isinstance(model, Decoder):
+        return model.spec.max_position
+    length = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+class Session:
+    """`batch` sequences that grow, each to at most `capacity` tokens."""
+
+    def __init__(self, model: Model, capacity: int, batch: int = 1) -> None:
+        self.model = model
+        self.capacity = capacity
+        # The union's two caches have the same methods and are only ever given back to their own model.
+        self._cache = model.new_cache(capacity, batch)
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens held by each sequence."""
+        return list(self._cache.lengths)
+
+    def feed(self, new: Sequence[Sequence[int]]) -> Tensor:
+        """Append at least one token to every sequence; float32 logits [B, V] after the last of each."""
+        if not all(new):
+            raise ValueError("every sequence needs at least one new token")
+        done = [0] * len(new)
+        logits_BV: Tensor | None = None
+        while any(at < len(ids) for at, ids in zip(done, new, strict=True)):
+            piece, room = [], PREFILL_TOKENS
+            for at, ids in zip(done, new, strict=True):
+                piece.append(list(ids[at : at + room]))
+                room -= len(piece[-1])
+            step_BV = self._forward(piece, last_only=True)
+            # A sequence without tokens in this piece has a row that means nothing.
+            touched = torch.tensor([len(ids) > 0 for ids in piece], device=step_BV.device)
+            logits_BV = step_BV if logits_BV is None else torch.where(touched[:, None], step_BV, logits_BV)
+            done = [at + len(ids) for at, ids in zip(done, piece, strict=True)]
+        assert logits_BV is not None
+        return logits_BV
+
+    def feed_all(self, new: Sequence[Sequence[int]]) -> Tensor:
+        """Append tokens to every sequence; float32 logits [T, V] after each of them."""
+        return self._forward(new, last_only=False)
+
+    def keep(self, sequences: list[int]) -> None:
+        """Drop all sequences but these."""
+        self._cache.keep(sequences)
+
+    def rewind(self, lengths: list[int]) -> None:
+        """Forget the tokens behind `lengths`."""
+        self._cache.truncate(lengths)
+
+    @contextmanager
+    def branch(self) -> Iterator[None]:
+        """Inside, the sequences may grow; afterwards they are as they were."""
+        before = self.lengths
+        try:
+            yield
+        finally:
+            self.rewind(before)
+
+    def _forward(self, new: Sequence[Sequence[int]], last_only: bool) -> Tensor:
+        ids = torch.tensor([token for sequence in new for token in sequence], dtype=torch.int64)
+        lengths = tuple(len(sequence) for sequence in new)
+        return self.model.logits(ids, lengths, self._cache, last_only=last_only)  # type: ignore[arg-type]
