@@ -175,8 +175,7 @@ library.impl("quantize_dynamic", _quantize_dynamic, "CompositeExplicitAutograd")
 library.impl("dequantize_dynamic", _dequantize_dynamic, "CompositeExplicitAutograd")
 
 
-@_register_fake("halfbyte::quantize_blockwise", lib=library)
-def _(x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
+def _fake_quantize_blockwise(x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
     check_format(quant_type, blocksize)
     check_input(x)
     count = x.numel() if quant_type == "int8" else (x.numel() + 1) // 2
@@ -184,8 +183,7 @@ def _(x: Tensor, quant_type: str, blocksize: int) -> tuple[Tensor, Tensor]:
     return x.new_empty(count, dtype=torch.uint8), x.new_empty(constants, dtype=torch.float32)
 
 
-@_register_fake("halfbyte::dequantize_blockwise", lib=library)
-def _(
+def _fake_dequantize_blockwise(
     codes: Tensor, absmax: Tensor, quant_type: str, blocksize: int, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     out = codes.new_empty(tuple(shape), dtype=dtype)
@@ -193,8 +191,7 @@ def _(
     return out
 
 
-@_register_fake("halfbyte::dequantize_blockwise_out", lib=library)
-def _(
+def _fake_dequantize_blockwise_out(
     codes: Tensor,
     absmax: Tensor,
     quant_type: str,
@@ -211,15 +208,20 @@ def _(
     check_out(codes, absmax, quant_type, blocksize, out, start, table, *nested)
 
 
-@_register_fake("halfbyte::quantize_dynamic", lib=library)
-def _(x: Tensor, blocksize: int, signed: bool = True) -> tuple[Tensor, Tensor]:
+def _fake_quantize_dynamic(x: Tensor, blocksize: int, signed: bool = True) -> tuple[Tensor, Tensor]:
     check_blocksize(blocksize)
     check_input(x)
     constants = (x.numel() + blocksize - 1) // blocksize
     return x.new_empty(x.numel(), dtype=torch.uint8), x.new_empty(constants, dtype=torch.float32)
 
 
-@_register_fake("halfbyte::dequantize_dynamic", lib=library)
-def _(codes: Tensor, absmax: Tensor, blocksize: int, table: Tensor) -> Tensor:
+def _fake_dequantize_dynamic(codes: Tensor, absmax: Tensor, blocksize: int, table: Tensor) -> Tensor:
     check_dynamic(codes, absmax, blocksize, table)
     return codes.new_empty(codes.shape, dtype=torch.float32)
+
+
+_register_fake("halfbyte::quantize_blockwise", _fake_quantize_blockwise, lib=library)
+_register_fake("halfbyte::dequantize_blockwise", _fake_dequantize_blockwise, lib=library)
+_register_fake("halfbyte::dequantize_blockwise_out", _fake_dequantize_blockwise_out, lib=library)
+_register_fake("halfbyte::quantize_dynamic", _fake_quantize_dynamic, lib=library)
+_register_fake("halfbyte::dequantize_dynamic", _fake_dequantize_dynamic, lib=library)
