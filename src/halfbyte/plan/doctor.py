@@ -1,0 +1,65 @@
+"""What `halfbyte doctor` says: the machine, its measured rates, the backend in use and why, the optional packages."""
+
+import importlib.metadata
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte import ops
+from halfbyte.plan.hardware import cache_folder, detect, measure
+
+PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "gguf", "tokenizers")
+EXTRAS = {
+    "bitsandbytes": "4-bit kernels on NVIDIA",
+    "pyarrow": "Parquet files",
+    "datasets": "data sets of the Hub",
+    "peft": "PEFT's own loader",
+    "tensorboard": "--report-to tensorboard",
+    "wandb": "--report-to wandb",
+    "mlflow-skinny": "--report-to mlflow",
+    "trackio": "--report-to trackio",
+}
+SCHEMA_VERSION = 1
+
+
+def diagnose(refresh: bool = False) -> dict[str, Any]:
+    """Facts about this machine as plain data; measures for about two seconds unless the cache has it."""
+    hardware = detect()
+    rates = measure(hardware, refresh=refresh)
+    backend = ops.backend()
+    disk = shutil.disk_usage(Path.cwd())
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "halfbyte": _version("halfbyte"),
+        "hardware": hardware.as_dict(),
+        "threads": torch.get_num_threads(),
+        "disk_free_bytes": disk.free,
+        "rates": asdict(rates),
+        "dtype": rates.best_dtype,
+        "backend": {"name": backend.name, "reason": backend.reason},
+        "packages": {name: _version(name) for name in PACKAGES},
+        "extras": {name: {"version": _version(name), "for": use} for name, use in EXTRAS.items()},
+        "cache": str(cache_folder()),
+        "warnings": _warnings(hardware.memory_available, disk.free, backend.name),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _warnings(memory: int, disk: int, backend: str) -> list[str]:
+    found = []
+    if memory < 2_000_000_000:
+        found.append(f"only {memory / 1e9:.1f} GB of memory is free: even a small model wants 2 GB")
+    if disk < 5_000_000_000:
+        found.append(f"only {disk / 1e9:.1f} GB of disk is free here: checkpoints and merged models need room")
+    if backend == "reference":
+        found.append("the native kernels are not in use: training works, but slower")
+    return found

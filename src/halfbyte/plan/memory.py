@@ -1,0 +1,206 @@
+"""Peak memory of a run, by phase and component: arithmetic on shapes, before any weight is read.
+
+Every figure here follows from what the other packages hold, so each formula names the place that makes it true.
+Phases are what happens one after the other (load, train, evaluate, save); the peak is the largest phase.
+
+Units: bytes; 1 GB = 10⁹ bytes. Shape letters as elsewhere: T tokens of a micro-batch, D bytes of the compute dtype.
+"""
+
+from dataclasses import dataclass
+
+from halfbyte.adapters.lora import LoraOptions, target_names
+from halfbyte.linear.cross_entropy import PANEL_BYTES, chunk_rows
+from halfbyte.models.spec import LinearSpec, ModelSpec
+from halfbyte.quant.options import QuantOptions
+
+DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+_DENSE_FORMATS = {"bf16": 2, "fp16": 2, "fp32": 4}
+NESTED_BLOCKSIZE = 256
+
+PROCESS_FLOOR = 420_000_000
+"""A process that has imported torch and transformers, measured with torch 2.13 on Linux (resident set)."""
+TOKENIZER_BYTES_A_WORD = 1_250
+"""A fast tokenizer's resident size per vocabulary entry: Gemma's 262,144 words take 0.33 GB."""
+CUDA_CONTEXT = 500_000_000
+"""What a CUDA context takes of the card, beside torch's allocations."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What decides memory and time of one run, beside the model's shape.
+
+    micro_tokens    tokens of the largest micro-batch (rows of a batch times the longest row)
+    longest         tokens of the longest document
+    train_tokens    all tokens that go through forward and backward, epochs included
+    supervised      share of them that is supervised
+    eval_tokens     tokens of all evaluation passes together, forward only
+    """
+
+    method: str
+    dtype: str
+    quant: QuantOptions
+    lora: LoraOptions
+    optim: str = "adamw"
+    checkpointing: bool = False
+    micro_tokens: int = 2048
+    longest: int = 2048
+    micro_batches: int = 1
+    steps: int = 1
+    train_tokens: int = 2048
+    supervised: float = 1.0
+    eval_tokens: int = 0
+    device: str = "cpu"
+
+    def format_of(self, name: str) -> str:
+        """The storage of one linear: its block format, or a dtype."""
+        return self.quant.format_of(name) if self.method == "qlora" else self.dtype
+
+    def is_coded(self, name: str) -> bool:
+        """Whether this linear's weight must be decoded or converted before each product."""
+        form = self.format_of(name)
+        return form != self.dtype and {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(form) != self.dtype
+
+
+def targets(spec: ModelSpec, job: Job) -> list[LinearSpec]:
+    """The linears that get an adapter. UsageError if `target_modules` names one that the model has not."""
+    if job.method == "full":
+        return []
+    linears = spec.linears()
+    names = set(target_names([linear.name for linear in linears], job.lora.target_modules))
+    return [linear for linear in linears if linear.name in names]
+
+
+def weight_bytes(count: int, form: str, blocksize: int = 64, double_quant: bool = True) -> tuple[int, int]:
+    """(bytes of the codes or values, bytes of the constants) of `count` weights in a format (`quant.BlockWeight`)."""
+    dense = DTYPE_BYTES.get(form) or _DENSE_FORMATS.get(form)
+    if dense is not None:
+        return count * dense, 0
+    codes = count if form == "int8" else (count + 1) // 2
+    blocks = -(-count // blocksize)
+    constants = blocks + 4 * (-(-blocks // NESTED_BLOCKSIZE)) + 4 if double_quant else 4 * blocks
+    return codes, constants
+
+
+def adapter_parameters(spec: ModelSpec, job: Job) -> int:
+    """Trainable parameters of the adapters: r (in + out) for each linear that has one."""
+    return sum(job.lora.rank_of(x.name) * (x.in_features + x.out_features) for x in targets(spec, job))
+
+
+def trainable_parameters(spec: ModelSpec, job: Job) -> int:
+    return spec.total_parameters if job.method == "full" else adapter_parameters(spec, job)
+
+
+def base_bytes(spec: ModelSpec, job: Job) -> tuple[int, int]:
+    """(values, constants) of the base model as it is held: linears in their format, all else in the compute dtype."""
+    values, constants = 0, 0
+    for linear in spec.linears():
+        form = job.format_of(linear.name)
+        a, b = weight_bytes(linear.parameters, form, job.quant.blocksize, job.quant.double_quant)
+        values, constants = values + a, constants + b
+    other = spec.total_parameters - spec.linear_parameters
+    return values + other * DTYPE_BYTES[job.dtype], constants
+
+
+def layer_activations(spec: ModelSpec, job: Job) -> int:
+    """Bytes that one layer keeps for its backward pass, per token (`models.decoder.Layer`, `models.blocks`).
+
+    Inputs of the norms and of the four projection groups, query-key-value before and after rotation, attention's
+    output in both layouts, gate and up, their product, and the low-rank activations of the adapters.
+    """
+    d, i = spec.hidden_size, spec.intermediate_size
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    elements = 4 * d + (q + 2 * kv) + (q + kv) + 2 * q + 3 * i
+    if spec.sandwich_norms:
+        elements += 2 * d
+    if spec.qk_norm:
+        elements += q + kv
+    elements += sum(job.lora.rank_of(linear.name) for linear in targets(spec, job)) // spec.num_layers
+    return elements * DTYPE_BYTES[job.dtype]
+
+
+def activation_bytes(spec: ModelSpec, job: Job) -> int:
+    """Kept for the backward pass by all layers, plus what the layer at work needs beside."""
+    per_token, size = layer_activations(spec, job), DTYPE_BYTES[job.dtype]
+    # Gradients of gate and up, of their product and of the residual, and float32 temporaries of a norm.
+    working = (4 * spec.intermediate_size + 3 * spec.hidden_size) * size + 3 * 4 * spec.hidden_size
+    if job.checkpointing:
+        kept = spec.num_layers * spec.hidden_size * size + per_token
+    else:
+        kept = spec.num_layers * per_token
+    return job.micro_tokens * (kept + working) + attention_bytes(spec, job)
+
+
+def attention_bytes(spec: ModelSpec, job: Job) -> int:
+    """Scores that are written out where the model caps them (Gemma 2); torch's own attention holds none."""
+    if spec.attention_softcap is None:
+        return 0
+    layers = 1 if job.checkpointing else spec.num_layers
+    rows = max(1, job.micro_tokens // max(job.longest, 1))
+    return 2 * 4 * layers * rows * spec.num_heads * job.longest**2 // 2
+
+
+def loss_bytes(spec: ModelSpec, job: Job) -> int:
+    """The chunked vocabulary projection (`linear.cross_entropy`): hidden states, their gradient, one chunk's logits."""
+    size, v = DTYPE_BYTES[job.dtype], spec.vocab_size
+    rows = max(1, int(job.micro_tokens * job.supervised))
+    chunk = min(chunk_rows(v), rows)
+    logits = chunk * v * (4 + 4 + (0 if size == 4 else size))
+    capped = chunk * v * 4 if spec.final_softcap is not None else 0
+    return 2 * rows * spec.hidden_size * size + logits + capped
+
+
+def workspace_bytes(spec: ModelSpec, job: Job) -> int:
+    """The scratch into which a quantized weight is decoded for one product (`linear.workspace`): the largest one."""
+    size = DTYPE_BYTES[job.dtype]
+    coded = [linear.parameters for linear in spec.linears() if job.is_coded(linear.name)]
+    return max(coded, default=0) * size + (PANEL_BYTES if coded else 0)
+
+
+def optimizer_bytes(spec: ModelSpec, job: Job) -> int:
+    """AdamW's two moments: float32, or one byte each with a float32 constant for every 256 (`optim.moments`)."""
+    count = trainable_parameters(spec, job)
+    moments = 8 * count if job.optim == "adamw" else 2 * count + 8 * (-(-count // 256))
+    # A trained 16-bit weight keeps the 16 bits below it in the optimizer's state.
+    return moments + (2 * count if job.method == "full" and DTYPE_BYTES[job.dtype] == 2 else 0)
+
+
+def runtime_bytes(spec: ModelSpec, job: Job) -> int:
+    """The process before any weight: Python, torch, transformers, and the tokenizer."""
+    return PROCESS_FLOOR + TOKENIZER_BYTES_A_WORD * spec.vocab_size
+
+
+def loading_bytes(spec: ModelSpec, job: Job) -> int:
+    """What loading holds beside the finished part: two tensors in their source dtype, of which one in float32."""
+    largest = max(_size(shape) for _, shape in spec.tensors())
+    return largest * 2 + (largest * 2 if job.method != "qlora" else 0)
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
+
+
+def phases(spec: ModelSpec, job: Job) -> dict[str, dict[str, int]]:
+    """Bytes by phase and component. On a GPU the figures are the card's, on a CPU the process's."""
+    values, constants = base_bytes(spec, job)
+    floor = CUDA_CONTEXT if job.device == "cuda" else runtime_bytes(spec, job)
+    held = {"runtime": floor, "base weights": values, "quantization constants": constants}
+    trainable = trainable_parameters(spec, job)
+    held["adapters"] = 0 if job.method == "full" else 4 * trainable
+    train = {
+        **held,
+        "gradients": trainable * (DTYPE_BYTES[job.dtype] if job.method == "full" else 4),
+        "optimizer": optimizer_bytes(spec, job),
+        "activations": activation_bytes(spec, job),
+        "loss": loss_bytes(spec, job),
+        "workspace": workspace_bytes(spec, job),
+    }
+    forward_only = job.micro_tokens * layer_activations(spec, job)
+    evaluate = {k: v for k, v in train.items() if k != "gradients"} | {"activations": forward_only}
+    return {
+        "load": {**held, "adapters": 0, "loading": loading_bytes(spec, job)},
+        "train": train,
+        "evaluate": evaluate,
+    }

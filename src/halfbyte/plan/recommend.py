@@ -1,0 +1,191 @@
+"""Which method to use, and why: every method's memory and time on this machine, and one rule that a person can check.
+
+The rule of `method: auto`, in order:
+
+1. A method fits if its p95 peak is within the budget. If none fits, the answer is DoesNotFit, with the smallest.
+2. Full fine-tuning is never chosen for you: it writes a whole model for every task and forgets more of the old one
+   ("LoRA learns less and forgets less", arXiv 2405.09673). Ask for it with `--method full`.
+3. On a processor: QLoRA. The memory is shared with everything else that the machine does, a quantized step costs
+   about the same time, and the published comparisons find no difference in quality (QLoRA, arXiv 2305.14314, table 4).
+4. On a GPU: LoRA if its p95 is within 80 % of the budget, since there the 16-bit step is the faster one; else QLoRA.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from halfbyte.errors import DoesNotFit
+from halfbyte.models.spec import ModelSpec
+from halfbyte.plan import memory, time
+from halfbyte.plan.hardware import Hardware, Rates
+from halfbyte.plan.memory import Job
+
+SCHEMA_VERSION = 1
+METHODS = ("qlora", "lora", "full")
+MEMORY_P95, MEMORY_MARGIN = 1.15, 150_000_000
+"""p95 = 1.15 times the estimate plus 0.15 GB: allocator slack and library versions; to be calibrated on past runs."""
+TIME_P95 = 1.6
+"""p95 = 1.6 times the estimate: other work on the machine, and thermal limits."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One method on one machine: bytes by phase and component, seconds by phase."""
+
+    job: Job
+    memory: dict[str, dict[str, int]]
+    seconds: dict[str, float]
+    trainable: int
+
+    @property
+    def method(self) -> str:
+        return self.job.method
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.memory, key=lambda phase: sum(self.memory[phase].values()))
+
+    @property
+    def peak(self) -> int:
+        """Expected peak, p50."""
+        return sum(self.memory[self.peak_phase].values())
+
+    @property
+    def peak_p95(self) -> int:
+        return int(self.peak * MEMORY_P95) + MEMORY_MARGIN
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "trainable_parameters": self.trainable,
+            "peak_memory_bytes": {"p50": self.peak, "p95": self.peak_p95},
+            "seconds": {"p50": round(self.total_seconds, 1), "p95": round(self.total_seconds * TIME_P95, 1)},
+            "peak_phase": self.peak_phase,
+            "memory_by_phase": {phase: sum(parts.values()) for phase, parts in self.memory.items()},
+            "memory_by_component": self.memory,
+            "seconds_by_phase": {phase: round(value, 1) for phase, value in self.seconds.items()},
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every method's estimate, which fit, the chosen one and the reason. `as_dict()` is plan.json."""
+
+    estimates: tuple[Estimate, ...]
+    budget: int
+    budget_reason: str
+    method: str
+    reason: str
+    hardware: dict[str, Any]
+    rates: dict[str, Any]
+    assumptions: dict[str, Any]
+
+    @property
+    def chosen(self) -> Estimate:
+        return next(e for e in self.estimates if e.method == self.method)
+
+    def fits(self, estimate: Estimate) -> bool:
+        return estimate.peak_p95 <= self.budget
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            **self.chosen.as_dict(),
+            "reason": self.reason,
+            "budget_bytes": self.budget,
+            "budget_reason": self.budget_reason,
+            "methods": [{**e.as_dict(), "fits": self.fits(e)} for e in self.estimates],
+            "assumptions": self.assumptions,
+            "hardware": self.hardware,
+            "rates": self.rates,
+        }
+
+
+def estimate(spec: ModelSpec, job: Job, rates: Rates, length: float) -> Estimate:
+    """Memory and time of one job; `length` is the average document in tokens."""
+    return Estimate(
+        job, memory.phases(spec, job), time.phases(spec, job, rates, length), memory.trainable_parameters(spec, job)
+    )
+
+
+def make_plan(
+    spec: ModelSpec,
+    job: Job,
+    hardware: Hardware,
+    rates: Rates,
+    budget: int | None,
+    length: float,
+    assumptions: dict[str, Any],
+) -> Plan:
+    """Estimate every method and choose one. `job.method` of `auto` leaves the choice to the rule above.
+
+    DoesNotFit if the asked method, or under `auto` every method, is over the budget at p95.
+    """
+    limit = hardware.usable if budget is None else budget
+    where = "GPU memory" if hardware.gpus else "memory"
+    why = f"90 % of the {where} that is free now" if budget is None else "--memory"
+    estimates = tuple(estimate(spec, replace(job, method=method), rates, length) for method in METHODS)
+    method, reason = _choose(estimates, job.method, limit, why, on_gpu=bool(hardware.gpus))
+    return Plan(estimates, limit, why, method, reason, hardware.as_dict(), asdict(rates), assumptions)
+
+
+def _choose(estimates: Sequence[Estimate], asked: str, budget: int, why: str, on_gpu: bool) -> tuple[str, str]:
+    by_name = {e.method: e for e in estimates}
+    if asked != "auto":
+        return asked, "asked for"
+    fitting = [e.method for e in estimates if e.peak_p95 <= budget and e.method != "full"]
+    qlora, lora = by_name["qlora"], by_name["lora"]
+    if not fitting:
+        smallest = min((qlora, lora), key=lambda e: e.peak_p95)
+        raise DoesNotFit(too_big(smallest, budget, why))
+    if on_gpu and "lora" in fitting and lora.peak_p95 <= 0.8 * budget:
+        return "lora", f"its 16-bit base fits with room to spare ({_gb(lora.peak_p95)} of {_gb(budget)}) and is faster"
+    if "qlora" not in fitting:
+        return "lora", f"it needs the least memory here ({_gb(lora.peak_p95)})"
+    if "lora" not in fitting:
+        return "qlora", f"it fits in {_gb(budget)}, which LoRA on a 16-bit base ({_gb(lora.peak_p95)}) does not"
+    return "qlora", _saving(qlora, lora)
+
+
+def _saving(qlora: Estimate, lora: Estimate) -> str:
+    slower = qlora.total_seconds / max(lora.total_seconds, 1e-9) - 1
+    pace = "no slower" if slower < 0.03 else f"{slower:.0%} slower"
+    weights = [sum(e.memory["train"][k] for k in ("base weights", "quantization constants")) for e in (qlora, lora)]
+    return (
+        f"its base takes {_gb(weights[0])} instead of LoRA's {_gb(weights[1])}, it is expected to be {pace}, "
+        "and published comparisons find the same quality"
+    )
+
+
+def check_fits(plan: Plan) -> None:
+    """DoesNotFit if the plan's method is over its budget at p95."""
+    if not plan.fits(plan.chosen):
+        raise DoesNotFit(too_big(plan.chosen, plan.budget, plan.budget_reason, plan))
+
+
+def too_big(e: Estimate, budget: int, why: str, plan: Plan | None = None) -> str:
+    """One line: what does not fit, by how much, and the nearest thing that would."""
+    smaller = [o for o in plan.estimates if plan.fits(o)] if plan is not None else []
+    if smaller:
+        best = min(smaller, key=lambda o: o.peak_p95)
+        advice = f"--method {best.method} fits ({_gb(best.peak_p95)})"
+    else:
+        parts = e.memory[e.peak_phase]
+        largest = max((name for name in parts if name != "runtime"), key=lambda name: parts[name])
+        tips = {
+            "activations": "a smaller --max-seq-length or --per-device-train-batch-size, or --gradient-checkpointing",
+            "optimizer": "--optim adamw_8bit",
+        }
+        advice = f"most of it is {largest} ({_gb(parts[largest])}): try {tips.get(largest, 'a smaller model')}"
+    return (
+        f"{e.method} needs {_gb(e.peak)} (up to {_gb(e.peak_p95)}) while it does phase '{e.peak_phase}', "
+        f"and the budget is {_gb(budget)} ({why}): {advice}"
+    )
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"

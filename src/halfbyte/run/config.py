@@ -1,0 +1,248 @@
+"""`RunConfig`: a run as one frozen, serialisable value, and how files and flags become one.
+
+It composes: every option is declared once, in the options class of the component that reads it, and only what
+belongs to the run as a whole is declared here. One YAML file and flags carry the same fields; flags win. Unknown
+keys are answered with the nearest known one, wrong values with the file, the line and what is allowed.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BeforeValidator, Field, ValidationError, field_validator
+
+from halfbyte.adapters.lora import LoraOptions
+from halfbyte.data.options import DataOptions
+from halfbyte.errors import UsageError
+from halfbyte.models.options import ModelOptions
+from halfbyte.optim.options import OptimOptions
+from halfbyte.options import Options
+from halfbyte.quant.options import QuantOptions
+from halfbyte.run import aliases
+from halfbyte.run.yamlfile import Entry, read_yaml
+from halfbyte.train.options import TrainOptions
+
+SCHEMA_VERSION = 1
+RECORD_KEY = "record"
+METHODS = ("auto", "full", "lora", "qlora")
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
+_UNITS |= {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
+
+
+def parse_bytes(value: Any) -> Any:
+    """Bytes of `6GiB`, `6GB` (10⁹ each), `800M` or a plain number. ValueError for anything else."""
+    if value is None or isinstance(value, int) and not isinstance(value, bool):
+        return value
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(value))
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError("a size is a number and a unit, as in 6GiB, 6GB or 800MB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+Size = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class RunOptions(Options):
+    """What belongs to the run and to no component."""
+
+    method: Literal["auto", "full", "lora", "qlora"] = Field(
+        "auto", description="auto (the plan chooses and says why), qlora (4-bit base), lora (16-bit base) or full"
+    )
+    memory: Size | None = Field(
+        None, gt=0, description="Budget that the run must keep, as 6GiB or 6GB; by default 90 % of what is free"
+    )
+    output_dir: str | None = Field(None, description="Folder of the run; by default runs/<date>-<model>-<method>")
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _built(cls, value: Any) -> Any:
+        name = str(value).lower()
+        if name in aliases.LATER_METHODS:
+            raise ValueError(f"{name} is not built yet: choose one of {', '.join(METHODS)}")
+        return name if isinstance(value, str) else value
+
+
+class RunConfig(ModelOptions, DataOptions, QuantOptions, LoraOptions, OptimOptions, TrainOptions, RunOptions):
+    """One run: a frozen value. `model_dump()` gives it back as plain data; `run.yaml` is exactly that."""
+
+    def pick(self, options: type[Options]) -> Any:
+        """The part of this config that a component declared, as that component's own class."""
+        return options.model_validate({name: getattr(self, name) for name in options.model_fields})
+
+    def replace(self, **changes: Any) -> "RunConfig":
+        """A copy with fields changed, validated again."""
+        return RunConfig.model_validate({**self.model_dump(), **changes})
+
+
+COMPONENTS: dict[str, type[Options]] = {
+    "run": RunOptions,
+    "model": ModelOptions,
+    "data": DataOptions,
+    "quantization": QuantOptions,
+    "adapter": LoraOptions,
+    "optimizer": OptimOptions,
+    "training": TrainOptions,
+}
+"""Title → options class, in the order in which a person fills them in."""
+
+
+def load_config(file: Path | None = None, flags: Mapping[str, Any] | None = None, **values: Any) -> RunConfig:
+    """The config of a YAML file, with flags and keyword values over it. UsageError names what is wrong, and where.
+
+    flags   values by option name, as the command line gives them; errors call them `--name`
+    values  the same from Python; errors call them by their name
+    """
+    entries = translate(read_yaml(file)) if file is not None else {}
+    entries |= translate({k: Entry(v, "--" + k.replace("_", "-")) for k, v in (flags or {}).items()})
+    entries |= translate({k: Entry(v, "argument") for k, v in values.items()})
+    return build(entries)
+
+
+def build(entries: Mapping[str, Entry]) -> RunConfig:
+    """Validate translated entries; every wrong value is named with its place, all in one line."""
+    try:
+        return RunConfig.model_validate({key: entry.value for key, entry in entries.items()})
+    except ValidationError as error:
+        raise UsageError(_describe(error, entries)) from None
+
+
+def _describe(error: ValidationError, entries: Mapping[str, Entry]) -> str:
+    reasons: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False):
+        field = str(item["loc"][0]) if item["loc"] else ""
+        text = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "missing":
+            text = "is needed: give it on the command line or in the YAML file"
+        else:
+            text = text[0].lower() + text[1:]
+        if text not in reasons.setdefault(field, []):
+            reasons[field].append(text)
+    parts = []
+    for field, texts in reasons.items():
+        entry = entries.get(field)
+        where = f"{entry.where}: " if entry and not entry.where.startswith("--") and entry.where != "argument" else ""
+        name = entry.where if entry and entry.where.startswith("--") else field
+        got = f", not {entry.value!r}" if entry and not any("not built yet" in t for t in texts) else ""
+        parts.append(f"{where}{name + ' ' if name else ''}{' or '.join(texts)}{got}")
+    return "; ".join(parts)
+
+
+def translate(raw: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Our field names for whatever spelling was used. UsageError for unknown keys and for two that disagree."""
+    found: dict[str, Entry] = {}
+    methods: dict[str, Entry] = {}
+    for written, entry in raw.items():
+        key = written.replace("-", "_")
+        if key in (RECORD_KEY, "schema_version"):
+            _check_schema(key, entry)
+        elif key in aliases.METHOD_KEYS or key in aliases.BITS_KEYS:
+            methods[key] = entry
+        elif key in aliases.LATER_KEYS:
+            if entry.value not in (False, None):
+                raise UsageError(f"{entry.where}: {written}: {aliases.LATER_KEYS[key]} is not built yet")
+        elif key in RunConfig.model_fields:
+            _put(found, key, Entry(aliases.own_value(key, entry.value), entry.where), written)
+        elif key in aliases.ALIASES:
+            alias = aliases.ALIASES[key]
+            _put(found, alias.field, Entry(_convert(alias, written, entry), entry.where), written)
+        elif key in aliases.IGNORED and entry.value in aliases.IGNORED[key]:
+            continue
+        else:
+            raise UsageError(f"{entry.where}: {written} is not a key that halfbyte knows{did_you_mean(key)}")
+    method = _method(methods)
+    if method is not None:
+        _put(found, "method", method, " and ".join(methods))
+    return found
+
+
+def _check_schema(key: str, entry: Entry) -> None:
+    """A run.yaml carries a record of what it ran on; its schema must be one that this version reads."""
+    version = entry.value.get("schema_version") if isinstance(entry.value, dict) else entry.value
+    if isinstance(version, int) and version > SCHEMA_VERSION:
+        raise UsageError(f"{entry.where}: {key} has schema version {version}, newer than this halfbyte: upgrade it")
+
+
+def _convert(alias: aliases.Alias, written: str, entry: Entry) -> Any:
+    try:
+        return alias.convert(entry.value)
+    except ValueError as error:
+        raise UsageError(f"{entry.where}: {written}: {error}, not {entry.value!r}") from None
+
+
+def _put(found: dict[str, Entry], field: str, entry: Entry, written: str) -> None:
+    """Add a value; a second spelling of the same field may repeat it but not contradict it."""
+    old = found.get(field)
+    if old is not None and str(old.value).lower() != str(entry.value).lower():
+        raise UsageError(
+            f"{entry.where}: {written} says {field} is {entry.value!r}, but {old.where} says {old.value!r}: remove one"
+        )
+    found[field] = entry
+
+
+def _method(keys: Mapping[str, Entry]) -> Entry | None:
+    """The method that other tools' keys (`adapter`, `load_in_4bit`, …) mean together."""
+    if not keys:
+        return None
+    names: set[str] = set()
+    bits: set[int] = set()
+    for written, entry in keys.items():
+        try:
+            name, width = aliases.method_and_bits(written, entry.value)
+        except ValueError as error:
+            raise UsageError(f"{entry.where}: {written}: {error}, not {entry.value!r}") from None
+        names |= {name} if name else set()
+        bits |= {width} if width else set()
+    where = next(iter(keys.values())).where
+    try:
+        method = aliases.combined_method(names, bits)
+    except ValueError as error:
+        listed = ", ".join(f"{k}: {e.value!r} ({e.where})" for k, e in keys.items())
+        raise UsageError(f"{listed} disagree: {error}") from None
+    return None if method is None else Entry(method, where)
+
+
+def did_you_mean(key: str) -> str:
+    """`: did you mean …?` for an unknown key, or nothing where no known one is near."""
+    known = [*RunConfig.model_fields, *aliases.ALIASES, *aliases.METHOD_KEYS, *aliases.BITS_KEYS]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not near:
+        return " (`halfbyte init` writes all that there are)"
+    alias = aliases.ALIASES.get(near[0])
+    return f": did you mean {alias.field if alias else near[0]}?"
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def to_yaml(config: RunConfig, record: Mapping[str, Any] | None = None) -> str:
+    """`run.yaml`: every field by its name, then what the run was recorded on. Reading it gives the same config."""
+    body = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=1000)
+    if record is None:
+        return body
+    return body + "\n" + yaml.safe_dump({RECORD_KEY: dict(record)}, sort_keys=False, allow_unicode=True, width=1000)
+
+
+def template_yaml(values: Mapping[str, Any]) -> str:
+    """A commented YAML for `halfbyte init`: the given values set, every other field there as a comment."""
+    lines = ["# halfbyte: `halfbyte train --config THIS_FILE`. Lines that start with #: are the defaults.", ""]
+    for title, options in COMPONENTS.items():
+        lines.append(f"# -- {title} " + "-" * max(3, 100 - len(title)))
+        for name, field in options.model_fields.items():
+            lines.append(f"# {field.description}")
+            if name in values:
+                lines.append(_yaml_line(name, values[name]))
+            elif field.is_required():
+                lines.append(f"{name}:   # needed")
+            else:
+                lines.append("#: " + _yaml_line(name, field.get_default(call_default_factory=True)))
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _yaml_line(name: str, value: Any) -> str:
+    plain = list(value) if isinstance(value, tuple) else value
+    return yaml.safe_dump({name: plain}, default_flow_style=None, allow_unicode=True, width=1000).strip()
