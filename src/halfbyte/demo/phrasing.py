@@ -97,6 +97,11 @@ TRAIN = Phrasing(
         "so that it is done before {due}",
         "with a deadline of {due}",
         "and finish by {due}",
+        "by {due} if you can",
+        "by {due} or earlier",
+        "and everything must be ready on {due} or sooner",
+        "before {due} if that works for you",
+        "by {due}, not a day later",
     ),
     urgency={
         "high": (
@@ -109,6 +114,15 @@ TRAIN = Phrasing(
             "This is an emergency.",
             "Please be quick.",
             "It is really important.",
+            "Urgent!",
+            "We need it fast.",
+            "This cannot wait another hour.",
+            "Please treat it as urgent.",
+            "I need it right now.",
+            "Everybody is waiting for it.",
+            "Do it at once, please.",
+            "The matter is pressing.",
+            "This has the highest priority.",
         ),
         "low": (
             "There is no hurry.",
@@ -120,22 +134,47 @@ TRAIN = Phrasing(
             "Whenever you have time.",
             "It is not so important.",
             "There is plenty of time.",
+            "Nothing urgent.",
+            "We are not in a hurry.",
+            "This can wait for a while.",
+            "Please do not treat it as urgent.",
+            "I do not need it right now.",
+            "Nobody is waiting for it.",
+            "Do it some time later, please.",
+            "The matter is not pressing.",
+            "This has the lowest priority.",
         ),
     },
-    opening=("This is {name}.", "{name} here.", "I am {name}.", "It is {name} from sales.", "Hello from {name}."),
+    opening=(
+        "This is {name}.",
+        "{name} here.",
+        "I am {name}.",
+        "It is {name} from sales.",
+        "Hello from {name}.",
+        "You are talking to {name}.",
+        "{name} is writing to you.",
+        "I am called {name}.",
+    ),
     closing=("Thanks, {name}", "Regards, {name}", "- {name}", "Best, {name}", "Thank you! {name}"),
     greeting=("Hi,", "Hello,", "Good morning,", "Dear team,", "Hey,"),
     names=_list(
         "Maria, Omar, Chen, Anna, Pavel, Ines, Kofi, Laura, Dmitri, Aisha, Tom, Yuki, Carlos, Nina, Ravi, Emma, "
         "Jonas, Fatima, Luca, Sara, Peter, Mei, Diego, Olga, Hassan, Julia, Marco, Priya, Ivan, Lena, Ahmed, "
         "Clara, Hugo, Zoe, Kenji, Eva, Samuel, Rita, Viktor, Amina, Paul, Sofia, Bruno, Helen, Tariq, Nora, "
-        "Felix, Grace, Andrei, Leila, Simon, Vera"
+        "Felix, Grace, Andrei, Leila, Simon, Vera, Siobhan, Thandiwe, Giacomo, Anneliese, Bogdan, Xiomara, "
+        "Oluwaseun, Ludmila, Torvald, Zuzanna, Mireille, Nikhil, Radomir, Ghislaine, Takumi, Yevgenia, Kwabena, "
+        "Fredrika, Iolanda, Bjarne, Chidi, Svetlana, Jorunn, Eszter, Gwendolyn, Rukmini, Sandor, Tomasz, "
+        "Wilhelmina, Jacinto"
     ),
     items=_list(
         "chair, desk lamp, monitor, printer, keyboard, projector, headset, laptop, webcam, phone, router, "
         "scanner, heater, fan, whiteboard, coffee machine, microphone, speaker, cable, charger, tablet, camera, "
         "table, sofa, mirror, office chair, battery pack, power strip, door lock, paper tray, screen, drill, "
-        "ladder, window blind, light bulb, hard drive, calculator, radio, ticket printer, coat rack"
+        "ladder, window blind, light bulb, hard drive, calculator, radio, ticket printer, coat rack, thermostat, "
+        "dehumidifier, doorbell, lampshade, corkboard, bookend, wheelbarrow, hand dryer, flipchart, loudspeaker, "
+        "turnstile, teapot, tripod, lightbox, smoke detector, pencil sharpener, ergonomic mousepad, soldering iron, "
+        "laminator, doormat, umbrella stand, parasol, pinboard, pedestal, rucksack, saucepan, typewriter, "
+        "wristband, bottle opener, hairdryer"
     ),
     even_dates=True,
 )
@@ -175,22 +214,49 @@ HELD_OUT = Phrasing(
             "kindly cancel the request for {what}",
         ),
     },
-    due=("no later than {due}", "by {due} at the latest", "ideally by {due}", "to be ready by {due}"),
+    due=(
+        "no later than {due}",
+        "by {due} at the latest",
+        "ideally by {due}",
+        "to be ready by {due}",
+        "any time before {due}",
+        "by {due} if at all possible",
+    ),
     urgency={
-        "high": ("Very urgent, please.", "We need this urgently.", "Please do it quickly!", "High priority."),
-        "low": ("No rush at all.", "It can wait.", "Not urgent.", "There's no hurry with this."),
+        "high": (
+            "Very urgent, please.",
+            "We need this urgently.",
+            "Please do it quickly!",
+            "High priority.",
+            "Please act fast.",
+            "I am in a hurry.",
+        ),
+        "low": (
+            "No rush at all.",
+            "It can wait.",
+            "Not urgent.",
+            "There's no hurry with this.",
+            "Please take all the time you need.",
+            "Not a priority.",
+        ),
     },
-    opening=("My name is {name}.", "{name} speaking.", "Here is {name}."),
+    opening=(
+        "My name is {name}.",
+        "{name} speaking.",
+        "Here is {name}.",
+        "{name} from the third floor here.",
+    ),
     closing=("Many thanks, {name}", "Kind regards, {name}", "Cheers, {name}"),
     greeting=("Good afternoon,", "Hello there,", "Good day,"),
     names=_list(
         "Elena, Mateo, Ingrid, Karim, Alice, Boris, Chiara, Daniel, Esther, Farid, Georg, Hana, Isabel, Jakob, "
-        "Katya, Leon, Mona, Nils, Oscar, Petra, Quentin, Rosa, Stefan, Tanja, Umar"
+        "Katya, Leon, Mona, Nils, Oscar, Petra, Quentin, Rosa, Stefan, Tanja, Umar, Kasimir, Ottilie, Babajide, "
+        "Marisol, Henrik"
     ),
     items=_list(
-        "kettle, standing desk, docking station, shredder, label maker, air purifier, fridge, toaster, water "
+        "kettle, step stool, docking station, shredder, label maker, air purifier, fridge, toaster, water "
         "cooler, trolley, stapler, vacuum cleaner, clock, footrest, cabinet, locker, television, dishwasher, "
-        "bicycle, badge reader"
+        "bicycle, badge reader, blender, telescope, wire cutter, humidity sensor"
     ),
     even_dates=False,
 )
