@@ -93,9 +93,7 @@ def target_names(available: list[str], targets: str | list[str]) -> list[str]:
             raise UsageError(f"target_modules: {targets!r} is not a regular expression: {error}") from None
         chosen = [name for name in available if expression.fullmatch(name)]
         if not chosen:
-            raise UsageError(
-                f"target_modules: {targets!r} matches none of the model's linears (such as {available[0]})"
-            )
+            raise UsageError(f"target_modules: {targets!r} matches no linear of the model (such as {available[0]})")
         return chosen
     wanted = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else list(targets)
     leaves = sorted({name.rsplit(".", 1)[-1] for name in available})

@@ -146,5 +146,5 @@ def linear_cross_entropy(hidden_ND: Tensor, head: Weight, targets_N: Tensor, sof
 
     The rows may be summed or averaged; unequal weights are refused in backward.
     """
-    result: Tensor = _LinearCrossEntropy.apply(hidden_ND, head.trainable_tensor(), head, targets_N, softcap)
+    result: Tensor = _LinearCrossEntropy.apply(hidden_ND, head.trainable_tensor(), head, targets_N, softcap)  # type: ignore[no-untyped-call]
     return result

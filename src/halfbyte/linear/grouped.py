@@ -179,7 +179,7 @@ class GroupedLinear(nn.Module):
                 None if adapter is None else adapter.lora_A,
                 None if adapter is None else adapter.lora_B,
             ]
-        y_TS: Tensor = _Grouped.apply(_Call(tuple(call_weights), tuple(scalings)), x_TI, *tensors)
+        y_TS: Tensor = _Grouped.apply(_Call(tuple(call_weights), tuple(scalings)), x_TI, *tensors)  # type: ignore[no-untyped-call]
         if with_dropout:
             # Each adapter draws its own mask, as in PEFT, so the A products cannot be one.
             parts = list(y_TS.split(self.sizes, 1))

@@ -44,7 +44,7 @@ class LoraAdapter(nn.Module):
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Move between devices, but stay float32 whatever `.to(dtype)` asks."""
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for parameter in (self.lora_A, self.lora_B):
             if parameter.dtype != torch.float32:
                 parameter.data = parameter.data.float()

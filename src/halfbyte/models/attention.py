@@ -68,10 +68,9 @@ def attend(
     softcap  Gemma 2's capping of the scores, c * tanh(s / c), before the mask
     """
     if len(lengths) > 1 and len(set(lengths)) == 1:
-        parts = [
-            _document(*(x.unflatten(0, (len(lengths), -1)) for x in (q_THE, k_TKE, v_TKE)), scale, window, softcap)
-        ]
-        return parts[0].flatten(0, 1)
+        batched = (len(lengths), lengths[0])
+        q, k, v = q_THE.unflatten(0, batched), k_TKE.unflatten(0, batched), v_TKE.unflatten(0, batched)
+        return _document(q, k, v, scale, window, softcap).flatten(0, 1)
     sizes = list(lengths)
     parts = [
         _document(q[None], k[None], v[None], scale, window, softcap)[0]

@@ -28,7 +28,7 @@ class _RmsNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         dy = grads[0].float()
-        normed = x.float().mul_(rstd)
+        normed = x.float() * rstd  # not in place: in float32, .float() is the saved tensor itself
         dweight = None
         if ctx.needs_input_grad[1]:
             dweight = (dy * normed).flatten(0, -2).sum(0).to(weight.dtype)
@@ -42,7 +42,7 @@ class _RmsNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
     """Root-mean-square normalisation (arXiv 1910.07467) over the last dimension; `plus_one`: Gemma stores w - 1."""
-    result: Tensor = _RmsNorm.apply(x, weight, eps, plus_one)
+    result: Tensor = _RmsNorm.apply(x, weight, eps, plus_one)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -87,5 +87,5 @@ class _GatedUnit(torch.autograd.Function):
 
 def gated_unit(gate_up_T2I: Tensor, kind: str) -> Tensor:
     """SwiGLU or GeGLU (arXiv 2002.05202): act(gate) * up, [T, 2I] -> [T, I]."""
-    result: Tensor = _GatedUnit.apply(gate_up_T2I, kind)
+    result: Tensor = _GatedUnit.apply(gate_up_T2I, kind)  # type: ignore[no-untyped-call]
     return result

@@ -49,8 +49,8 @@ def _llama3(plain: Tensor, p: Mapping[str, Any]) -> Tensor:
     waves = 2 * math.pi / plain
     old, low, high = p["original_max_position_embeddings"], p["low_freq_factor"], p["high_freq_factor"]
     blend = ((old / waves - low) / (high - low)).clamp(0, 1)
-    slowed: Tensor = plain / p["factor"]
-    return (1 - blend) * slowed + blend * plain
+    mixed: Tensor = (1 - blend) * plain / p["factor"] + blend * plain
+    return mixed
 
 
 def _yarn(rope: RopeSpec) -> tuple[Tensor, float]:
@@ -145,5 +145,5 @@ class _Rope(torch.autograd.Function):
 
 def apply_rope(x_THE: Tensor, cos_TF: Tensor, sin_TF: Tensor) -> Tensor:
     """Rotate the first 2F features of every head, [T, H, E] -> [T, H, E]."""
-    result: Tensor = _Rope.apply(x_THE, cos_TF, sin_TF)
+    result: Tensor = _Rope.apply(x_THE, cos_TF, sin_TF)  # type: ignore[no-untyped-call]
     return result
