@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from halfbyte.ops import levels
+from halfbyte.ops.cpu import Backend, backend
 from halfbyte.ops.schema import BLOCKSIZES
 
 __all__ = [
     "BLOCKSIZES",
+    "Backend",
+    "backend",
     "dequantize_blockwise",
     "dequantize_blockwise_out",
     "dequantize_dynamic",

@@ -20,7 +20,7 @@ BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 # torch.library carries no types; `Any` here keeps that to these two names.
-library: Any = torch.library.Library("halfbyte", "DEF")  # type: ignore[no-untyped-call]
+library: Any = torch.library.Library("halfbyte", "DEF")
 _register_fake: Any = torch.library.register_fake
 _tags = (torch.Tag.pt2_compliant_tag,)
 library.define("quantize_blockwise(Tensor x, str quant_type, int blocksize) -> (Tensor, Tensor)", tags=_tags)

@@ -1,0 +1,218 @@
+// The C interface that `halfbyte/ops/cpu.py` loads: which kernels run, on which threads, over which blocks.
+//
+// No header of torch: the thread pool comes in as a function pointer (`torch_parallel_for` of torch's stable C
+// interface), because a second pool would spin against torch's own.
+#include <algorithm>
+
+#include "scalar.h"
+
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+namespace hb {
+namespace {
+
+using Body = void (*)(int64_t begin, int64_t end, void* context);
+using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
+
+// Written at start, by `hb_use`, before any other call.
+const Kernels* kernels = &portable_kernels;
+ParallelFor parallel_for = nullptr;
+
+// A thread's share is at least this many values: some 5 µs of work, against 2 to wake a thread.
+constexpr int64_t values_per_thread = 1 << 15;
+
+template <class Function>
+void over_blocks(int64_t blocks, int64_t blocksize, const Function& function) {
+  int64_t grain = std::max<int64_t>(values_per_thread / blocksize, 1);
+  auto body = [](int64_t begin, int64_t end, void* context) { (*static_cast<const Function*>(context))(begin, end); };
+  if (blocks <= grain || !parallel_for ||
+      parallel_for(0, blocks, grain, body, const_cast<Function*>(&function)) != 0) {
+    function(0, blocks);
+  }
+}
+
+template <class Function>
+void with_type(int dtype, const Function& function) {
+  if (dtype == bfloat16) function(BFloat16{});
+  if (dtype == float16) function(Float16{});
+  if (dtype == float32) function(Float32{});
+}
+
+struct Dequantize {
+  const uint8_t* codes;
+  const float* absmax;  // null where the constants are nested
+  const uint8_t* nested_codes;
+  const float* nested_absmax;
+  const float* nested_table;
+  float nested_offset;
+  int64_t nested_blocksize;
+  const float* table;  // null for INT8
+  int64_t blocksize, start, stop;
+  uint8_t* out;
+  int dtype;
+
+  int64_t item_size() const { return dtype == float32 ? 4 : 2; }
+
+  float constant(int64_t block) const {
+    if (absmax) return absmax[block];
+    return nested_table[nested_codes[block]] * nested_absmax[block / nested_blocksize] + nested_offset;
+  }
+
+  // The values from `first` to `last`, all of one block, one at a time.
+  void partial(int64_t first, int64_t last) const {
+    const float factor = constant(first / blocksize), step = factor / 127;
+    with_type(dtype, [&](auto type) {
+      using T = decltype(type);
+      T* to = reinterpret_cast<T*>(out);
+      for (int64_t i = first; i < last; i++) {
+        int code = table ? codes[i / 2] >> (i % 2 ? 0 : 4) & 15 : codes[i];
+        to[i - start] = T::write(table ? table[code] * factor : float(code - 128) * step);
+      }
+    });
+  }
+
+  void whole(int64_t block, int64_t count, const float* constants) const {
+    uint8_t* to = out + (block * blocksize - start) * item_size();
+    if (table) {
+      kernels->dequantize4[dtype](codes + block * blocksize / 2, constants, table, blocksize, count, to);
+    } else {
+      kernels->dequantize8[dtype](codes + block * blocksize, constants, blocksize, count, to);
+    }
+  }
+
+  // The part of the blocks `begin` … `end` that lies between `start` and `stop`.
+  void operator()(int64_t begin, int64_t end) const {
+    if (begin < end && begin * blocksize < start) {
+      partial(start, std::min(stop, (begin + 1) * blocksize));
+      begin++;
+    }
+    if (begin < end && end * blocksize > stop) {
+      end--;
+      partial(end * blocksize, stop);
+    }
+    if (absmax) return whole(begin, end - begin, absmax + begin);
+    constexpr int64_t at_once = 512;
+    float constants[at_once];
+    for (; begin < end; begin += at_once) {
+      int64_t count = std::min(at_once, end - begin);
+      for (int64_t i = 0; i < count; i++) constants[i] = constant(begin + i);
+      whole(begin, count, constants);
+    }
+  }
+};
+
+// A shorter last block: its codes, unpacked, one at a time.
+template <class T, class Encode>
+void encode_tail(const T* x, int64_t count, float* absmax, const Encode& encode) {
+  Scale scale = scale_of(x, count, false, absmax);
+  for (int64_t i = 0; i < count; i++) encode(i, scale(T::read(x[i])));
+}
+
+}  // namespace
+}  // namespace hb
+
+using namespace hb;
+
+// Choose the kernels by name; 0 if this processor or this build has none of that name.
+EXPORT int hb_use(const char* isa, void* torch_parallel_for) {
+  parallel_for = reinterpret_cast<ParallelFor>(torch_parallel_for);
+  const Kernels* chosen = std::strcmp(isa, "portable") == 0 ? &portable_kernels : nullptr;
+#ifdef HB_AVX2
+  if (std::strcmp(isa, "avx2") == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"))
+    chosen = &avx2_kernels;
+#endif
+#ifdef HB_AVX512
+  if (std::strcmp(isa, "avx512") == 0 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    chosen = &avx512_kernels;
+#endif
+  if (chosen) kernels = chosen;
+  return chosen != nullptr;
+}
+
+// Raised whenever a signature below changes, so that a stale library is refused rather than called wrongly.
+EXPORT int hb_version() { return 1; }
+
+EXPORT void hb_dequantize(const uint8_t* codes, const void* absmax, const float* table, int64_t blocksize,
+                          int64_t start, int64_t count, void* out, int dtype, const float* nested_absmax,
+                          const float* nested_offset, const float* nested_table, int64_t nested_blocksize) {
+  if (count == 0) return;
+  Dequantize work{};
+  work.codes = codes;
+  work.absmax = nested_absmax ? nullptr : static_cast<const float*>(absmax);
+  work.nested_codes = static_cast<const uint8_t*>(absmax);
+  work.nested_absmax = nested_absmax;
+  work.nested_table = nested_table;
+  work.nested_offset = nested_offset ? *nested_offset : 0;
+  work.nested_blocksize = nested_blocksize;
+  work.table = table;
+  work.blocksize = blocksize;
+  work.start = start;
+  work.stop = start + count;
+  work.out = static_cast<uint8_t*>(out);
+  work.dtype = dtype;
+  int64_t first = start / blocksize, last = (work.stop + blocksize - 1) / blocksize;
+  over_blocks(last - first, blocksize, [&](int64_t begin, int64_t end) { work(first + begin, first + end); });
+}
+
+// 4-bit where there are midpoints, INT8 where not.
+EXPORT void hb_quantize(const void* x, int dtype, int64_t count, const float* midpoints, const uint8_t* order,
+                        int64_t blocksize, uint8_t* codes, float* absmax) {
+  const int64_t blocks = count / blocksize, tail = count % blocksize;
+  const int64_t item_size = dtype == float32 ? 4 : 2;
+  over_blocks(blocks, blocksize, [&](int64_t begin, int64_t end) {
+    const uint8_t* from = static_cast<const uint8_t*>(x) + begin * blocksize * item_size;
+    if (midpoints) {
+      kernels->quantize4[dtype](from, midpoints, order, blocksize, end - begin, codes + begin * blocksize / 2,
+                                absmax + begin);
+    } else {
+      kernels->quantize8[dtype](from, blocksize, end - begin, codes + begin * blocksize, absmax + begin);
+    }
+  });
+  if (tail == 0) return;
+  with_type(dtype, [&](auto type) {
+    using T = decltype(type);
+    const T* from = static_cast<const T*>(x) + blocks * blocksize;
+    uint8_t* to = codes + blocks * blocksize / (midpoints ? 2 : 1);
+    encode_tail(from, tail, absmax + blocks, [&](int64_t i, float value) {
+      if (!midpoints) {
+        to[i] = code8(value);
+      } else if (i % 2) {
+        to[i / 2] = uint8_t(to[i / 2] | order[rank<15>(midpoints, value)]);
+      } else {
+        // The low half stays the code of 0 where no further value comes.
+        uint8_t padding = i + 1 < tail ? 0 : order[rank<15>(midpoints, 0)];
+        to[i / 2] = uint8_t(order[rank<15>(midpoints, value)] << 4 | padding);
+      }
+    });
+  });
+}
+
+EXPORT void hb_quantize_dynamic(const void* x, int dtype, int64_t count, const float* midpoints, int64_t blocksize,
+                                uint8_t* codes, float* absmax) {
+  over_blocks((count + blocksize - 1) / blocksize, blocksize, [&](int64_t begin, int64_t end) {
+    with_type(dtype, [&](auto type) {
+      using T = decltype(type);
+      for (int64_t block = begin; block < end; block++) {
+        const int64_t first = block * blocksize, size = std::min(blocksize, count - first);
+        const T* from = static_cast<const T*>(x) + first;
+        Scale scale = scale_of(from, size, size == blocksize, absmax + block);
+        for (int64_t i = 0; i < size; i++) codes[first + i] = uint8_t(rank<255>(midpoints, scale(T::read(from[i]))));
+      }
+    });
+  });
+}
+
+EXPORT void hb_dequantize_dynamic(const uint8_t* codes, const float* absmax, const float* table, int64_t blocksize,
+                                  int64_t count, float* out) {
+  over_blocks((count + blocksize - 1) / blocksize, blocksize, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; block++) {
+      const int64_t first = block * blocksize, last = std::min(first + blocksize, count);
+      for (int64_t i = first; i < last; i++) out[i] = table[codes[i]] * absmax[block];
+    }
+  });
+}
