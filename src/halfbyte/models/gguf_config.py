@@ -1,0 +1,298 @@
+"""A config.json for a GGUF file: llama.cpp's metadata in transformers' words, and the tensors' names in Hugging Face's.
+
+llama.cpp keeps some of a model's facts in its own code (Gemma's activation, which layers slide, Gemma's
+attention scale by size), so those are written out here per family. Sources: llama.cpp's converter and
+loader, transformers' configuration classes.
+"""
+
+import math
+import re
+from typing import Any
+
+import torch
+
+from halfbyte.errors import UsageError
+from halfbyte.models.gguf_file import GgufFile
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3")
+PERMUTED = ("llama",)
+"""Architectures whose q and k rows llama.cpp reorders, because its RoPE rotates neighbouring pairs."""
+PLUS_ONE = ("gemma", "gemma2", "gemma3")
+"""Architectures whose norm weights are stored with 1 added."""
+NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+_TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_SANDWICH = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_BLOCK_NAME = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
+
+
+def hugging_face_name(architecture: str, name: str) -> str | None:
+    """`blk.0.attn_q.weight` -> `model.layers.0.self_attn.q_proj.weight`; None for a tensor that the family has not."""
+    match = _BLOCK_NAME.fullmatch(name)
+    if match is None:
+        stem, _, suffix = name.rpartition(".")
+        return f"{_TOP[stem]}.{suffix}" if stem in _TOP else None
+    table = _BLOCK | (_SANDWICH if architecture in ("gemma2", "gemma3") else {})
+    if architecture == "phi3":
+        table = table | {"ffn_up": "mlp.gate_up_proj"}
+    part = table.get(match[2])
+    return None if part is None else f"model.layers.{match[1]}.{part}.{match[3]}"
+
+
+def config_from_gguf(file: GgufFile, rope_tensor: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The config that transformers would have written for this model.
+
+    rope_tensor: those of NOT_WEIGHTS that the file has, float32.
+    """
+    architecture = file.need("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise UsageError(
+            f"{file.path} holds a model of architecture {architecture!r}; GGUF files of {', '.join(ARCHITECTURES)} "
+            "can be read. Use the model's Hugging Face folder instead"
+        )
+    if file.get(f"{architecture}.expert_count", 0):
+        raise UsageError(
+            f"{file.path} is a mixture of experts, which is not read from GGUF: use the model's Hugging Face folder"
+        )
+    keys = _Keys(file, architecture)
+    config = _common(keys)
+    config |= _FAMILY[architecture](keys, config)
+    rope = config.pop("rope")
+    _scale_rope(keys, rope, rope_tensor, config)
+    if architecture == "gemma3":
+        config["rope_parameters"] = {
+            "full_attention": rope,
+            "sliding_attention": {
+                "rope_type": "default",
+                "rope_theta": float(keys.get("rope.freq_base_swa", 10000.0)),
+            },
+        }
+    else:
+        config["rope_parameters"] = rope
+    return config
+
+
+class _Keys:
+    """The architecture's own metadata keys, without their prefix."""
+
+    def __init__(self, file: GgufFile, architecture: str) -> None:
+        self.file = file
+        self.architecture = architecture
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.file.get(f"{self.architecture}.{key}", default)
+
+    def need(self, key: str) -> Any:
+        return self.file.need(f"{self.architecture}.{key}")
+
+    def same_everywhere(self, key: str) -> Any:
+        """A number, or an array with the same number for each layer."""
+        full = f"{self.architecture}.{key}"
+        values = self.file.array(full)
+        if not values:
+            return self.get(key)
+        if len(set(values)) != 1:
+            raise UsageError(f"{self.file.path}: {full} differs from layer to layer, which the decoder does not serve")
+        return values[0]
+
+
+def _common(keys: _Keys) -> dict[str, Any]:
+    file = keys.file
+    heads = keys.same_everywhere("attention.head_count") or keys.need("attention.head_count")
+    hidden = keys.need("embedding_length")
+    tokens = file.get("tokenizer.ggml.tokens") or keys.need("vocab_size")
+    embedding = file.tensors.get("token_embd.weight")
+    config: dict[str, Any] = {
+        "vocab_size": embedding.shape[0] if embedding and len(embedding.shape) == 2 else tokens,
+        "hidden_size": hidden,
+        "intermediate_size": keys.same_everywhere("feed_forward_length") or keys.need("feed_forward_length"),
+        "num_hidden_layers": keys.need("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": keys.same_everywhere("attention.head_count_kv") or heads,
+        "head_dim": keys.get("attention.key_length") or hidden // heads,
+        "max_position_embeddings": keys.need("context_length"),
+        "rms_norm_eps": float(keys.need("attention.layer_norm_rms_epsilon")),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "rope": {"rope_type": "default", "rope_theta": float(keys.get("rope.freq_base", 10000.0))},
+    }
+    for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        config[f"{name}_token_id"] = file.get(f"tokenizer.ggml.{key}_token_id")
+    return config
+
+
+def _llama(keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
+    tensors = keys.file.tensors
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_act": "silu",
+        "attention_bias": "blk.0.attn_q.bias" in tensors,
+        "mlp_bias": "blk.0.ffn_up.bias" in tensors,
+    }
+
+
+def _qwen2(keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model_type": "qwen2",
+        "architectures": ["Qwen2ForCausalLM"],
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+    }
+
+
+def _qwen3(keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM"],
+        "hidden_act": "silu",
+        "attention_bias": "blk.0.attn_q.bias" in keys.file.tensors,
+        "use_sliding_window": False,
+    }
+
+
+def _phi3(keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
+    rotated = keys.get("rope.dimension_count") or config["head_dim"]
+    original = keys.get("rope.scaling.original_context_length") or config["max_position_embeddings"]
+    return {
+        "model_type": "phi3",
+        "architectures": ["Phi3ForCausalLM"],
+        "hidden_act": "silu",
+        "sliding_window": keys.get("attention.sliding_window"),
+        "original_max_position_embeddings": original,
+        "rope": config["rope"] | {"partial_rotary_factor": rotated / config["head_dim"]},
+    }
+
+
+def _gemma(keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "model_type": "gemma",
+        "architectures": ["GemmaForCausalLM"],
+        "hidden_act": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+    }
+
+
+def _gemma2(keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
+    layers = config["num_hidden_layers"]
+    return {
+        "model_type": "gemma2",
+        "architectures": ["Gemma2ForCausalLM"],
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": _query_scalar(config, largest_layers=46),
+        "sliding_window": keys.get("attention.sliding_window", 4096),
+        "attn_logit_softcapping": float(keys.get("attn_logit_softcapping", 50.0)),
+        "final_logit_softcapping": float(keys.get("final_logit_softcapping", 30.0)),
+        "layer_types": ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)],
+    }
+
+
+def _gemma3(keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
+    layers = config["num_hidden_layers"]
+    pattern = keys.file.array(f"{keys.architecture}.attention.sliding_window_pattern")
+    period = keys.get("attention.sliding_window_pattern", 6)
+    slides = [bool(value) for value in pattern] if pattern else [bool((i + 1) % period) for i in range(layers)]
+    if len(slides) != layers:
+        raise UsageError(f"{keys.file.path}: the sliding-window pattern has {len(slides)} entries for {layers} layers")
+    return {
+        "model_type": "gemma3_text",
+        "architectures": ["Gemma3ForCausalLM"],
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": _query_scalar(config, largest_layers=62),
+        "sliding_window": keys.get("attention.sliding_window", 4096),
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": keys.get("final_logit_softcapping"),
+        "layer_types": ["sliding_attention" if slide else "full_attention" for slide in slides],
+    }
+
+
+_FAMILY = {
+    "llama": _llama,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "phi3": _phi3,
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "gemma3": _gemma3,
+}
+
+
+def _query_scalar(config: dict[str, Any], largest_layers: int) -> int:
+    """Gemma scales queries by head_dim^-1/2, its 27B models by (hidden / heads)^-1/2.
+
+    GGUF does not say; llama.cpp knows the 27B models by their number of layers.
+    """
+    if config["num_hidden_layers"] == largest_layers:
+        return int(config["hidden_size"] // config["num_attention_heads"])
+    return int(config["head_dim"])
+
+
+def _scale_rope(keys: _Keys, rope: dict[str, Any], tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    """Fill in RoPE scaling from the metadata, Llama 3.1's `rope_freqs` or Phi-3's factor tensors."""
+    kind = keys.get("rope.scaling.type", "none")
+    original = keys.get("rope.scaling.original_context_length")
+    if "rope_freqs.weight" in tensors:
+        rope |= _llama3_scaling(keys, tensors["rope_freqs.weight"], rope["rope_theta"], config["head_dim"])
+    elif "rope_factors_long.weight" in tensors:
+        rope |= {
+            "rope_type": "longrope",
+            "long_factor": tensors["rope_factors_long.weight"].tolist(),
+            "short_factor": tensors["rope_factors_short.weight"].tolist(),
+            "original_max_position_embeddings": config["original_max_position_embeddings"],
+        }
+    elif kind == "linear":
+        rope |= {"rope_type": "linear", "factor": float(keys.need("rope.scaling.factor"))}
+    elif kind == "yarn":
+        rope |= {"rope_type": "yarn", "factor": float(keys.need("rope.scaling.factor"))}
+        if original:
+            rope["original_max_position_embeddings"] = original
+        for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
+            if (value := keys.get(f"rope.scaling.{theirs}")) is not None:
+                rope[ours] = float(value)
+    elif kind not in ("none", "longrope"):
+        raise UsageError(f"{keys.file.path}: RoPE scaling {kind!r} cannot be read; use the Hugging Face folder")
+
+
+def _llama3_scaling(keys: _Keys, factors: torch.Tensor, theta: float, head_dim: int) -> dict[str, Any]:
+    """Recover Llama 3.1's scaling from the per-frequency divisors that llama.cpp stores.
+
+    Its converter writes, for wavelength w: 1 below original / high_freq_factor, `factor` above original /
+    low_freq_factor, and in between 1 / ((1 - s) / factor + s) with s = (original / w - low) / (high - low).
+    The published models all use low 1, high 4 and original 8,192; other values are refused, not guessed.
+    """
+    low, high, original = 1.0, 4.0, 8192
+    factor = float(factors.max())
+    count = factors.numel()
+    wavelength = 2 * math.pi * theta ** (torch.arange(count, dtype=torch.float64) * 2 / head_dim)
+    smooth = (original / wavelength - low) / (high - low)
+    middle = 1 / ((1 - smooth) / factor + smooth)
+    expected = torch.where(wavelength > original / low, factor, torch.where(wavelength < original / high, 1.0, middle))
+    if not torch.allclose(factors.double(), expected, rtol=1e-4):
+        raise UsageError(
+            f"{keys.file.path}: its rope_freqs are not Llama 3.1's (original context 8192, frequency factors 1 and 4): "
+            "use the Hugging Face folder, whose config.json states the scaling"
+        )
+    return {
+        "rope_type": "llama3",
+        "factor": round(factor, 4),
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": original,
+    }

@@ -1,0 +1,149 @@
+"""From options to a model in memory: tensor by tensor, quantized on the way in.
+
+Peak memory is the finished model plus at most two tensors in their source type: each is read, cast or
+quantized, and dropped before the next.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from halfbyte.errors import UsageError
+from halfbyte.models.decoder import Decoder
+from halfbyte.models.dtype import fast_dtype
+from halfbyte.models.options import ModelOptions
+from halfbyte.models.source import ModelSource, open_source
+from halfbyte.models.spec import ModelSpec
+from halfbyte.quant import DTYPES, DenseWeight, QuantOptions, Weight, quantize
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready for adapters or inference. `spec` is None for architectures that the fallback serves."""
+
+    model: nn.Module
+    tokenizer: Any
+    spec: ModelSpec | None
+    source: ModelSource
+
+
+def load_model(
+    options: ModelOptions,
+    quant: QuantOptions | None = None,
+    dtype: torch.dtype | Literal["auto"] | None = None,
+    device: torch.device | str | None = None,
+) -> LoadedModel:
+    """Open `options.model` and build it, its linears quantized when `quant` is given.
+
+    dtype   type of computation and of what stays unquantized; None: the options'; "auto": see `resolve_dtype`
+    device  None: the options'
+
+    Raises UsageError for files that are not a whole model.
+    """
+    source = open_source(options.model, options.revision)
+    target = resolve_device(options.device) if device is None else torch.device(device)
+    kind = resolve_dtype(options.dtype if dtype is None else dtype, target)
+    if ModelSpec.serves(source.config):
+        spec = ModelSpec.from_config(source.config)
+        return LoadedModel(build_decoder(source, spec, quant, kind, target), source.tokenizer(), spec, source)
+    from halfbyte.models.fallback import Fallback  # imports transformers' models: memory that the decoder does without
+
+    model = Fallback.build(source, quant, kind, target, 1 - options.allow_unquantized_share)
+    return LoadedModel(model, source.tokenizer(), None, source)
+
+
+def build_decoder(
+    source: ModelSource,
+    spec: ModelSpec,
+    quant: QuantOptions | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Decoder:
+    """The decoder with this source's weights. Shapes are checked against the config before a weight is read."""
+    check_tensors(source, spec)
+
+    def tensor(name: str) -> Tensor:
+        return source.read(name).to(device=device, dtype=dtype)
+
+    def weight(name: str, quantizable: bool) -> Weight:
+        return read_weight(source, name, quant if quantizable else None, dtype, device)
+
+    return Decoder.build(spec, weight, tensor, dtype)
+
+
+def check_tensors(source: ModelSource, spec: ModelSpec) -> None:
+    """UsageError for the first tensor that the config promises and the files lack or have in another shape."""
+    for name, shape in spec.tensors():
+        found = source.info(name)
+        if found.shape != shape:
+            raise UsageError(
+                f"{source.path}: tensor {name} is {list(found.shape)}, and the config says {list(shape)}: config and "
+                "weights are not of the same model"
+            )
+        if not found.dtype.is_floating_point or found.dtype.itemsize == 1:
+            raise UsageError(
+                f"{source.path}: tensor {name} holds {str(found.dtype).removeprefix('torch.')}; weights in bfloat16, "
+                "float16 or float32 (or bitsandbytes 4-bit) can be read: use the unquantized model"
+            )
+
+
+def read_weight(
+    source: ModelSource, name: str, quant: QuantOptions | None, dtype: torch.dtype, device: torch.device
+) -> Weight:
+    """One linear's weight: as the file quantized it, quantized now, or dense in `dtype`.
+
+    A file's own 4-bit blocks are kept where `quant` is given, whatever its format says: requantizing loses twice.
+    Without `quant` they are dequantized.
+    """
+    module = name.removesuffix(".weight")
+    if quant is not None and quant.format_of(module) not in DTYPES:
+        ready = source.prequantized(name)
+        if ready is not None:
+            return ready.to(device)
+    return _held(f"{source.path}: {name}", module, source.read(name), quant, dtype, device)
+
+
+def _held(
+    where: str, module: str, tensor: Tensor, quant: QuantOptions | None, dtype: torch.dtype, device: torch.device
+) -> Weight:
+    """`tensor` as `quant` wants it for this module, dense in `dtype` without; `where` is for the message."""
+    tensor = tensor.to(device)
+    if quant is None:
+        return DenseWeight(tensor.to(dtype))
+    chosen = quant.format_of(module)
+    if chosen in DTYPES:
+        return DenseWeight(tensor.to(DTYPES[chosen]))
+    options = quant if chosen == quant.quant_type else quant.model_copy(update={"quant_type": chosen})
+    try:
+        return quantize(tensor, options)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None
+
+
+def resolve_device(name: str) -> torch.device:
+    """ "auto" takes CUDA where torch sees a GPU; asking for a GPU that is not there is an error."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("device: cuda was asked for, and torch sees no CUDA GPU here; use --device cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def resolve_dtype(dtype: torch.dtype | str, device: torch.device) -> torch.dtype:
+    """ "auto": bfloat16 where it is fast (measured on a CPU), else float32 or an old GPU's float16."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[dtype]
+    if device.type == "cuda":
+        kind = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+        log.info("computing in %s on %s", kind, device)
+        return kind
+    kind, reason = fast_dtype()
+    log.info("computing in %s", reason)
+    return kind
