@@ -1,0 +1,338 @@
+"""Rows as tokens: which ids, which of them are learned, and where the last prompt ends."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from halfbyte.data.encoding import Encoder, Segment
+from halfbyte.data.records import BadRow, Chat, Completion, Labelled, Origin, Row, RowError, Text
+from halfbyte.data.templates import ChatTemplate, Turns
+
+Ids = NDArray[np.int32]
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One document of a batch.
+
+    input_ids      int32 [n]
+    supervised     bool [n]: this token is learned, i.e. it is the target of the position before it; never the first
+    prompt_length  tokens before the last answer; 0 where all of it is text
+    prompt         what was asked, for people to read: the last message, the prompt, the text to classify
+    completion     what should be answered, without the end-of-turn token
+    label          classification: the index into Prepared.labels
+    source         the index of the source in `data` or `eval_data`
+    index          the position in Prepared.train or Prepared.eval
+    truncated      tokens that did not fit into max_seq_length
+    """
+
+    input_ids: Ids
+    supervised: Mask
+    origin: Origin
+    prompt_length: int = 0
+    prompt: str | None = None
+    completion: str | None = None
+    label: int | None = None
+    source: int = 0
+    index: int = 0
+    truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def prompt_ids(self) -> Ids:
+        """What the model is given when it has to generate the (last) completion."""
+        return self.input_ids[: self.prompt_length]
+
+    @property
+    def supervised_tokens(self) -> int:
+        return int(self.supervised.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class LabelChoice:
+    """A class: `value` in the data, the `word` that stands for it, and the ids after the prompt (EOS included)."""
+
+    value: int | str
+    word: str
+    input_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How rows become tokens: all that `encode_rows` needs beside the rows."""
+
+    encoder: Encoder
+    max_seq_length: int
+    template: ChatTemplate | None = None
+    labels: tuple[LabelChoice, ...] = ()
+    train_on_inputs: bool = False
+    instruction: str | None = None
+
+
+@dataclass(slots=True)
+class Draft:
+    """A row in segments, before tokenization. `end`: append EOS to the last segment."""
+
+    row: Row
+    segments: list[Segment]
+    end: bool = False
+    prompt: str | None = None
+    completions: dict[int, str] | None = None
+    label: int | None = None
+    exact_prompt: bool = True
+
+
+# ---------------------------------------------------------------- segments
+
+
+def classification_prompt(row: Labelled, instruction: str | None = None) -> str:
+    """The text (each part after its column's name where there are several), and a line that ends in "Label:"."""
+    named = len(row.texts) > 1
+    body = "\n".join(f"{name}: {text}" if named else text for name, text in row.texts)
+    return f"{instruction}\n\n{body}\nLabel:" if instruction else f"{body}\nLabel:"
+
+
+def cut(turns: Turns, supervise: Sequence[bool] = ()) -> list[Segment]:
+    """A rendered conversation in segments: text before a turn, the turn, text before the next, …, the rest.
+
+    Also the empty ones, so that a prompt and the row that it was taken from are cut alike.
+    """
+    segments: list[Segment] = []
+    position = 0
+    for index, (begin, end) in sorted(turns.spans.items()):
+        if begin < position:
+            raise RowError("the chat template prints the assistant's turns out of order")
+        learned = bool(supervise) and supervise[index]
+        segments += [Segment(turns.text[position:begin]), Segment(turns.text[begin:end], True, learned)]
+        position = end
+    return [*segments, Segment(turns.text[position:])]
+
+
+def draft(row: Row, recipe: Recipe) -> Draft:
+    """The segments of a row. Raises RowError if the template refuses it or the label is unknown."""
+    match row:
+        case Chat():
+            return _draft_chat(row, recipe)
+        case Completion():
+            segments = [Segment(row.prompt), Segment(row.completion, True, True)]
+            return Draft(row, segments, end=True, prompt=row.prompt, completions={1: row.completion})
+        case Labelled():
+            number, choice = _choice(row, recipe.labels)
+            prompt = classification_prompt(row, recipe.instruction)
+            segments = [Segment(prompt), Segment(label_text(choice.word), True, True)]
+            return Draft(row, segments, end=True, prompt=prompt, completions={1: choice.word}, label=number)
+        case Text():
+            return Draft(row, [Segment(row.text, True, True)], end=True)
+    raise AssertionError(f"no tokens for {type(row).__name__}")
+
+
+def label_text(word: str) -> str:
+    """A label as a completion: after "Label:" comes a space, which most tokenizers hold in the word's own token."""
+    return f" {word}"
+
+
+def _choice(row: Labelled, labels: Sequence[LabelChoice]) -> tuple[int, LabelChoice]:
+    for number, choice in enumerate(labels):
+        if choice.value == row.label or choice.word == row.label:
+            return number, choice
+    known = ", ".join(choice.word for choice in labels)
+    raise RowError(f"the label {row.label!r} is not among label_names ({known})")
+
+
+def _draft_chat(row: Chat, recipe: Recipe) -> Draft:
+    assert recipe.template is not None
+    turns = recipe.template.turns(row.messages, row.tools, recipe.encoder)
+    segments = cut(turns, row.supervise)
+    completions = {}
+    for number, index in enumerate(sorted(turns.spans)):
+        message = row.messages[index]
+        printed = segments[2 * number + 1].text
+        special = recipe.encoder.special_suffix(printed)
+        spoken = message["content"] if not message.get("tool_calls") else printed.removesuffix(special or "").strip()
+        completions[2 * number + 1] = spoken
+    last = max(index for index, learned in enumerate(row.supervise) if learned)
+    asked = row.messages[last - 1]["content"] if last else ""
+    return Draft(row, segments, prompt=asked, completions=completions, exact_prompt=turns.exact)
+
+
+# ---------------------------------------------------------------- tokens
+
+
+def join(encoder: Encoder, pieces: Sequence[Sequence[int]], raw: bool) -> list[Sequence[int]]:
+    """The pieces of one row with its beginning put right: `raw` text gets the tokenizer's BOS, and nothing gets two."""
+    pieces = list(pieces)
+    first = list(pieces[0])
+    if raw and first[: len(encoder.prefix)] != list(encoder.prefix):
+        first = [*encoder.prefix, *first]
+    while encoder.bos is not None and first[:2] == [encoder.bos, encoder.bos]:
+        first.pop(0)
+    return [first, *pieces[1:]]
+
+
+@dataclass(slots=True)
+class Encoded:
+    """Examples, and what was noticed on the way: rows in which …
+
+    double_bos        two BOS stood at the beginning; one was dropped
+    missing_bos       the tokenizer puts a BOS first, and the chat template does not
+    unsupervised_eos  the last answer does not end with a special token, so the model does not learn to stop
+    prompt_mismatch   the prompt at inference is not the beginning of what is trained
+    specials_in_text  the user's text spells out a special token
+    glued             prompt and completion meet without white space
+    """
+
+    examples: list[Example]
+    bad: list[BadRow]
+    double_bos: int = 0
+    missing_bos: int = 0
+    unsupervised_eos: int = 0
+    prompt_mismatch: int = 0
+    specials_in_text: int = 0
+    glued: int = 0
+
+
+def encode_rows(rows: Sequence[Row], recipe: Recipe, source: int = 0) -> Encoded:
+    """Tokenize rows. What cannot be used is set aside with its reason."""
+    result = Encoded([], [])
+    drafts: list[Draft] = []
+    for row in rows:
+        try:
+            drafts.append(draft(row, recipe))
+        except RowError as error:
+            result.bad.append(BadRow(row.origin.file, row.origin.line, str(error)))
+    for start in range(0, len(drafts), 4096):
+        chunk = drafts[start : start + 4096]
+        encoded = recipe.encoder.encode_segments([item.segments for item in chunk])
+        for item, pieces in zip(chunk, encoded, strict=True):
+            try:
+                result.examples += _examples(item, pieces, recipe, source, result)
+            except RowError as error:
+                result.bad.append(BadRow(item.row.origin.file, item.row.origin.line, str(error)))
+    return result
+
+
+def _examples(
+    item: Draft, pieces: Sequence[Sequence[int]], recipe: Recipe, source: int, seen: Encoded
+) -> list[Example]:
+    encoder = recipe.encoder
+    raw = not isinstance(item.row, Chat)
+    joined = join(encoder, pieces, raw)
+    if len(joined[0]) < len(pieces[0]):
+        seen.double_bos += 1
+    if item.end and list(joined[-1][-1:]) != [encoder.eos]:
+        joined[-1] = [*joined[-1], encoder.eos]
+    if isinstance(item.row, Text):
+        return _windows(np.array(joined[0], dtype=np.int32), item.row.origin, recipe, source)
+    example = _example(item, joined, recipe, source)
+    _notice(item, joined, encoder, seen)
+    return [example]
+
+
+def _example(item: Draft, pieces: Sequence[Sequence[int]], recipe: Recipe, source: int) -> Example:
+    """One example: cut to max_seq_length, and without tokens after the last that is learned (they change nothing)."""
+    limit = recipe.max_seq_length
+    begins = [0, *accumulate(len(piece) for piece in pieces)]
+    ids = np.fromiter((token for piece in pieces for token in piece), dtype=np.int32, count=begins[-1])
+    supervised = np.zeros(len(ids), dtype=np.bool_)
+    answers = [number for number, segment in enumerate(item.segments) if segment.supervised]
+    for number in answers:
+        supervised[begins[number] : begins[number + 1]] = True
+    if recipe.train_on_inputs:
+        supervised[:] = True
+    supervised[:1] = False  # nothing comes before the first token that could predict it
+    cut_off = max(0, len(ids) - limit)
+    ids, supervised = ids[:limit], supervised[:limit]
+    if not supervised.any():
+        length = begins[answers[0]]
+        raise RowError(
+            f"nothing is left to learn: the answer begins after {length:,} tokens, max_seq_length is {limit:,}"
+        )
+    used = int(np.flatnonzero(supervised)[-1]) + 1
+    fitting = [number for number in answers if begins[number] < used] or answers[:1]
+    return Example(
+        input_ids=ids[:used].copy(),
+        supervised=supervised[:used].copy(),
+        origin=item.row.origin,
+        prompt_length=min(begins[fitting[-1]], used),
+        prompt=item.prompt,
+        completion=(item.completions or {}).get(fitting[-1]),
+        label=item.label,
+        source=source,
+        truncated=cut_off,
+    )
+
+
+def _notice(item: Draft, pieces: Sequence[Sequence[int]], encoder: Encoder, seen: Encoded) -> None:
+    """Count what a user should know about this row."""
+    ends = [pieces[number][-1] for number, segment in enumerate(item.segments) if segment.supervised and pieces[number]]
+    seen.unsupervised_eos += bool(ends) and ends[-1] not in encoder.special_ids
+    seen.prompt_mismatch += not item.exact_prompt
+    row = item.row
+    if isinstance(row, Chat):
+        seen.specials_in_text += any(encoder.spells_special(message["content"]) for message in row.messages)
+        seen.missing_bos += encoder.adds_bos and pieces[0][0] != encoder.bos
+    elif isinstance(row, Completion):
+        seen.specials_in_text += encoder.spells_special(row.prompt) or encoder.spells_special(row.completion)
+        glued = row.prompt and not row.prompt[-1].isspace() and not row.completion[0].isspace()
+        seen.glued += bool(glued)
+
+
+def _windows(ids: Ids, origin: Origin, recipe: Recipe, source: int) -> list[Example]:
+    """A document in windows that fit, such that each of its tokens is learned exactly once.
+
+    Every window begins with BOS (where the tokenizer has that habit) and, from the second on, repeats the last token
+    of the window before, as the context of its first target.
+    """
+    prefix = np.array(recipe.encoder.prefix, dtype=np.int32)
+    if len(prefix) and np.array_equal(ids[: len(prefix)], prefix):
+        ids = ids[len(prefix) :]
+    step = recipe.max_seq_length - len(prefix)
+    if step < 2:
+        raise RowError(f"max_seq_length {recipe.max_seq_length} leaves no room for text")
+    examples: list[Example] = []
+    start = 0
+    while start < len(ids) - 1 or not examples:
+        window = np.concatenate([prefix, ids[start : start + step]])
+        supervised = np.ones(len(window), dtype=np.bool_)
+        supervised[: len(prefix) + (start > 0)] = False
+        supervised[:1] = False
+        if supervised.any():
+            examples.append(Example(window, supervised, origin, source=source))
+        elif not examples:
+            raise RowError("a text of one token: there is nothing to learn")
+        start += step - 1
+    return examples
+
+
+# ---------------------------------------------------------------- prompts
+
+
+def render_prompt(
+    tokenizer: Any,
+    messages: str | Sequence[dict[str, Any]],
+    template: ChatTemplate | None = None,
+    add_generation_prompt: bool = True,
+    tools: list[dict[str, Any]] | None = None,
+) -> list[int]:
+    """The ids to generate from: a prefix of the ids that the same conversation was trained with.
+
+    A string is taken as it is (as in prompt/completion rows); messages go through the template, with each earlier
+    answer tokenized apart, as in training. `tokenizer` may be an Encoder, which saves its preparation.
+    Raises RowError if the template refuses the messages.
+    """
+    encoder = tokenizer if isinstance(tokenizer, Encoder) else Encoder(tokenizer)
+    if isinstance(messages, str):
+        segments = [Segment(messages)]
+    else:
+        if template is None:
+            raise ValueError("messages need a template")
+        segments = cut(template.turns(messages, tools, encoder, prompt=add_generation_prompt))
+    pieces = join(encoder, encoder.encode_segments([segments])[0], raw=isinstance(messages, str))
+    return [int(token) for piece in pieces for token in piece]
