@@ -5,11 +5,10 @@
 
 namespace hb {
 
-// How many of the rising `midpoints` lie below `value`: a value goes up only where it is greater than the midpoint.
-template <int count>
+// How many of 15 rising `midpoints` lie below `value`: a value goes up only where it is greater than the midpoint.
 inline int rank(const float* midpoints, float value) {
   int below = 0;
-  for (int step = (count + 1) / 2; step > 0; step /= 2) below += midpoints[below + step - 1] < value ? step : 0;
+  for (int step = 8; step > 0; step /= 2) below += int(midpoints[below + step - 1] < value) * step;
   return below;
 }
 

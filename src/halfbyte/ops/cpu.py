@@ -20,7 +20,7 @@ from halfbyte.errors import UsageError
 from halfbyte.ops import levels, reference, schema
 
 ISAS = ("avx512", "avx2", "portable")
-_VERSION = 1
+_VERSION = 2
 _DTYPE = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 _POINTER, _INT64, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -31,8 +31,8 @@ _SIGNATURES: dict[str, list[Any]] = {
     "hb_dequantize": [*[_POINTER] * 3, *[_INT64] * 3, _POINTER, _INT, *[_POINTER] * 3, _INT64],
     # x, dtype, count, midpoints, order, blocksize, codes, absmax
     "hb_quantize": [_POINTER, _INT, _INT64, _POINTER, _POINTER, _INT64, _POINTER, _POINTER],
-    # x, dtype, count, midpoints, blocksize, codes, absmax
-    "hb_quantize_dynamic": [_POINTER, _INT, _INT64, _POINTER, _INT64, _POINTER, _POINTER],
+    # x, dtype, count, first ranks, midpoints, blocksize, codes, absmax
+    "hb_quantize_dynamic": [_POINTER, _INT, _INT64, _POINTER, _POINTER, _INT64, _POINTER, _POINTER],
     # codes, absmax, table, blocksize, count, out
     "hb_dequantize_dynamic": [_POINTER, _POINTER, _POINTER, _INT64, _INT64, _POINTER],
 }
@@ -218,9 +218,16 @@ def _quantize_dynamic(x: Tensor, blocksize: int, signed: bool = True) -> tuple[T
     x, count = x.contiguous(), x.numel()
     codes = torch.empty(count, dtype=torch.uint8)
     absmax = torch.empty((count + blocksize - 1) // blocksize, dtype=torch.float32)
-    middles = levels.dynamic_midpoints(signed)
+    first, middles = levels.dynamic_search(signed)
     library.hb_quantize_dynamic(
-        x.data_ptr(), _DTYPE[x.dtype], count, middles.data_ptr(), blocksize, codes.data_ptr(), absmax.data_ptr()
+        x.data_ptr(),
+        _DTYPE[x.dtype],
+        count,
+        first.data_ptr(),
+        middles.data_ptr(),
+        blocksize,
+        codes.data_ptr(),
+        absmax.data_ptr(),
     )
     reference.refuse_non_finite(x, absmax)
     return codes, absmax
