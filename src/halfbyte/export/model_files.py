@@ -1,0 +1,63 @@
+"""What lies beside the weights: config.json, generation_config.json, the tokenizer and its chat template."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from halfbyte.models.source import ModelSource
+from halfbyte.models.spec import ModelSpec
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt", "USE_POLICY.md")
+
+
+def write_model_files(folder: Path, source: ModelSource, adapter: Path, dtype: str) -> None:
+    """Everything but the weights. Files of the adapter's folder (its chat template) replace the source's."""
+    _write_json(folder / "config.json", merged_config(source.config, dtype))
+    if source.generation:
+        _write_json(folder / "generation_config.json", source.generation)
+    if source.path.is_dir():
+        _copy(source.path, folder, (*TOKENIZER_FILES, *LICENCE_FILES))
+    else:
+        source.tokenizer().save_pretrained(folder)
+    _copy(adapter, folder, TOKENIZER_FILES)
+
+
+def merged_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The source's config.json for unquantized weights in `dtype`; of a multimodal model, its text model's."""
+    out = dict(config)
+    if "text_config" in out and ModelSpec.serves(config):
+        text = dict(out.pop("text_config"))
+        shared = {key: out[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if out.get(key) is not None}
+        out = {**shared, **text, "model_type": text.get("model_type", f"{config['model_type']}_text")}
+        out["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[out["model_type"]]]
+    for key in ("quantization_config", "torch_dtype", "_name_or_path", "auto_map"):
+        out.pop(key, None)
+    out["dtype"] = dtype
+    out.setdefault("architectures", [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(out["model_type"], "")])
+    return out
+
+
+def _copy(source: Path, folder: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

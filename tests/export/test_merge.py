@@ -1,0 +1,209 @@
+"""The merged folder in transformers' hands against our unmerged model and against PEFT's merge of the same adapter."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from halfbyte.adapters import LoraOptions, load_adapter
+from halfbyte.errors import DoesNotFit, HalfbyteError, UsageError
+from halfbyte.export.merge import MergeOptions, merge
+from halfbyte.export.verify import compare_logits
+from halfbyte.linear import segments
+from halfbyte.models.load import load_model
+from halfbyte.models.options import ModelOptions
+from halfbyte.quant import QuantOptions
+from tests.export.conftest import Trained, make_adapter, make_trained, save_base
+
+IDS = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(0))
+NF4 = QuantOptions(quant_type="nf4", blocksize=64, double_quant=True)
+
+
+def unmerged(trained: Trained, quant: QuantOptions | None = None) -> Tensor:
+    """Our model with the adapter beside the weights, in float32."""
+    loaded = load_model(trained.options, quant, torch.float32, "cpu")
+    load_adapter(loaded.model, trained.adapter)
+    loaded.model.eval()
+    return loaded.model.logits(IDS)  # type: ignore[operator,no-any-return]
+
+
+def in_transformers(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(IDS[None]).logits[0].float()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["llama3-gqa", "gemma3-small", "phi3", "qwen2-tied"])
+@pytest.mark.parametrize("quant", [None, NF4], ids=["bf16", "nf4"])
+def test_transformers_loads_the_trained_model(name: str, quant: QuantOptions | None, tmp_path: Path) -> None:
+    trained = make_trained(name, tmp_path, quant)
+    report = merge(trained.options, trained.adapter, tmp_path / "merged", quant, MergeOptions(merge_dtype="float32"))
+    expected = unmerged(trained, quant)
+    torch.testing.assert_close(logits(in_transformers(tmp_path / "merged")), expected, rtol=1e-4, atol=1e-4)
+    base = logits(in_transformers(trained.folder))
+    assert (base - expected).abs().max() > 0.1  # the adapter says something
+    assert report.merged == len(segments(load_model(trained.options, None, torch.float32, "cpu").model))
+    assert report.comparison is not None
+    assert report.comparison.mean_kl < 1e-5
+
+
+def test_bf16_rounds_once(llama: Trained, tmp_path: Path) -> None:
+    merge(llama.options, llama.adapter, tmp_path / "out", NF4)
+    loaded = load_model(llama.options, NF4, torch.float32, "cpu")
+    load_adapter(loaded.model, llama.adapter)
+    written = in_transformers(tmp_path / "out", torch.bfloat16).state_dict()
+    for name, segment in segments(loaded.model).items():
+        assert torch.equal(written[f"{name}.weight"], segment.merged(torch.bfloat16)), name
+    assert torch.equal(written["model.norm.weight"], llama.reference.state_dict()["model.norm.weight"])
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's own
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_peft_merges_to_the_same(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    trained: Trained = request.getfixturevalue(name)
+    merge(trained.options, trained.adapter, tmp_path / "out", options=MergeOptions(merge_dtype="float32"))
+    theirs = peft.PeftModel.from_pretrained(in_transformers(trained.folder), str(trained.adapter)).merge_and_unload()
+    ours = in_transformers(tmp_path / "out").state_dict()
+    state = theirs.state_dict()
+    assert ours.keys() == state.keys()
+    for key, value in state.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-6, atol=1e-7)
+
+
+def test_the_16bit_base_is_the_sources_own(llama: Trained, tmp_path: Path) -> None:
+    options = MergeOptions(base="16bit", merge_dtype="float32")
+    report = merge(llama.options, llama.adapter, tmp_path / "out", NF4, options)
+    torch.testing.assert_close(logits(in_transformers(tmp_path / "out")), unmerged(llama), rtol=1e-4, atol=1e-4)
+    assert "it has not seen this base" in report.base
+    assert report.comparison is not None
+    assert report.comparison.mean_kl > 1e-4  # against the quantized model that was trained
+
+
+def test_linears_without_an_adapter_are_the_trained_base_too(tmp_path: Path) -> None:
+    save_base("llama3-gqa", tmp_path / "base")
+    options = LoraOptions(lora_r=4, target_modules="q_proj,down_proj", use_rslora=True)
+    trained = Trained(
+        tmp_path / "base",
+        None,
+        make_adapter(tmp_path / "base", tmp_path / "adapter", NF4, options),  # type: ignore[arg-type]
+    )
+    quant = NF4.model_copy(update={"quant_pattern": {"down_proj": "bf16", "up_proj": "int8"}})
+    report = merge(trained.options, trained.adapter, tmp_path / "out", quant, MergeOptions(merge_dtype="float32"))
+    expected = unmerged(trained, quant)
+    torch.testing.assert_close(logits(in_transformers(tmp_path / "out")), expected, rtol=1e-4, atol=1e-4)
+    assert report.merged == 4
+
+
+def test_shards_are_transformers(gemma: Trained, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    one = merge(gemma.options, gemma.adapter, tmp_path / "one", on_progress=lambda a, b: seen.append((a, b)))
+    assert seen[-1] == (one.nbytes, one.nbytes)
+    assert (tmp_path / "one" / "model.safetensors").stat().st_size > one.nbytes
+    merge(gemma.options, gemma.adapter, tmp_path / "many", options=MergeOptions(shard_gb=1e-4))
+    shards = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors"))
+    assert len(shards) > 2
+    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert (
+        json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
+        == one.nbytes
+    )
+    a, b = in_transformers(tmp_path / "one").state_dict(), in_transformers(tmp_path / "many").state_dict()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_tied_embeddings_stay_tied(gemma: Trained, tmp_path: Path) -> None:
+    merge(gemma.options, gemma.adapter, tmp_path / "out")
+    model = in_transformers(tmp_path / "out")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_tokenizer_comes_along_and_the_runs_template_wins(gemma: Trained, tmp_path: Path) -> None:
+    adapter = tmp_path / "run"
+    adapter.mkdir()
+    for path in gemma.adapter.iterdir():
+        (adapter / path.name).write_bytes(path.read_bytes())
+    (adapter / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    merge(gemma.options, adapter, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("abc").input_ids == AutoTokenizer.from_pretrained(gemma.folder)("abc").input_ids
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "hi!"
+
+
+def test_gpt2_merges_through_the_loaded_model(tmp_path: Path) -> None:
+    trained = make_trained("gpt2", tmp_path)
+    merge(trained.options, trained.adapter, tmp_path / "out", options=MergeOptions(merge_dtype="float32"))
+    torch.testing.assert_close(logits(in_transformers(tmp_path / "out")), unmerged(trained), rtol=1e-4, atol=1e-4)
+
+
+def test_another_models_adapter_is_refused(gemma: Trained, llama: Trained, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"another (base|model)"):
+        merge(gemma.options, llama.adapter, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match=r"has no adapter_config\.json"):
+        merge(gemma.options, gemma.folder, tmp_path / "out")
+
+
+def test_an_existing_folder_is_not_replaced_unasked(llama: Trained, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()  # an empty one is fine
+    merge(llama.options, llama.adapter, out, options=MergeOptions(verify=False))
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(UsageError, match=r"exists and is not empty: .*--overwrite"):
+        merge(llama.options, llama.adapter, out)
+    merge(llama.options, llama.adapter, out, NF4, MergeOptions(verify=False, overwrite=True))
+    assert (out / "model.safetensors").read_bytes() != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def test_overwrite_takes_only_model_folders_and_never_the_inputs(llama: Trained, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("...")
+    force = MergeOptions(overwrite=True)
+    with pytest.raises(UsageError, match="not a model folder"):
+        merge(llama.options, llama.adapter, tmp_path / "thesis", options=force)
+    for out in (llama.folder, llama.adapter, llama.folder.parent):
+        with pytest.raises(UsageError, match="holds what is read"):
+            merge(llama.options, llama.adapter, out, options=force)
+    with pytest.raises(UsageError, match="is a file"):
+        merge(llama.options, llama.adapter, tmp_path / "thesis" / "chapter1.tex")
+
+
+def test_a_full_disk_is_said_before_anything_is_written(
+    llama: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("halfbyte.files.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000})())
+    with pytest.raises(DoesNotFit, match=r"the merged model .* needs 0\.06 GB"):
+        merge(llama.options, llama.adapter, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_diverged_adapter_leaves_nothing(tmp_path: Path) -> None:
+    save_base("llama3-gqa", tmp_path / "base")
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", size=float("nan"))
+    with pytest.raises(HalfbyteError, match="is not finite in bfloat16"):
+        merge(ModelOptions(model=str(tmp_path / "base")), adapter, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_model_that_behaves_otherwise_is_caught(llama: Trained, tmp_path: Path) -> None:
+    merge(llama.options, llama.adapter, tmp_path / "out")
+    other = make_adapter(llama.folder, tmp_path / "other", size=0.2)
+    comparison = compare_logits(llama.options, other, tmp_path / "out", None, "bfloat16", 1000)
+    with pytest.raises(HalfbyteError, match="does not behave as trained, nothing was written"):
+        comparison.require_close(strict=True)
+    comparison.require_close(strict=False)
+
+
+def test_too_little_memory_for_the_comparison_is_said(llama: Trained, tmp_path: Path) -> None:
+    comparison = compare_logits(llama.options, llama.adapter, llama.folder, None, "bfloat16", 10**15)
+    assert str(comparison).startswith("not compared with the unmerged model: it needs 1200000.0 GB of memory and")
+    comparison.require_close(strict=True)
