@@ -1,0 +1,79 @@
+"""The demo's output: plain where there is no terminal, silent where it was asked to be, and never read as markup."""
+
+import io
+
+from rich.console import Console
+
+from halfbyte.demo.score import Answer, Score
+from halfbyte.demo.screen import Screen
+
+RIGHT = Answer("Send 3 [bold]kettles[/].", '{"quantity":3}', '{"quantity":3}', True)
+WRONG = Answer("Send 4 fans.", '{"quantity":4}', '{"quantity":5}', False)
+EMPTY = Answer("Send 4 fans.", '{"quantity":4}', "\n \n", False)
+LONG = Answer("Send 3 [bold]kettles[/].", '{"quantity":3}', "I would like\nto send\n" + "very " * 60 + "many", False)
+
+PLAN = {
+    "method": "qlora",
+    "reason": "it fits",
+    "methods": [
+        {
+            "method": name,
+            "fits": name == "qlora",
+            "peak_memory_bytes": {"p50": 1.25e9 * size, "p95": 1.5e9 * size},
+            "seconds": {"p50": 60.0 * size, "p95": 90.0 * size},
+        }
+        for size, name in enumerate(("qlora", "lora", "full"), start=1)
+    ],
+}
+
+
+def shown(action: str, *arguments: object, terminal: bool = False, quiet: bool = False, width: int = 100) -> str:
+    out = io.StringIO()
+    screen = Screen(Console(file=out, force_terminal=terminal, quiet=quiet, width=width, color_system="truecolor"))
+    getattr(screen, action)(*arguments)
+    return out.getvalue()
+
+
+def test_plain_without_a_terminal_and_coloured_on_one() -> None:
+    scores = Score((WRONG,)), Score((RIGHT,))
+    assert "\x1b" not in shown("scores", *scores) + shown("rows", *scores) + shown("title", "a")
+    assert "\x1b[" in shown("rows", *scores, terminal=True)
+
+
+def test_quiet_is_silent() -> None:
+    assert shown("plan", PLAN, quiet=True) == shown("say", "x", quiet=True) == ""
+
+
+def test_text_of_rows_and_models_is_no_markup() -> None:
+    text = shown("rows", Score((LONG,)), Score((RIGHT,)))
+    assert "Send 3 [bold]kettles[/]." in text
+    assert shown("say", "[red]a[/]") == "[red]a[/]\n"
+
+
+def test_rows_show_an_error_of_the_tuned_model_with_the_right_answer() -> None:
+    base, tuned = Score((EMPTY,) * 9), Score((RIGHT,) * 8 + (WRONG,))
+    lines = shown("rows", base, tuned).splitlines()
+    assert sum(line.startswith("asked") for line in lines) == 4
+    assert [line.split()[-1] for line in lines if line.startswith("tuned")] == ['{"quantity":3}'] * 3 + [
+        '{"quantity":5}'
+    ]
+    assert [line.split()[-1] for line in lines if line.startswith("right")] == ['{"quantity":4}']
+    assert "(nothing)" in lines[2]
+
+
+def test_scores_come_with_their_interval() -> None:
+    lines = shown("scores", Score((WRONG,) * 20), Score((RIGHT,) * 19 + (WRONG,))).splitlines()
+    assert lines[1].split() == ["base", "0", "of", "20", "0.0%", "0%", "to", "16%"]
+    assert lines[2].split() == ["tuned", "19", "of", "20", "95.0%", "76%", "to", "99%"]
+
+
+def test_the_plan_names_every_method_and_the_reason() -> None:
+    lines = shown("plan", PLAN).splitlines()
+    assert lines[1].split() == ["qlora", "1.25", "GB", "1.50", "GB", "60", "s", "90", "s", "yes"]
+    assert lines[3].split() == ["full", "3.75", "GB", "4.50", "GB", "3.0", "min", "4.5", "min", "no"]
+    assert lines[4] == "Chosen: qlora, because it fits."
+
+
+def test_commands_stay_on_one_line_however_narrow_the_terminal() -> None:
+    command = "halfbyte train --model " + "very/" * 30 + "long"
+    assert command in shown("commands", [("train", command)], width=40).splitlines()[0]
