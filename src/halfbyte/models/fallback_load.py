@@ -1,0 +1,236 @@
+"""Building a fallback model: an empty transformers model, its linears found, and the weights streamed in.
+
+Peak memory is the finished model plus one tensor in its source type: transformers' modules are made without the
+memory of their parameters, and each linear becomes ours before the next tensor is read.
+"""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from halfbyte.errors import UsageError
+from halfbyte.linear import GroupedLinear, Segment
+from halfbyte.models.checkpoint_names import CheckpointNames
+from halfbyte.models.model_source import ModelSource
+from halfbyte.quant import DTYPES, DenseWeight, QuantOptions, Weight, quantize
+
+MIN_SHARE = 0.9
+"""Below this share of a model's body in linears of ours, quantizing it would be a promise not kept."""
+_log = logging.getLogger(__name__)
+_DROPOUT = re.compile(r"drop(out)?$|_pdrop$|dropout_|layerdrop|jitter")
+# Buffers that old files carry and modules now compute.
+_OLD_BUFFERS = r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|attention\.(masked_)?bias$|position_ids$"
+
+
+class ReplacedLinear(nn.Module):
+    """Stands where an `nn.Linear` or `Conv1D` stood: any leading shape in, the same out."""
+
+    def __init__(self, name: str, weight: Weight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.group = GroupedLinear([Segment(name, weight, bias)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.group(x.reshape(-1, x.shape[-1]))
+        return y.view(*x.shape[:-1], -1)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which part of a model our linears hold. Parameters; the body is all but embeddings and the output head."""
+
+    replaced: int
+    body: int
+    left_out: tuple[tuple[str, int], ...]  # what stays 16-bit in the body, largest first
+
+    @property
+    def share(self) -> float:
+        return self.replaced / max(1, self.body)
+
+    def __str__(self) -> str:
+        text = f"{self.share:.1%} of the {self.body:,} parameters outside of the embeddings are in linear layers"
+        if self.left_out and self.share < MIN_SHARE:
+            kept = ", ".join(f"{name} ({count:,})" for name, count in self.left_out[:3])
+            text += f"; among what is not: {kept}"
+        return text
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters made inside have a shape and no memory; buffers (RoPE frequencies, masks) are real."""
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        if parameter is None or parameter.is_meta:
+            return None
+        return nn.Parameter(parameter.data.to("meta"), requires_grad=False)
+
+    handle = register_module_parameter_registration_hook(to_meta)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def empty_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
+    """transformers' model of a config.json without the memory of its parameters, dropout set to zero."""
+    kind = str(config.get("model_type", ""))
+    arguments = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
+    arguments.pop("quantization_config", None)  # the source has decoded those weights, or hands them over as ours
+    try:
+        made = AutoConfig.for_model(kind, **arguments)
+    except ValueError as error:
+        raise UsageError(
+            f"config.json: model_type {kind!r} is not an architecture that transformers knows, and code from a model "
+            "repository is never run"
+        ) from error
+    for key, value in made.to_dict().items():
+        if isinstance(value, float) and _DROPOUT.search(key):
+            setattr(made, key, 0.0)
+    try:
+        with _parameters_on_meta():
+            return AutoModelForCausalLM.from_config(made, dtype=dtype, trust_remote_code=False).eval()
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise UsageError(f"config.json: {kind!r} is not a decoder-only language model in transformers") from error
+
+
+def linears_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear but the output head, by name: what `all-linear` means in PEFT."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    plain = (nn.Linear.forward, Conv1D.forward)
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not head
+        and (type(module).forward in plain or type(module).__name__ == "FalconLinear")
+    }
+
+
+def coverage_of(model: nn.Module, linears: Mapping[str, nn.Module]) -> Coverage:
+    outside: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) or module is model.get_output_embeddings():  # type: ignore[operator]
+            outside.update(id(parameter) for parameter in module.parameters(recurse=False))
+    body = {name: p for name, p in model.named_parameters() if id(p) not in outside}
+    ours = {f"{name}.{leaf}" for name, linear in linears.items() for leaf, _ in linear.named_parameters()}
+    left = sorted(((n, p.numel()) for n, p in body.items() if n not in ours), key=lambda item: -item[1])
+    replaced = sum(p.numel() for name, p in body.items() if name in ours)
+    return Coverage(replaced, sum(p.numel() for p in body.values()), tuple(left))
+
+
+class Loader:
+    """Puts a stream of checkpoint tensors where they belong, one at a time."""
+
+    def __init__(
+        self,
+        model: Any,
+        linears: Mapping[str, nn.Module],
+        quant: QuantOptions | None,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.model, self.linears, self.quant = model, linears, quant
+        self.dtype, self.device = dtype, device
+        self.shapes = {name: value.shape for name, value in model.state_dict().items()}
+        self.float32_names = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+        self.weights: dict[str, Weight] = {}
+        self.biases: dict[str, Tensor] = {}
+        self.missing = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        self.unused: list[str] = []
+
+    def load(self, source: ModelSource) -> None:
+        names = CheckpointNames(self.model)
+        for source_name in source.tensors():
+            target, _ = names.target(source_name)
+            if target not in self.shapes:
+                self.unused.append(source_name)
+                continue
+            for name, value in names.resolve(source_name, self._read(source, source_name, target)):
+                self._place(source_name, name, value)
+                del value
+        for name, tensor in names.finish():
+            self._place(name, name, tensor)
+        self._exchange()
+        self.model.tie_weights(missing_keys=self.missing, recompute_mapping=False)
+        self._complain()
+
+    def _read(self, source: ModelSource, source_name: str, target: str) -> Tensor | Weight:
+        """A tensor, or the weight as the file quantized it, where the model's is to be quantized too."""
+        module_name = target.removesuffix(".weight")
+        linear = self.linears.get(module_name)
+        if self.quant is not None and isinstance(linear, nn.Linear) and self.quant.format_of(module_name) not in DTYPES:
+            ready = source.prequantized(source_name)
+            if ready is not None:
+                return ready
+        return source.read(source_name)
+
+    def _weight(self, source_name: str, module_name: str, value: Tensor) -> Weight:
+        value = value.to(self.device)
+        if self.quant is None:
+            return DenseWeight(value.to(self.dtype))
+        chosen = self.quant.format_of(module_name)
+        if chosen in DTYPES:
+            return DenseWeight(value.to(DTYPES[chosen]))
+        same = chosen == self.quant.quant_type
+        try:
+            return quantize(value, self.quant if same else self.quant.model_copy(update={"quant_type": chosen}))
+        except UsageError as error:
+            raise UsageError(f"{source_name}: {error}") from None
+
+    def _place(self, source_name: str, name: str, value: Tensor | Weight) -> None:
+        module_name, _, leaf = name.rpartition(".")
+        linear = self.linears.get(module_name)
+        expected, actual = tuple(self.shapes[name]), tuple(value.shape)
+        if actual != expected:
+            raise UsageError(f"{source_name}: has the shape {list(actual)} where config.json asks for {list(expected)}")
+        self.missing.discard(name)
+        if linear is not None and leaf == "weight":
+            if isinstance(value, Tensor):
+                dense = value.t().contiguous() if isinstance(linear, Conv1D) else value
+                value = self._weight(source_name, module_name, dense)
+            self.weights[module_name] = value.to(self.device)
+            return
+        assert isinstance(value, Tensor)
+        value = self._converted(name, value)
+        if linear is not None and leaf == "bias":
+            self.biases[module_name] = value
+            return
+        module = self.model.get_submodule(module_name)
+        if leaf in module._buffers:
+            module.register_buffer(leaf, value.to(module._buffers[leaf].dtype))
+        else:
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+
+    def _converted(self, name: str, value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value.to(self.device)
+        keep = any(part in name for part in self.float32_names)
+        return value.to(self.device, torch.float32 if keep else self.dtype)
+
+    def _exchange(self) -> None:
+        """Put our linears in the place of transformers'."""
+        for name in self.linears:
+            if name not in self.weights:
+                continue  # reported as missing
+            parent_name, _, leaf = name.rpartition(".")
+            ours = ReplacedLinear(name, self.weights.pop(name), self.biases.pop(name, None))
+            setattr(self.model.get_submodule(parent_name), leaf, ours)
+
+    def _complain(self) -> None:
+        if lost := sorted(self.missing):
+            more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
+            raise UsageError(f"the model's files have no {', '.join(lost[:3])}{more}: they are incomplete")
+        ignore = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
+        odd = [n for n in self.unused if not any(re.search(p, n) for p in (*ignore, _OLD_BUFFERS))]
+        if odd:
+            _log.warning("%d tensors of the model's files are not used, among them %s", len(odd), odd[0])

@@ -1,0 +1,233 @@
+"""The decoder equals transformers' model of each family: logits, loss, every gradient, cached generation.
+
+The bound is measured, not chosen: transformers' own float32 error against a float64 run of the same weights.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from halfbyte.batch import IGNORE, Batch
+from halfbyte.models.decoder import Decoder
+from halfbyte.models.spec import ModelSpec
+from tests.models.conftest import build_decoder, gradients, trained
+from tests.models.families import (
+    FAMILIES,
+    Reference,
+    config,
+    error,
+    float64,
+    make_batch,
+    make_float64,
+    make_model,
+    reference,
+)
+
+# Of unequal lengths, one of a single token, some beyond the windows and RoPE limits of the configurations.
+LENGTHS = (37, 1, 53, 22)
+TIMES = 4.0
+"""Our error may be this many times transformers' float32 error: the same rounding in another order."""
+FLOOR = 4e-6
+"""Below this no error counts: a few float32 steps at the size of the values."""
+
+
+class Case:
+    """A family's model, in float32 and float64, and what it computes for the batch."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.model: Any = make_model(config(name))
+        self.batch = make_batch(LENGTHS)
+        self.float32 = reference(self.model, self.batch)
+        with float64():
+            self.exact: Reference = reference(make_float64(self.model), self.batch)
+
+
+_cases: dict[str, Case] = {}
+
+
+@pytest.fixture(params=list(FAMILIES))
+def case(request: pytest.FixtureRequest) -> Case:
+    name = request.param
+    if name not in _cases:
+        _cases.clear()  # parametrised tests run family by family only with xdist or -k; keep memory small
+        _cases[name] = Case(name)
+    return _cases[name]
+
+
+def assert_close(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor, what: str) -> None:
+    """Our error against the float64 run is at most TIMES that of transformers in float32."""
+    allowed = max(FLOOR, TIMES * error(theirs, exact))
+    assert error(ours, exact) <= allowed, f"{what}: {error(ours, exact):.2e} where {allowed:.2e} is allowed"
+
+
+def test_logits(case: Case) -> None:
+    decoder = build_decoder(case.model)
+    ours = decoder.logits(case.batch.input_ids, LENGTHS)
+    assert_close(ours, case.float32.logits, case.exact.logits, "logits")
+
+
+def test_loss_and_every_gradient(case: Case) -> None:
+    decoder = build_decoder(case.model, trainable=True)
+    loss, count = decoder.loss(case.batch)
+    assert count == case.batch.supervised_tokens
+    assert_close(loss.detach(), case.float32.loss, case.exact.loss, "loss")
+    loss.backward()
+    ours = gradients(trained(decoder))
+    assert set(ours) == set(case.exact.gradients)
+    for name, exact in case.exact.gradients.items():
+        assert_close(ours[name], case.float32.gradients[name], exact, name)
+
+
+def test_checkpointing_changes_nothing(case: Case) -> None:
+    plain, recomputed = (build_decoder(case.model, trainable=True) for _ in range(2))
+    recomputed.checkpointing = True
+    results = []
+    for decoder in (plain, recomputed):
+        loss, _ = decoder.loss(case.batch)
+        loss.backward()
+        results.append((loss.detach(), gradients(trained(decoder))))
+    assert torch.equal(results[0][0], results[1][0])
+    for name, gradient in results[0][1].items():
+        assert torch.equal(gradient, results[1][1][name]), name
+
+
+def test_documents_do_not_see_each_other(case: Case) -> None:
+    """Packing is exact: a document's logits are those it has alone."""
+    decoder = build_decoder(case.model)
+    together = decoder.logits(case.batch.input_ids, LENGTHS)
+    alone = [decoder.logits(ids) for ids in case.batch.input_ids.split(LENGTHS)]
+    assert error(together, torch.cat(alone)) < 1e-5
+
+
+def test_cached_generation(case: Case) -> None:
+    """A prefill and single steps, past the window, give the logits of the whole text at once."""
+    if case.model.config.to_dict().get("rope_parameters", {}).get("rope_type") in ("dynamic", "longrope"):
+        pytest.skip("these rotate what is cached by the length at that time; see test_cached_generation_below_limit")
+    decoder = build_decoder(case.model)
+    ids = case.batch.input_ids[:37]
+    cache = decoder.new_cache(40)
+    steps = [decoder.logits(ids[:6], cache=cache), decoder.logits(ids[6:11], cache=cache)]
+    steps += [decoder.logits(ids[i : i + 1], cache=cache) for i in range(11, 37)]
+    assert error(torch.cat(steps), decoder.logits(ids)) < 2e-5
+
+
+@pytest.mark.parametrize("name", ["llama-dynamic", "phi3-longrope"])
+def test_cached_generation_below_limit(name: str) -> None:
+    decoder = build_decoder(make_model(config(name)))
+    ids = make_batch((30,)).input_ids
+    cache = decoder.new_cache(30)
+    steps = [decoder.logits(ids[:9], cache=cache)] + [decoder.logits(ids[i : i + 1], cache=cache) for i in range(9, 30)]
+    assert error(torch.cat(steps), decoder.logits(ids)) < 2e-5
+
+
+def test_batched_cache(case: Case) -> None:
+    """Sequences of unequal length in one cache, one leaving early: each as if alone."""
+    decoder = build_decoder(case.model)
+    first, second = case.batch.input_ids[:9], case.batch.input_ids[40:64]
+    cache = decoder.new_cache(30, batch=2)
+    decoder.logits(torch.cat([first[:5], second[:20]]), (5, 20), cache=cache)
+    for i in range(3):
+        ids = torch.stack([first[5 + i], second[20 + i]])
+        both = decoder.logits(ids, (1, 1), cache=cache)
+    assert error(both[0], decoder.logits(first[:8])[-1]) < 2e-5
+    assert error(both[1], decoder.logits(second[:23])[-1]) < 2e-5
+    cache.keep([1])
+    alone = decoder.logits(second[23:24], (1,), cache=cache)
+    assert error(alone[0], decoder.logits(second)[-1]) < 2e-5
+
+
+def test_bf16_is_near_float32(case: Case) -> None:
+    """bf16 is as far from float32 as transformers' bf16 is, or nearer."""
+    theirs = reference(make_model(config(case.name), dtype=torch.bfloat16), case.batch)
+    decoder = build_decoder(case.model, torch.bfloat16)
+    ours = decoder.logits(case.batch.input_ids, LENGTHS)
+    mean = [float((x.float() - case.float32.logits).abs().mean()) for x in (ours, theirs.logits)]
+    assert mean[0] <= 1.2 * mean[1] + 1e-3
+
+
+def test_token_logprobs(case: Case) -> None:
+    decoder = build_decoder(case.model)
+    expected = case.float32.logits.log_softmax(-1).gather(1, case.batch.targets.clamp_min(0)[:, None])[:, 0]
+    expected = expected[case.batch.targets != IGNORE]
+    assert torch.allclose(decoder.token_logprobs(case.batch), expected, atol=2e-4)
+
+
+def test_nothing_supervised(case: Case) -> None:
+    decoder: Decoder = build_decoder(case.model, trainable=True)
+    batch = Batch(case.batch.input_ids, case.batch.position_ids, torch.full_like(case.batch.targets, IGNORE), LENGTHS)
+    loss, count = decoder.loss(batch)
+    assert (float(loss.detach()), count) == (0.0, 0)
+    loss.backward()
+
+
+# What the Hub's files say, written by transformers 4 and by the models' authors -> transformers 5's own reading.
+OLD_CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "linear": ("LlamaConfig", {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "llama3": (
+        "LlamaConfig",
+        {
+            "rope_theta": 5e5,
+            "max_position_embeddings": 131072,
+            "rope_scaling": {
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            },
+        },
+    ),
+    "phi3-longrope": (
+        "Phi3Config",
+        {
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 131072,
+            "original_max_position_embeddings": 4096,
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.1] * 8,
+                "long_factor": [2.2] * 8,
+                "original_max_position_embeddings": 4096,
+            },
+        },
+    ),
+    "gemma1-gelu": ("GemmaConfig", {"hidden_act": "gelu", "hidden_activation": None}),
+    "gemma3-old": (
+        "Gemma3TextConfig",
+        {
+            "num_hidden_layers": 8,
+            "rope_theta": 1e6,
+            "rope_local_base_freq": 1e4,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "sliding_window_pattern": 4,
+        },
+    ),
+    "gemma3-bare": ("Gemma3TextConfig", {}),
+    "gemma2-bare": ("Gemma2Config", {}),
+    "gemma1-bare": ("GemmaConfig", {}),
+    "llama-bare": ("LlamaConfig", {}),
+    "mistral-bare": ("MistralConfig", {}),
+    "phi3-bare": ("Phi3Config", {}),
+    "qwen2-bare": ("Qwen2Config", {}),
+    "qwen2-window": ("Qwen2Config", {"use_sliding_window": True, "max_window_layers": 5}),
+    "qwen3-bare": ("Qwen3Config", {}),
+}
+
+
+@pytest.mark.parametrize("name", list(OLD_CONFIGS))
+def test_old_spelling_is_read_as_transformers_reads_it(name: str) -> None:
+    import transformers
+
+    kind, arguments = OLD_CONFIGS[name]
+    made = getattr(transformers, kind)(**arguments)
+    written = {"model_type": made.model_type, **arguments}
+    full = made.to_dict()
+    for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        written.setdefault(key, full[key])
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        written[key] = full[key]
+    assert ModelSpec.from_config(written) == ModelSpec.from_config(full)
