@@ -211,7 +211,12 @@ class _Config:
 _GEMMA = {"head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True, "rms_norm_eps": 1e-6}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
-    "mistral": {"rms_norm_eps": 1e-6, "max_position_embeddings": 131072, "num_key_value_heads": 8},
+    "mistral": {
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
     "phi3": {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
     "qwen2": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "sliding_window": 4096, "max_window_layers": 28},
     "qwen3": {
@@ -225,6 +230,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "gemma2": {
         **_GEMMA,
         "max_position_embeddings": 8192,
+        "num_key_value_heads": 4,
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
         "final_logit_softcapping": 30.0,
