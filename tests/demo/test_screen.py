@@ -29,7 +29,11 @@ PLAN = {
 
 def shown(action: str, *arguments: object, terminal: bool = False, quiet: bool = False, width: int = 100) -> str:
     out = io.StringIO()
-    screen = Screen(Console(file=out, force_terminal=terminal, quiet=quiet, width=width, color_system="truecolor"))
+    screen = Screen(
+        Console(
+            file=out, force_terminal=terminal, quiet=quiet, width=width, color_system="truecolor" if terminal else None
+        )
+    )
     getattr(screen, action)(*arguments)
     return out.getvalue()
 
