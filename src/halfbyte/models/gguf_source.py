@@ -86,7 +86,7 @@ class GgufSource(ModelSource):
         return int(self.config["num_key_value_heads"]) if ".k_proj." in name else 0
 
     def _read_permuted(self, tensor: GgufTensor, info: TensorInfo, start: int, stop: int, heads: int) -> Tensor:
-        """Whole heads are read and reordered: llama.cpp rotates rows 2p and 2p + 1 together, transformers p and p + d/2."""
+        """Whole heads are read and reordered: llama.cpp rotates rows 2p and 2p + 1, transformers p and p + d / 2."""
         size = info.shape[0] // heads
         first, last = start // size, -(-stop // size)
         stored = torch.empty(((last - first) * size, *info.shape[1:]), dtype=info.dtype)

@@ -23,6 +23,6 @@ class ModelOptions(Options):
         0.1,
         ge=0.0,
         le=1.0,
-        description="for families without a decoder of their own: the largest share of the parameters that may stay 16-bit "
-        "in a quantized model",
+        description="the largest share of parameters that may stay 16-bit in a quantized model, for families without "
+        "a decoder of their own",
     )

@@ -1,8 +1,10 @@
-"""The tokenizer of a model source: transformers' fast one, whatever the model came as."""
+"""The tokenizer of a model source: a transformers fast tokenizer, whatever the model came as."""
 
 from typing import Any
 
 from halfbyte.errors import UsageError
+from halfbyte.models import gguf_tokenizer
+from halfbyte.models.gguf_file import GgufFile
 from halfbyte.models.model_source import ModelSource
 
 
@@ -11,18 +13,32 @@ def load_tokenizer(source: ModelSource) -> Any:
 
     Raises UsageError where the files are missing or damaged.
     """
+    file = getattr(source, "file", None)
+    if isinstance(file, GgufFile):
+        return _from_gguf(file)
     import transformers  # heavy, and not needed by those who only read weights
 
-    path = source.path
-    folder, extra = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
     try:
-        return transformers.AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, **extra
-        )
+        return transformers.AutoTokenizer.from_pretrained(source.path, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parsers raise
-        raise UsageError(f"{path} has no tokenizer that transformers can load: {_first_line(error)}") from error
+        text = str(error).strip().splitlines() or [type(error).__name__]
+        raise UsageError(f"{source.path} has no tokenizer that transformers can load: {text[0]}") from error
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def _from_gguf(file: GgufFile) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
+    backend = gguf_tokenizer.build_backend(file)
+    names = gguf_tokenizer.special_tokens(file, backend)
+    template = file.get("tokenizer.chat_template")
+    tokenizer = PreTrainedTokenizerFast.__new__(PreTrainedTokenizerFast)
+    # Handed over before __init__ runs: as an argument it would be copied through a JSON text of 35 MB.
+    tokenizer._tokenizer = backend
+    tokenizer.__init__(
+        **names,
+        add_bos_token=gguf_tokenizer.adds_bos(file) and "bos_token" in names,
+        add_eos_token=gguf_tokenizer.adds_eos(file) and "eos_token" in names,
+        **({} if template is None else {"chat_template": template}),
+        clean_up_tokenization_spaces=False,
+    )
+    return tokenizer
