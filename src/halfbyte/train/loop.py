@@ -1,0 +1,309 @@
+"""The training loop: one function, top to bottom.
+
+    train(model, plan, run, listeners) -> TrainResult
+
+It takes a model with `.loss(batch)` and `.train()`, a `TrainPlan` of plain values and callables (see `train.state`),
+and a `RunDirectory` whose lock this process holds. What it does is told as events (`train.events`), to the file and to
+`listeners`; it prints nothing. If the folder holds checkpoints it goes on from the last whole one, otherwise it starts:
+resuming is the same call. `halfbyte.run` composes the plan.
+
+What is exact: the same plan on the same machine kind, thread count and versions gives the same weights, moments and
+losses bit for bit, whether or not the run was killed and resumed in between. Rows, dropout and the learning rate are
+functions of the step; everything else is in the checkpoint.
+
+A save that finds the disk full is a warning as long as training goes on, and an error at the end.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from halfbyte.errors import DoesNotFit, HalfbyteError, Interrupted, UsageError
+from halfbyte.files import require_free_space
+from halfbyte.optim.adamw import AdamW, clip_factor
+from halfbyte.optim.schedule import learning_rate_at
+from halfbyte.train import checkpoint
+from halfbyte.train.events import SCHEMA_VERSION, EventLog, Listener, drop_after
+from halfbyte.train.memory import process_memory
+from halfbyte.train.run_directory import RunDirectory
+from halfbyte.train.signals import StopRequest
+from halfbyte.train.state import TrainPlan, TrainResult, TrainState, environment
+from halfbyte.train.update import FIRST_LOSS_SCALE, LossScale, Model, NonFinite, Stopped, backward, to_device
+
+
+def train(model: Model, plan: TrainPlan, run: RunDirectory, listeners: Iterable[Listener] = ()) -> TrainResult:
+    """Train until `plan.total_steps` (or no gain for `early_stopping_patience` evaluations); see the module.
+
+    Raises Interrupted after SIGINT or SIGTERM with everything saved, NonFinite with the rows that broke the numbers,
+    DoesNotFit if the disk cannot hold the checkpoints. The random state of torch is as before afterwards.
+    """
+    options, optim = plan.options, plan.optim
+    optimizer = AdamW(plan.trainable, optim)
+    with StopRequest() as stop, _random_state_kept(plan.device), contextlib.closing(Session(run, plan, listeners)) as s:
+        state = s.start(optimizer)
+        scale = LossScale(state.loss_scale, state.loss_scale_good_updates, plan.loss_scaling)
+        try:
+            while True:
+                if plan.evaluation_is_due(state.step) and state.evaluated_step < state.step and not s.evaluate(stop):
+                    raise Stopped
+                finished = state.step >= plan.total_steps or s.out_of_patience()
+                s.save_if_due(optimizer, finished)
+                if finished:
+                    break
+
+                started, step = time.perf_counter(), state.step + 1
+                batches = [to_device(batch, plan.device) for batch in plan.batches_for_update(step)]
+                model.train()
+                update = backward(model, optimizer, batches, options.seed, step, scale, stop, plan.locate)
+                rate = learning_rate_at(step, plan.total_steps, optim)
+                optimizer.step(rate, update.unscale * clip_factor(update.grad_norm, optim.max_grad_norm))
+                optimizer.zero_grad()
+                scale.grow()
+                state.take_scale(scale)
+                state.add(update.loss, update.tokens, update.supervised_tokens, time.perf_counter() - started)
+                if step % options.logging_steps == 0 or step == plan.total_steps:
+                    s.log_step(rate, update.grad_norm)
+        except Stopped:
+            optimizer.zero_grad()
+            s.save(optimizer, final=True)
+            s.end("interrupted")
+            raise Interrupted(
+                f"stopped by {stop.signal_name} after step {state.step} of {plan.total_steps}; everything is saved: "
+                f"go on with `halfbyte resume {run.path}`"
+            ) from None
+        except HalfbyteError as error:
+            s.fail(optimizer, error)
+            raise
+        s.load_best_if_asked()
+        return s.end("completed" if state.step >= plan.total_steps else "stopped_early")
+
+
+class Session:
+    """The loop's dealings with its folder: where to start, what is told, what is saved."""
+
+    def __init__(self, run: RunDirectory, plan: TrainPlan, listeners: Iterable[Listener]) -> None:
+        if run.lock.owner is None:
+            raise ValueError("train() needs a RunDirectory whose lock is held: RunDirectory.create() or .resume()")
+        self.run, self.plan, self.listeners = run, plan, list(listeners)
+        self.state = TrainState()
+        self.environment = environment(plan.device)
+        self.saved_step: int | None = None
+        self.last_checkpoint: Path | None = None
+        self.last_save = time.monotonic()
+        self.log: EventLog | None = None
+
+    def close(self) -> None:
+        if self.log is not None:
+            self.log.close()
+
+    def start(self, optimizer: AdamW) -> TrainState:
+        """Restore the last whole checkpoint if there is one, open the log, tell how the run begins."""
+        problems: list[str] = []
+        found = checkpoint.load_latest(self.run.path, problems.append)
+        if found is None:
+            self.state.loss_scale = FIRST_LOSS_SCALE if self.plan.loss_scaling else 1.0
+            room = (self.plan.options.save_total_limit + 2) * checkpoint.bytes_needed(
+                self.plan.trainable, optimizer.state_dict()
+            )
+            require_free_space(self.run.path, room, "keeping this run's checkpoints")
+        else:
+            problems += self._restore(found, optimizer)
+        dropped = drop_after(self.run.events, self.state.step)
+        self.log = EventLog(self.run.events, self.listeners)
+        self.log.emit(
+            "start" if found is None else "resume",
+            schema_version=SCHEMA_VERSION,
+            step=self.state.step,
+            total_steps=self.plan.total_steps,
+            steps_per_epoch=self.plan.steps_per_epoch,
+            total_tokens=self.plan.total_tokens,
+            tokens=self.state.tokens,
+            seconds=round(self.state.seconds, 3),
+            dropped_events=dropped,
+            trainable_parameters=sum(p.numel() for p in self.plan.trainable.values()),
+            pid=self.run.lock.owner.pid if self.run.lock.owner else None,
+            environment=self.environment,
+        )
+        for problem in problems:
+            self.warn(problem)
+        return self.state
+
+    def _restore(self, found: checkpoint.Checkpoint, optimizer: AdamW) -> list[str]:
+        """Put a checkpoint into the parameters and the optimizer; returns what the user should know."""
+        saved = found.state
+        for key in sorted(self.plan.identity.keys() | saved["identity"].keys()):
+            before, now = saved["identity"].get(key), self.plan.identity.get(key)
+            if before != now:
+                raise UsageError(f"{found.path} was trained with another {key} ({before}, now {now}): not the same run")
+        _load_trainable(self.plan, found)
+        optimizer.load_state_dict(found.optimizer)
+        self.state = TrainState.from_json(saved["train"])
+        self.saved_step, self.last_checkpoint = self.state.step, found.path
+        problems = []
+        different = [k for k, v in self.environment.items() if saved["environment"].get(k) != v]
+        if different:
+            changes = ", ".join(f"{k}: {saved['environment'].get(k)} -> {self.environment[k]}" for k in different)
+            problems.append(
+                f"this is not where the run was started ({changes}): it goes on, but not bit for bit the same"
+            )
+        if saved["total_steps"] != self.plan.total_steps:
+            problems.append(
+                f"the run now ends at step {self.plan.total_steps} instead of {saved['total_steps']}: "
+                "the learning rate follows the new length from here on"
+            )
+        return problems
+
+    def emit(self, event: str, **fields: object) -> None:
+        assert self.log is not None
+        self.log.emit(event, step=self.state.step, **fields)
+
+    def warn(self, message: str) -> None:
+        self.emit("warning", message=message)
+
+    def log_step(self, learning_rate: float, grad_norm: float) -> None:
+        resident, peak = process_memory()
+        fields: dict[str, object] = dict(self.state.take_window())
+        fields |= {"learning_rate": learning_rate, "grad_norm": grad_norm}
+        fields |= {"memory_bytes": resident, "peak_memory_bytes": peak}
+        if self.plan.device.type == "cuda":
+            fields["device_memory_bytes"] = torch.cuda.max_memory_allocated(self.plan.device)
+        self.emit("step", **fields)
+        self.run.lock.touch()
+
+    def evaluate(self, stop: StopRequest) -> bool:
+        """Evaluate and tell; False if it was stopped on the way."""
+        assert self.plan.evaluate is not None
+        started = time.perf_counter()
+        metrics = self.plan.evaluate(stop)
+        if metrics is None:
+            return False
+        seconds = time.perf_counter() - started
+        self.state.other_seconds += seconds
+        best = self.state.take_evaluation(float(metrics["loss"]))
+        self.emit("eval", **{**metrics, "seconds": round(seconds, 3), "best": best})
+        self.run.lock.touch()
+        return True
+
+    def out_of_patience(self) -> bool:
+        patience = self.plan.options.early_stopping_patience
+        return patience is not None and self.state.evaluations_without_gain >= patience
+
+    def save_if_due(self, optimizer: AdamW, finished: bool) -> None:
+        """By steps, by minutes, after the best evaluation so far, and at the end."""
+        options, step = self.plan.options, self.state.step
+        if step == 0 or step == self.saved_step:
+            return
+        by_steps = options.save_steps is not None and step % options.save_steps == 0
+        minutes = (time.monotonic() - self.last_save) / 60
+        by_minutes = options.save_minutes is not None and minutes >= options.save_minutes
+        if finished or by_steps or by_minutes or self.state.best_step == step:
+            self.save(optimizer, final=finished)
+
+    def save(self, optimizer: AdamW, final: bool) -> None:
+        """Write a checkpoint unless this step's is there. Without room, a warning; `final` makes it an error."""
+        if self.state.step == self.saved_step:
+            return
+        assert self.log is not None
+        started = time.perf_counter()
+        self.log.sync()
+        description = {
+            "train": self.state.to_json(),
+            "total_steps": self.plan.total_steps,
+            "identity": dict(self.plan.identity),
+            "environment": self.environment,
+        }
+        self.last_save = time.monotonic()
+        try:
+            folder = checkpoint.save(
+                self.run.path,
+                self.state.step,
+                self.plan.trainable,
+                optimizer.state_dict(),
+                description,
+                self.plan.save_extras,
+            )
+        except (DoesNotFit, OSError) as error:
+            if final:
+                raise DoesNotFit(f"the last checkpoint could not be written: {error}") from error
+            self.warn(f"no checkpoint at step {self.state.step}, training goes on: {error}")
+            return
+        self.saved_step, self.last_checkpoint = self.state.step, folder
+        checkpoint.rotate(self.run.path, self.plan.options.save_total_limit, self.state.best_step)
+        seconds = time.perf_counter() - started
+        self.state.other_seconds += seconds
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        self.emit("checkpoint", seconds=round(seconds, 3), path=folder.name, bytes=size)
+
+    def fail(self, optimizer: AdamW, error: HalfbyteError) -> None:
+        """Tell why it ends; where the numbers broke, the weights of the update before are saved first."""
+        optimizer.zero_grad()
+        with contextlib.suppress(HalfbyteError):
+            if isinstance(error, NonFinite) and error.weights_are_finite:
+                self.save(optimizer, final=False)
+            self.end("failed", message=str(error))
+
+    def load_best_if_asked(self) -> None:
+        """`load_best_model_at_end`, or a word if the last weights are not the best ones."""
+        best, best_loss = self.state.best_step, self.state.best_eval_loss
+        if best is None or best == self.state.step:
+            return
+        found = f"the best evaluation was at step {best}, with a loss of {best_loss:.4f}"
+        if not self.plan.options.load_best_model_at_end:
+            self.warn(f"{found}; the last weights are kept: load_best_model_at_end takes the best")
+            return
+        try:
+            _load_trainable(self.plan, checkpoint.load(checkpoint.folder_of(self.run.path, best)))
+        except checkpoint.Damaged as error:
+            self.warn(f"{found}, but its checkpoint cannot be used and the last weights are kept: {error}")
+            return
+        self.warn(f"{found}: these are the weights that the run ends with")
+
+    def end(self, status: str, message: str | None = None) -> TrainResult:
+        """The last event, and what came out."""
+        state, (_, peak) = self.state, process_memory()
+        result = TrainResult(
+            status=status,
+            step=state.step,
+            total_steps=self.plan.total_steps,
+            seconds=state.seconds + state.other_seconds,
+            update_seconds=state.seconds,
+            tokens=state.tokens,
+            supervised_tokens=state.supervised_tokens,
+            tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
+            train_loss=state.nll / state.supervised_tokens if state.supervised_tokens else None,
+            final_loss=state.last_loss,
+            eval_loss=state.eval_loss,
+            best_step=state.best_step,
+            best_eval_loss=state.best_eval_loss,
+            peak_memory_bytes=peak,
+            checkpoint=self.last_checkpoint,
+        )
+        fields = {key: value for key, value in result.to_json().items() if key != "step"}
+        self.emit("end", **fields, **({"message": message} if message else {}))
+        return result
+
+
+def _load_trainable(plan: TrainPlan, found: checkpoint.Checkpoint) -> None:
+    """Copy a checkpoint's tensors into the parameters; another set or shape of tensors is not this run."""
+    mine, theirs = plan.trainable, found.trainable
+    different = sorted(mine.keys() ^ theirs.keys())
+    different += [n for n in mine.keys() & theirs.keys() if mine[n].shape != theirs[n].shape]
+    different += [n for n in mine.keys() & theirs.keys() if mine[n].dtype != theirs[n].dtype]
+    if different:
+        raise UsageError(
+            f"{found.path} has other trained tensors than this run ({len(different)} differ, {different[0]} first): "
+            "resume with the model and the adapter options it was started with"
+        )
+    with torch.no_grad():
+        for name, parameter in mine.items():
+            parameter.copy_(theirs[name])
+
+
+@contextlib.contextmanager
+def _random_state_kept(device: torch.device) -> Iterator[None]:
+    """The loop seeds torch's global generators; whoever called it gets them back as they were."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        yield

@@ -1,0 +1,93 @@
+"""The folder of one run: its names, its lock, and the rules for starting in it."""
+
+import shutil
+from pathlib import Path
+from typing import Self
+
+from halfbyte.errors import UsageError
+from halfbyte.train.checkpoint import list_checkpoints, remove_leftovers
+from halfbyte.train.lock import Lock, Owner, alive
+
+EVENTS = "events.jsonl"
+CONFIG = "run.yaml"
+PLAN = "plan.json"
+RESULT = "result.json"
+LOCK = "run.lock"
+
+
+class RunDirectory:
+    """A run's folder, held by this process.
+
+    with RunDirectory.create(path) as run: ...      a new run; an existing one is refused (or removed: overwrite)
+    with RunDirectory.resume(path) as run: ...      an existing run that nobody is writing
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lock = Lock(path / LOCK)
+
+    @classmethod
+    def create(cls, path: Path, overwrite: bool = False) -> Self:
+        """A folder for a new run, locked. An existing run is a UsageError that names the ways on, or with `overwrite`
+        is removed; a folder with other things in it is never touched."""
+        run = cls(path)
+        if path.exists() and not path.is_dir():
+            raise UsageError(f"{path} is a file: choose another output_dir")
+        if path.is_dir() and any(path.iterdir()):
+            if not is_run(path):
+                raise UsageError(f"{path} is not empty and holds no run of halfbyte: choose another output_dir")
+            if not overwrite:
+                raise UsageError(
+                    f"{path} already holds a run: continue it with `halfbyte resume {path}`, replace it with "
+                    "--overwrite, or choose another output_dir"
+                )
+            if Path.cwd().resolve().is_relative_to(path.resolve()):
+                raise UsageError(f"--overwrite would delete {path}, in which this command runs: choose another folder")
+        run.lock.acquire()
+        _clear(path)
+        return run
+
+    @classmethod
+    def resume(cls, path: Path) -> Self:
+        """An existing run, locked, leftovers of a killed process removed."""
+        if not is_run(path):
+            raise UsageError(f"{path} holds no run to resume: it has neither {CONFIG} nor {EVENTS}")
+        run = cls(path)
+        run.lock.acquire()
+        remove_leftovers(path)
+        return run
+
+    @property
+    def events(self) -> Path:
+        return self.path / EVENTS
+
+    def close(self) -> None:
+        self.lock.release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def is_run(path: Path) -> bool:
+    """Is this the folder of a run (also one that stopped before its first event)?"""
+    return any((path / name).is_file() for name in (CONFIG, EVENTS, LOCK)) or bool(list_checkpoints(path))
+
+
+def running(path: Path) -> Owner | None:
+    """The living process that is writing this run, or None."""
+    return alive(path / LOCK)
+
+
+def _clear(path: Path) -> None:
+    """Remove everything but the lock, which this process holds. Checkpoints last named go first, so that a crash in
+    between leaves no newer checkpoint than the events say."""
+    for entry in sorted(path.iterdir(), key=lambda p: not p.name.startswith("checkpoint-")):
+        if entry.name == LOCK:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()

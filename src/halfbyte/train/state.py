@@ -1,0 +1,210 @@
+"""The values that cross the border of the training loop, and the ones that it carries from step to step."""
+
+import math
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from halfbyte.batch import Batch
+from halfbyte.errors import UsageError
+from halfbyte.optim.options import OptimOptions
+from halfbyte.train.options import TrainOptions
+from halfbyte.train.update import LossScale
+
+CPU = torch.device("cpu")
+
+StopAsked = Callable[[], bool]
+Evaluate = Callable[[StopAsked], Mapping[str, float] | None]
+
+
+def row_number(row: int) -> str:
+    """How a row is named where nobody knows its file and line."""
+    return f"row {row}"
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """Everything that a training run is, beside the model and the folder.
+
+    options, optim      the resolved options; optim.learning_rate must be a number
+    total_steps         updates to make
+    steps_per_epoch     updates in an epoch; None evaluates at the end only, unless eval_steps says otherwise
+    batches_for_update  step (1 for the first) -> its micro-batches; a function of the step alone
+    trainable           the trained parameters by name, float32 or bfloat16
+    evaluate            called with a function that says whether to stop early; returns `loss`, `supervised_tokens` and
+                        other metrics, or None where it was stopped. It leaves the model's parameters alone
+    locate              data-set row -> "file:line", for messages
+    save_extras         writes more files into a checkpoint's folder (the adapter in PEFT's format)
+    identity            what must be the same for a resume to be the same run: base, data, template
+    total_tokens        tokens of the whole run, where known, for the time left
+    device              where batches are moved to
+    loss_scaling        scale the loss against fp16's small range
+    """
+
+    options: TrainOptions
+    optim: OptimOptions
+    total_steps: int
+    batches_for_update: Callable[[int], Sequence[Batch]]
+    trainable: Mapping[str, nn.Parameter]
+    steps_per_epoch: int | None = None
+    evaluate: Evaluate | None = None
+    locate: Callable[[int], str] = row_number
+    save_extras: Callable[[Path], None] | None = None
+    identity: Mapping[str, str] = field(default_factory=dict)
+    total_tokens: int | None = None
+    device: torch.device = CPU
+    loss_scaling: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.trainable:
+            raise UsageError("nothing to train: no adapter is attached and no weight is trainable")
+        if self.optim.learning_rate is None:
+            raise ValueError("optim.learning_rate must be resolved before training")
+
+    def evaluation_is_due(self, step: int) -> bool:
+        """After every `eval_steps` (or epoch), and after the last step."""
+        if self.evaluate is None or step == 0:
+            return False
+        every = self.options.eval_steps or self.steps_per_epoch
+        return step >= self.total_steps or (every is not None and step % every == 0)
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint carries beside tensors. Sums are over the whole run, all its sessions.
+
+    seconds        of the updates alone; other_seconds: of evaluating and saving
+    window_*       sums since the last `step` event, for logging_steps > 1
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    other_seconds: float = 0.0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    nll: float = 0.0
+    window_seconds: float = 0.0
+    window_tokens: int = 0
+    window_supervised_tokens: int = 0
+    window_nll: float = 0.0
+    last_loss: float | None = None
+    evaluated_step: int = 0
+    eval_loss: float | None = None
+    best_step: int | None = None
+    best_eval_loss: float | None = None
+    evaluations_without_gain: int = 0
+    loss_scale: float = 1.0
+    loss_scale_good_updates: int = 0
+
+    def add(self, loss: float, tokens: int, supervised_tokens: int, seconds: float) -> None:
+        """Count one update."""
+        self.step += 1
+        self.last_loss = loss
+        self.seconds += seconds
+        self.tokens += tokens
+        self.supervised_tokens += supervised_tokens
+        self.nll += loss * supervised_tokens
+        self.window_seconds += seconds
+        self.window_tokens += tokens
+        self.window_supervised_tokens += supervised_tokens
+        self.window_nll += loss * supervised_tokens
+
+    def take_window(self) -> dict[str, float | int]:
+        """The fields of a `step` event, and an empty window."""
+        taken: dict[str, float | int] = {
+            "seconds": round(self.window_seconds, 6),
+            "tokens": self.window_tokens,
+            "supervised_tokens": self.window_supervised_tokens,
+            "loss": self.window_nll / self.window_supervised_tokens,
+        }
+        self.window_seconds, self.window_tokens, self.window_supervised_tokens, self.window_nll = 0.0, 0, 0, 0.0
+        return taken
+
+    def take_evaluation(self, loss: float) -> bool:
+        """Note an evaluation after the current step; True if it is the best so far, which NaN never is."""
+        self.evaluated_step, self.eval_loss = self.step, loss if math.isfinite(loss) else None
+        best = self.best_eval_loss is None or loss < self.best_eval_loss
+        if best and math.isfinite(loss):
+            self.best_step, self.best_eval_loss, self.evaluations_without_gain = self.step, loss, 0
+            return True
+        self.evaluations_without_gain += 1
+        return False
+
+    def take_scale(self, scale: LossScale) -> None:
+        self.loss_scale, self.loss_scale_good_updates = scale.value, scale.good_updates
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        return cls(**{f.name: values[f.name] for f in fields(cls)})
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What came out.
+
+    status              completed or stopped_early
+    seconds             of training, with evaluating and saving, over all sessions; work that a kill lost is not counted
+    update_seconds      of the updates alone, which tokens_per_second counts
+    train_loss          mean over the supervised tokens of the whole run; final_loss: of the last update
+    eval_loss           of the last evaluation
+    checkpoint          the last one
+    """
+
+    status: str
+    step: int
+    total_steps: int
+    seconds: float
+    update_seconds: float
+    tokens: int
+    supervised_tokens: int
+    tokens_per_second: float
+    train_loss: float | None
+    final_loss: float | None
+    eval_loss: float | None
+    best_step: int | None
+    best_eval_loss: float | None
+    peak_memory_bytes: int
+    checkpoint: Path | None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"checkpoint": self.checkpoint.name if self.checkpoint else None}
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What the bits of a result depend on, beside the run itself: recorded with checkpoints, compared on resume."""
+    try:
+        ours = version("halfbyte")
+    except PackageNotFoundError:
+        ours = "not installed"
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+    return {
+        "halfbyte": ours,
+        "torch": torch.__version__,
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "instruction set": torch.backends.cpu.get_cpu_capability(),
+        "threads": str(torch.get_num_threads()),
+        "native kernels": os.environ.get("HALFBYTE_NATIVE", "1"),
+        "gpu": gpu,
+    }
+
+
+def _processor() -> str:
+    """The processor's name, from Linux where it says, else what Python knows."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or "unknown"
