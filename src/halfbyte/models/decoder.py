@@ -20,12 +20,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from halfbyte.batch import IGNORE, Batch
+from halfbyte.errors import UsageError
 from halfbyte.linear import GroupedLinear, Segment, linear_cross_entropy, linear_logits
 from halfbyte.models import rope
 from halfbyte.models.attention import KVCache, attend, attend_cached
 from halfbyte.models.blocks import gated_unit, rms_norm
 from halfbyte.models.spec import LinearSpec, ModelSpec, RopeSpec
-from halfbyte.quant import Weight
+from halfbyte.quant import DenseWeight, Weight
 
 WeightProvider = Callable[[str, bool], Weight]
 """(Hugging Face tensor name, whether it may be quantized) -> the weight."""
@@ -234,6 +235,38 @@ class Decoder(nn.Module):
         if cap is not None:
             logits = (logits / cap).tanh() * cap
         return logits.view(*input_ids.shape, -1)
+
+    # -- full fine-tuning -----------------------------------------------------------------------------------------
+
+    def unfreeze(self) -> dict[str, nn.Parameter]:
+        """Make every tensor trainable, in the type it is held in; returns them by Hugging Face name.
+
+        For full fine-tuning of a 16- or 32-bit base. UsageError if a weight is quantized: it has no gradient.
+        """
+        trainable: dict[str, nn.Parameter] = {}
+
+        def train(name: str, weight: Weight) -> Weight:
+            if not isinstance(weight, DenseWeight):
+                raise UsageError(f"{name} is held in {weight.format}: full fine-tuning needs a 16- or 32-bit base")
+            made = DenseWeight(weight.tensor, trainable=True)
+            parameter = made.trainable_tensor()
+            assert isinstance(parameter, nn.Parameter)
+            trainable[name] = parameter
+            return made
+
+        tied = self.head is self.embed
+        self.embed = train("model.embed_tokens.weight", self.embed)
+        for module in self.modules():
+            if isinstance(module, Segment):
+                module.weight = train(f"{module.name}.weight", module.weight)
+                if module.bias is not None:
+                    trainable[f"{module.name}.bias"] = module.bias
+            elif isinstance(module, Norm):
+                trainable[f"{module.name}.weight"] = module.weight
+        self.head = self.embed if tied else train("lm_head.weight", self.head)
+        for parameter in trainable.values():
+            parameter.requires_grad_(True)
+        return trainable
 
     # -- the tensors ----------------------------------------------------------------------------------------------
 

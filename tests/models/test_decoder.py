@@ -1,0 +1,95 @@
+"""What the decoder offers beside the families' numbers (test_families): full fine-tuning, caches, its tensors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from halfbyte.batch import IGNORE, Batch
+from halfbyte.errors import UsageError
+from halfbyte.models.decoder import Decoder
+from halfbyte.models.spec import ModelSpec
+from halfbyte.quant import DenseWeight
+from tests.adapters.models import tiny
+from tests.models import families
+
+
+def batch(lengths: tuple[int, ...], vocab: int) -> Batch:
+    ids = torch.randint(0, vocab, (sum(lengths),), generator=torch.Generator().manual_seed(0))
+    targets = ids.roll(-1)
+    targets[torch.tensor(lengths).cumsum(0) - 1] = IGNORE
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    return Batch(ids, positions, targets, lengths)
+
+
+@pytest.mark.parametrize("name", ["llama2-mha-tied", "gemma3", "qwen2", "phi3"])
+def test_full_fine_tuning_has_transformers_gradients(name: str) -> None:
+    theirs = families.make_model(families.config(name))
+    values = {k: v.clone() for k, v in theirs.state_dict().items()}
+    spec = ModelSpec.from_config(theirs.config.to_dict())
+    ours = Decoder.build(spec, lambda n, _: DenseWeight(values[n]), lambda n: values[n])
+    parameters = ours.unfreeze()
+    assert parameters.keys() == dict(theirs.named_parameters()).keys()
+    work = batch((13, 20, 7), spec.vocab_size)
+    loss, count = ours.loss(work)
+    (loss / count).backward()
+    total = torch.zeros(())
+    for ids, targets in zip(work.input_ids.split(work.lengths), work.targets.split(work.lengths), strict=True):
+        logits = theirs(ids[None]).logits[0]
+        total = total + F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    (total / count).backward()
+    torch.testing.assert_close(loss, total, rtol=1e-5, atol=1e-4)
+    for key, parameter in theirs.named_parameters():
+        torch.testing.assert_close(
+            parameters[key].grad, parameter.grad, rtol=1e-3, atol=2e-5, msg=lambda m, k=key: f"{k}: {m}"
+        )
+
+
+def test_a_quantized_base_is_not_unfrozen() -> None:
+    with pytest.raises(UsageError, match=r"q_proj.weight is held in nf4\+dq"):
+        tiny("nf4").unfreeze()
+
+
+def test_the_last_logits_of_a_batch_are_those_of_each_sequence_alone() -> None:
+    model = tiny()
+    prompts = [torch.arange(1, 8), torch.arange(5, 9), torch.arange(20, 33)]
+    cache = model.new_cache(20, batch=3)
+    together = model.logits(torch.cat(prompts), tuple(len(p) for p in prompts), cache, last_only=True)
+    alone = torch.stack([model.logits(p)[-1] for p in prompts])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    nexts = together.argmax(-1)
+    step = model.logits(nexts, (1, 1, 1), cache)
+    alone = torch.stack([model.logits(torch.cat([p, n[None]]))[-1] for p, n in zip(prompts, nexts, strict=True)])
+    torch.testing.assert_close(step, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_forward_has_a_graph_and_the_logits_values() -> None:
+    model = tiny()
+    model.unfreeze()
+    ids = torch.randint(0, 96, (2, 9))
+    logits = model(ids)
+    torch.testing.assert_close(logits[1].detach(), model.logits(ids[1]), rtol=1e-5, atol=1e-5)
+    logits.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_token_logprobs_sum_to_the_loss() -> None:
+    model = tiny()
+    work = batch((5, 9), 96)
+    loss, count = model.loss(work)
+    logprobs = model.token_logprobs(work)
+    assert logprobs.shape == (count,) == (12,)
+    torch.testing.assert_close(-logprobs.sum(), loss.detach())
+
+
+def test_named_tensors_are_the_checkpoint() -> None:
+    model = tiny()
+    assert {n: tuple(t().shape) for n, t in model.named_tensors()} == dict(model.spec.tensors())
+
+
+def test_nothing_supervised_is_a_loss_of_zero_that_can_be_backpropagated() -> None:
+    model = tiny()
+    model.unfreeze()
+    ids = torch.arange(4)
+    loss, count = model.loss(Batch(ids, ids, torch.full((4,), IGNORE), (4,)))
+    loss.backward()
+    assert (loss.item(), count) == (0.0, 0)
