@@ -1,6 +1,7 @@
 """The folder of one run: its names, its lock, and the rules for starting in it."""
 
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Self
 
@@ -33,7 +34,7 @@ class RunDirectory:
         run = cls(path)
         if path.exists() and not path.is_dir():
             raise UsageError(f"{path} is a file: choose another output_dir")
-        if path.is_dir() and any(path.iterdir()):
+        if path.is_dir() and not _holds_nothing(path):
             if not is_run(path):
                 raise UsageError(f"{path} is not empty and holds no run of halfbyte: choose another output_dir")
             if not overwrite:
@@ -73,7 +74,12 @@ class RunDirectory:
 
 def is_run(path: Path) -> bool:
     """Is this the folder of a run (also one that stopped before its first event)?"""
-    return any((path / name).is_file() for name in (CONFIG, EVENTS, LOCK)) or bool(list_checkpoints(path))
+    return any((path / name).is_file() for name in (CONFIG, EVENTS)) or bool(list_checkpoints(path))
+
+
+def _holds_nothing(path: Path) -> bool:
+    """Empty, but for what a process leaves that was killed before it had begun."""
+    return all(entry.name == LOCK or fnmatch(entry.name, f".{LOCK}.*.partial") for entry in path.iterdir())
 
 
 def running(path: Path) -> Owner | None:
@@ -82,9 +88,10 @@ def running(path: Path) -> Owner | None:
 
 
 def _clear(path: Path) -> None:
-    """Remove everything but the lock, which this process holds. Checkpoints last named go first, so that a crash in
-    between leaves no newer checkpoint than the events say."""
-    for entry in sorted(path.iterdir(), key=lambda p: not p.name.startswith("checkpoint-")):
+    """Remove everything but the lock, which this process holds. What makes the folder a run goes last, so that after a
+    crash in between it still is one."""
+    order = {EVENTS: 1, CONFIG: 2}
+    for entry in sorted(path.iterdir(), key=lambda entry: order.get(entry.name, 0)):
         if entry.name == LOCK:
             continue
         if entry.is_dir() and not entry.is_symlink():
