@@ -217,7 +217,10 @@ def make_float64(model: PreTrainedModel) -> PreTrainedModel:
         copy = transformers.AutoModelForCausalLM.from_config(
             type(model.config).from_dict(model.config.to_dict()), attn_implementation="eager", dtype=torch.float64
         ).double()
-    copy.load_state_dict({name: value.double() for name, value in model.state_dict().items()})
+    values = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in copy.named_parameters():
+            parameter.copy_(values[name])
     return copy.eval()
 
 
