@@ -51,14 +51,20 @@ def build_backend(file: GgufFile) -> Tokenizer:
     tokens = file.array("tokenizer.ggml.tokens")
     if not tokens:
         raise UsageError(f"{file.path} has no vocabulary (tokenizer.ggml.tokens): convert it again with llama.cpp")
-    if kind == "llama":
-        backend = _sentencepiece(file, tokens)
-    elif kind == "gpt2":
-        backend = _byte_level(file, tokens)
-    else:
+    for name in ("bos", "eos", "unknown", "padding"):
+        index = file.get(f"tokenizer.ggml.{name}_token_id")
+        if index is not None and not 0 <= index < len(tokens):
+            raise UsageError(f"{file.path} names token {index} as {name}, of {len(tokens)} tokens: the file is damaged")
+    if kind not in ("llama", "gpt2"):
         raise UsageError(
             f"{file.path} has a {kind!r} tokenizer; llama and gpt2 can be read: use the Hugging Face folder"
         )
+    try:
+        backend = _sentencepiece(file, tokens) if kind == "llama" else _byte_level(file, tokens)
+    except UsageError:
+        raise
+    except Exception as error:  # the only type that tokenizers raises
+        raise UsageError(f"{file.path}: the vocabulary and its merges do not fit together ({error})") from None
     _add_tokens(backend, file, tokens)
     _add_post_processor(backend, file, tokens)
     return backend

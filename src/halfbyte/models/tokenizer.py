@@ -15,7 +15,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     """
     file = getattr(source, "file", None)
     if isinstance(file, GgufFile):
-        return _from_gguf(file)
+        return from_gguf(file)
     import transformers  # heavy, and not needed by those who only read weights
 
     try:
@@ -25,7 +25,8 @@ def load_tokenizer(source: ModelSource) -> Any:
         raise UsageError(f"{source.path} has no tokenizer that transformers can load: {text[0]}") from error
 
 
-def _from_gguf(file: GgufFile) -> Any:
+def from_gguf(file: GgufFile) -> Any:
+    """The tokenizer that a GGUF file describes, as a transformers fast tokenizer."""
     from transformers import PreTrainedTokenizerFast
 
     backend = gguf_tokenizer.build_backend(file)
