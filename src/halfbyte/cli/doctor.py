@@ -35,7 +35,8 @@ def doctor(
         ("memory", f"{screen.gigabytes(hardware['memory_available'])} free of "
                    f"{screen.gigabytes(hardware['memory_total'])} ({hardware['memory_limit']})"),
         ("disk", f"{screen.gigabytes(facts['disk_free_bytes'])} free here"),
-        ("matrix products", f"{gemm} on {rates['device']}, so training computes in {facts['dtype']}"),
+        ("matrix products", f"{gemm} on {rates['device']}"),
+        ("computes in", facts["dtype"]["reason"]),
         ("memory copy", screen.rate(rates["bandwidth"], "B")),
         ("NF4 decoding", screen.rate(rates["dequantize"], "weights")),
         ("backend", f"{facts['backend']['name']}: {facts['backend']['reason']}"),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from halfbyte import ops
+from halfbyte.models.dtype import fast_dtype
 from halfbyte.plan.hardware import cache_folder, detect, measure
 
 PACKAGES = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "gguf", "tokenizers")
@@ -30,6 +31,7 @@ def diagnose(refresh: bool = False) -> dict[str, Any]:
     hardware = detect()
     rates = measure(hardware, refresh=refresh)
     backend = ops.backend()
+    dtype, reason = auto_dtype(hardware.device)
     disk = shutil.disk_usage(Path.cwd())
     return {
         "schema_version": SCHEMA_VERSION,
@@ -38,13 +40,22 @@ def diagnose(refresh: bool = False) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "disk_free_bytes": disk.free,
         "rates": asdict(rates),
-        "dtype": rates.best_dtype,
+        "dtype": {"name": str(dtype).removeprefix("torch."), "reason": reason},
         "backend": {"name": backend.name, "reason": backend.reason},
         "packages": {name: _version(name) for name in PACKAGES},
         "extras": {name: {"version": _version(name), "for": use} for name, use in EXTRAS.items()},
         "cache": str(cache_folder()),
         "warnings": _warnings(hardware.memory_available, disk.free, backend.name),
     }
+
+
+def auto_dtype(device: str) -> tuple[torch.dtype, str]:
+    """What `dtype: auto` computes in on this device, and why; as `models.load` decides it."""
+    if device == "cpu":
+        return fast_dtype()
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.bfloat16, "bfloat16: this GPU has it"
+    return torch.float16, "float16 with loss scaling: this GPU has no bfloat16"
 
 
 def _version(package: str) -> str | None:

@@ -1,13 +1,14 @@
 """What this machine is and can do: devices, memory, instruction sets, and how fast it multiplies and copies.
 
 Facts come from the operating system, control groups included: a container with 8 GB on a 256 GB machine has 8 GB.
-Rates are measured, never looked up in a table, because a cloud vCPU, a laptop on battery and a desktop of the same model
-differ by factors. A measurement takes about two seconds and is kept in the user's cache, keyed by everything that
-changes it.
+Rates are measured, never looked up in a table, because a cloud vCPU, a laptop on battery and a desktop of the same
+model differ by factors. A measurement takes about two seconds and is kept in the user's cache, keyed by everything
+that changes it.
 
 Units: bytes, seconds, FLOP/s (a multiply-add counts as two), bytes a second.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -60,11 +61,6 @@ class Rates:
     gemm: dict[str, float]
     bandwidth: float
     dequantize: float
-
-    @property
-    def best_dtype(self) -> str:
-        """The dtype to compute in: bfloat16 (or float16) where it is at least as fast as float32, float32 elsewhere."""
-        return max(self.gemm, key=lambda name: (self.gemm[name], name == "bfloat16"))
 
 
 @dataclass(frozen=True)
@@ -231,23 +227,19 @@ def measure(hardware: Hardware, cache: Path | None = None, refresh: bool = False
         "threads": torch.get_num_threads(),
         "gpu": hardware.gpus[0].name if hardware.gpus else None,
         "torch": torch.__version__,
-        "backend": ops.backend(),
+        "backend": ops.backend().name,
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
     path = (cache or cache_folder()) / f"rates-{digest}.json"
     if not refresh:
-        try:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             saved = json.loads(path.read_text())
             gemm = {str(k): float(v) for k, v in saved["gemm"].items()}
             return Rates(str(saved["device"]), gemm, float(saved["bandwidth"]), float(saved["dequantize"]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            pass
     rates = _measure(hardware)
-    try:
+    # A home that cannot be written costs two seconds the next time, not the run.
+    with contextlib.suppress(OSError):
         write_atomic(path, json.dumps({"schema_version": 1, "key": key, **asdict(rates)}, indent=2) + "\n")
-    except OSError:
-        # A home that cannot be written costs two seconds the next time, not the run.
-        pass
     return rates
 
 

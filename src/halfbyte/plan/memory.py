@@ -123,10 +123,8 @@ def activation_bytes(spec: ModelSpec, job: Job) -> int:
     per_token, size = layer_activations(spec, job), DTYPE_BYTES[job.dtype]
     # Gradients of gate and up, of their product and of the residual, and float32 temporaries of a norm.
     working = (4 * spec.intermediate_size + 3 * spec.hidden_size) * size + 3 * 4 * spec.hidden_size
-    if job.checkpointing:
-        kept = spec.num_layers * spec.hidden_size * size + per_token
-    else:
-        kept = spec.num_layers * per_token
+    layers = spec.num_layers
+    kept = layers * spec.hidden_size * size + per_token if job.checkpointing else layers * per_token
     return job.micro_tokens * (kept + working) + attention_bytes(spec, job)
 
 

@@ -10,18 +10,23 @@ The rule of `method: auto`, in order:
 4. On a GPU: LoRA if its p95 is within 80 % of the budget, since there the 16-bit step is the faster one; else QLoRA.
 """
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
+from halfbyte.adapters.lora import LoraOptions
 from halfbyte.errors import DoesNotFit
 from halfbyte.models.spec import ModelSpec
 from halfbyte.plan import memory, time
 from halfbyte.plan.hardware import Hardware, Rates
 from halfbyte.plan.memory import Job
+from halfbyte.quant.options import QuantOptions
 
 SCHEMA_VERSION = 1
 METHODS = ("qlora", "lora", "full")
+MICRO_TOKENS = {"cpu": 2048, "cuda": 16_384}
+"""Tokens of a micro-batch beyond which matrix products get no faster; memory may ask for fewer."""
 MEMORY_P95, MEMORY_MARGIN = 1.15, 150_000_000
 """p95 = 1.15 times the estimate plus 0.15 GB: allocator slack and library versions; to be calibrated on past runs."""
 TIME_P95 = 1.6
@@ -29,10 +34,50 @@ TIME_P95 = 1.6
 
 
 @dataclass(frozen=True)
+class DataShape:
+    """What the rows are, in tokens. `assumed` says that no data was given and these are stand-ins."""
+
+    rows: int
+    tokens: int
+    longest: int
+    supervised_share: float
+    eval_tokens: int = 0
+    assumed: bool = False
+
+    @property
+    def mean(self) -> float:
+        return self.tokens / max(self.rows, 1)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a run asks for; what it leaves open is chosen here.
+
+    method         auto, or one of METHODS
+    batches        (rows at once, accumulation) that are allowed, largest first
+    checkpointing  None: only if memory asks for it
+    evaluations    passes over the held-out rows, the base's included
+    """
+
+    method: str
+    dtype: str
+    device: str
+    quant: QuantOptions
+    lora: LoraOptions
+    optim: str
+    batches: tuple[tuple[int, int], ...]
+    checkpointing: bool | None
+    epochs: float
+    max_steps: int | None
+    evaluations: int = 1
+
+
+@dataclass(frozen=True)
 class Estimate:
     """One method on one machine: bytes by phase and component, seconds by phase."""
 
     job: Job
+    batch: tuple[int, int]
     memory: dict[str, dict[str, int]]
     seconds: dict[str, float]
     trainable: int
@@ -62,6 +107,11 @@ class Estimate:
         return {
             "method": self.method,
             "trainable_parameters": self.trainable,
+            "per_device_train_batch_size": self.batch[0],
+            "gradient_accumulation_steps": self.batch[1],
+            "gradient_checkpointing": self.job.checkpointing,
+            "steps": self.job.steps,
+            "tokens": self.job.train_tokens,
             "peak_memory_bytes": {"p50": self.peak, "p95": self.peak_p95},
             "seconds": {"p50": round(self.total_seconds, 1), "p95": round(self.total_seconds * TIME_P95, 1)},
             "peak_phase": self.peak_phase,
@@ -80,9 +130,9 @@ class Plan:
     budget_reason: str
     method: str
     reason: str
+    data: DataShape
     hardware: dict[str, Any]
     rates: dict[str, Any]
-    assumptions: dict[str, Any]
 
     @property
     def chosen(self) -> Estimate:
@@ -99,38 +149,75 @@ class Plan:
             "budget_bytes": self.budget,
             "budget_reason": self.budget_reason,
             "methods": [{**e.as_dict(), "fits": self.fits(e)} for e in self.estimates],
-            "assumptions": self.assumptions,
+            "data": asdict(self.data),
             "hardware": self.hardware,
             "rates": self.rates,
         }
 
 
-def estimate(spec: ModelSpec, job: Job, rates: Rates, length: float) -> Estimate:
-    """Memory and time of one job; `length` is the average document in tokens."""
-    return Estimate(
-        job, memory.phases(spec, job), time.phases(spec, job, rates, length), memory.trainable_parameters(spec, job)
+def estimate(spec: ModelSpec, request: Request, method: str, data: DataShape, rates: Rates, limit: int) -> Estimate:
+    """Memory and time of one method, laid out in the largest micro-batch that fits `limit` (else the smallest)."""
+    made: Estimate | None = None
+    for batch, checkpointing in _layouts(request, data):
+        job = _job(request, method, data, batch, checkpointing)
+        made = Estimate(
+            job,
+            batch,
+            memory.phases(spec, job),
+            time.phases(spec, job, rates, data.mean),
+            memory.trainable_parameters(spec, job),
+        )
+        if made.peak_p95 <= limit:
+            return made
+    assert made is not None
+    return made
+
+
+def _layouts(request: Request, data: DataShape) -> list[tuple[tuple[int, int], bool]]:
+    """Micro-batches from large to small, then again with recomputed activations, as far as these are left open."""
+    target = MICRO_TOKENS[request.device]
+    useful = [b for b in request.batches if b[0] * data.longest <= target] or [request.batches[-1]]
+    modes = (False, True) if request.checkpointing is None else (request.checkpointing,)
+    return [(batch, mode) for mode in modes for batch in useful]
+
+
+def _job(request: Request, method: str, data: DataShape, batch: tuple[int, int], checkpointing: bool) -> Job:
+    rows_per_update = batch[0] * batch[1]
+    per_epoch = math.ceil(data.rows / rows_per_update)
+    steps = request.max_steps or max(1, math.ceil(per_epoch * request.epochs - 1e-9))
+    tokens = int(data.tokens * steps / per_epoch)
+    micro_tokens = min(batch[0] * data.longest, data.tokens)
+    return Job(
+        method=method,
+        dtype=request.dtype,
+        quant=request.quant,
+        lora=request.lora,
+        optim=request.optim,
+        checkpointing=checkpointing,
+        micro_tokens=micro_tokens,
+        longest=data.longest,
+        micro_batches=max(steps, math.ceil(tokens / (0.8 * micro_tokens))),
+        steps=steps,
+        train_tokens=tokens,
+        supervised=data.supervised_share,
+        eval_tokens=data.eval_tokens * request.evaluations,
+        device=request.device,
     )
 
 
 def make_plan(
-    spec: ModelSpec,
-    job: Job,
-    hardware: Hardware,
-    rates: Rates,
-    budget: int | None,
-    length: float,
-    assumptions: dict[str, Any],
+    spec: ModelSpec, request: Request, data: DataShape, hardware: Hardware, rates: Rates, budget: int | None
 ) -> Plan:
-    """Estimate every method and choose one. `job.method` of `auto` leaves the choice to the rule above.
+    """Estimate every method and choose one; `request.method` of `auto` leaves the choice to the rule above.
 
-    DoesNotFit if the asked method, or under `auto` every method, is over the budget at p95.
+    DoesNotFit if under `auto` no method is within the budget at p95 (see `check_fits` for a method that was asked for).
     """
     limit = hardware.usable if budget is None else budget
     where = "GPU memory" if hardware.gpus else "memory"
     why = f"90 % of the {where} that is free now" if budget is None else "--memory"
-    estimates = tuple(estimate(spec, replace(job, method=method), rates, length) for method in METHODS)
-    method, reason = _choose(estimates, job.method, limit, why, on_gpu=bool(hardware.gpus))
-    return Plan(estimates, limit, why, method, reason, hardware.as_dict(), asdict(rates), assumptions)
+    estimates = tuple(estimate(spec, request, method, data, rates, limit) for method in METHODS)
+    method, reason = _choose(estimates, request.method, limit, why, on_gpu=request.device == "cuda")
+    return Plan(estimates, limit, why, method, reason, data, hardware.as_dict(), asdict(rates))
 
 
 def _choose(estimates: Sequence[Estimate], asked: str, budget: int, why: str, on_gpu: bool) -> tuple[str, str]:

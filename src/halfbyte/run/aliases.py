@@ -139,8 +139,6 @@ ALIASES: dict[str, Alias] = {
     "lora_target": Alias("target_modules", _targets),
     "lora_target_modules": Alias("target_modules", _targets),
     "lora_target_linear": Alias("target_modules", _target_linear),
-    "lora_modules_to_save": Alias("modules_to_save"),
-    "additional_target": Alias("modules_to_save", _targets),
     "peft_use_rslora": Alias("use_rslora"),
     "lora_use_rslora": Alias("use_rslora"),
     "peft_init_lora_weights": Alias("init_lora_weights"),
@@ -232,6 +230,8 @@ SWITCHES = frozenset(
 )
 """Names above that a command line gives without a value."""
 LATER_KEYS = {"use_dora": "dora", "peft_use_dora": "dora", "loftq": "loftq", "use_galore": "galore"}
+LATER_KEYS |= {"modules_to_save": "training whole modules beside an adapter", "neftune_noise_alpha": "NEFTune"}
+LATER_KEYS |= {"lora_modules_to_save": "training whole modules beside an adapter", "additional_target": "the same"}
 LATER_METHODS = ("dora", "qdora", "loftq", "pissa", "eva", "galore", "qgalore", "lora_plus", "adalora", "vera", "ia3",
                  "freeze", "prefix", "prompt", "dpo", "orpo", "kto")  # fmt: skip
 """Names that other tools know; some are planned here, none is built, and each is answered with that."""

@@ -7,6 +7,7 @@ keys are answered with the nearest known one, wrong values with the file, the li
 
 import difflib
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -35,7 +36,7 @@ _UNITS |= {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "kib": 2**10, "mib":
 
 def parse_bytes(value: Any) -> Any:
     """Bytes of `6GiB`, `6GB` (10⁹ each), `800M` or a plain number. ValueError for anything else."""
-    if value is None or isinstance(value, int) and not isinstance(value, bool):
+    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
         return value
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(value))
     if match is None or match[2].lower() not in _UNITS:
@@ -55,7 +56,9 @@ class RunOptions(Options):
     memory: Size | None = Field(
         None, gt=0, description="Budget that the run must keep, as 6GiB or 6GB; by default 90 % of what is free"
     )
-    output_dir: str | None = Field(None, description="Folder of the run; by default runs/<date>-<model>-<method>")
+    adapter_path: str | None = Field(
+        None, description="Start from this adapter (a folder in PEFT's format, or a run) instead of a fresh one"
+    )
 
     @field_validator("method", mode="before")
     @classmethod
@@ -220,29 +223,30 @@ def did_you_mean(key: str) -> str:
 
 def to_yaml(config: RunConfig, record: Mapping[str, Any] | None = None) -> str:
     """`run.yaml`: every field by its name, then what the run was recorded on. Reading it gives the same config."""
-    body = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=1000)
-    if record is None:
-        return body
-    return body + "\n" + yaml.safe_dump({RECORD_KEY: dict(record)}, sort_keys=False, allow_unicode=True, width=1000)
+    values = config.model_dump(mode="json")
+    body = {name: values[name] for options in COMPONENTS.values() for name in options.model_fields}
+    if record is not None:
+        body[RECORD_KEY] = dict(record)
+    return yaml.safe_dump(body, sort_keys=False, allow_unicode=True, width=1000)
 
 
 def template_yaml(values: Mapping[str, Any]) -> str:
     """A commented YAML for `halfbyte init`: the given values set, every other field there as a comment."""
-    lines = ["# halfbyte: `halfbyte train --config THIS_FILE`. Lines that start with #: are the defaults.", ""]
+    lines = ["# halfbyte train --config THIS_FILE. A line that starts with #: shows a default: remove the mark to change it."]
     for title, options in COMPONENTS.items():
-        lines.append(f"# -- {title} " + "-" * max(3, 100 - len(title)))
+        lines += ["", f"# -- {title} {'-' * (112 - len(title))}", ""]
         for name, field in options.model_fields.items():
-            lines.append(f"# {field.description}")
+            lines += [f"# {part}" for part in textwrap.wrap(str(field.description), 114)]
             if name in values:
-                lines.append(_yaml_line(name, values[name]))
+                lines.append(f"{name}: {_scalar(values[name])}")
             elif field.is_required():
-                lines.append(f"{name}:   # needed")
+                lines.append(f"{name}:  # needed")
             else:
-                lines.append("#: " + _yaml_line(name, field.get_default(call_default_factory=True)))
-        lines.append("")
-    return "\n".join(lines)
+                lines.append(f"#: {name}: {_scalar(field.get_default(call_default_factory=True))}")
+    return "\n".join(lines) + "\n"
 
 
-def _yaml_line(name: str, value: Any) -> str:
+def _scalar(value: Any) -> str:
+    """A value as YAML on one line."""
     plain = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump({name: plain}, default_flow_style=None, allow_unicode=True, width=1000).strip()
+    return yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=10_000).removesuffix("...\n").strip()

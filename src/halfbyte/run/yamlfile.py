@@ -71,8 +71,9 @@ def _read_text(path: Path) -> str:
 
 def parse_yaml(text: str, name: str) -> dict[str, Entry]:
     """As `read_yaml`, from text; `name` is what errors call it."""
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return {}
@@ -88,7 +89,8 @@ def parse_yaml(text: str, name: str) -> dict[str, Entry]:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"{name}: not valid YAML: {error}") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()  # type: ignore[no-untyped-call]
 
 
 def _entries(loader: _Loader, node: yaml.MappingNode, name: str) -> dict[str, Entry]:
