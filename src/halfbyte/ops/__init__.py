@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from halfbyte.ops import levels
-from halfbyte.ops.cpu import Backend, backend
+from halfbyte.ops import cpu, cuda, levels
+from halfbyte.ops.cpu import Backend
 from halfbyte.ops.schema import BLOCKSIZES
 
 __all__ = [
@@ -24,6 +24,11 @@ __all__ = [
     "quantize_blockwise",
     "quantize_dynamic",
 ]
+
+
+def backend(device: str = "cpu") -> Backend:
+    """What runs the operators on `device` (cpu or cuda), and why; said once at the start of a run."""
+    return cuda.backend() if device.startswith("cuda") else cpu.backend()
 
 
 def quantize_blockwise(x: Tensor, quant_type: str, blocksize: int = 64) -> tuple[Tensor, Tensor]:

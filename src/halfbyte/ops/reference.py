@@ -103,12 +103,15 @@ def quantize_dynamic(x: Tensor, blocksize: int, signed: bool = True) -> tuple[Te
     return torch.cat(codes), torch.cat(constants)
 
 
+# From here on `narrow`, `unsqueeze` and `torch.mul(…, out=)` stand where one would index and `copy_`: on a CPU build of
+# torch those refuse the fake CUDA tensors that the tests of `cuda.py` send through.
 def _multiply_blocks(values: Tensor, constants: Tensor, blocksize: int) -> Tensor:
     """Flat `values` times their block's constant, in place; the last block may be shorter."""
-    whole = values.numel() // blocksize * blocksize
-    values[:whole].view(-1, blocksize).mul_(constants[: whole // blocksize, None])
-    if whole < values.numel():
-        values[whole:].mul_(constants[whole // blocksize])
+    blocks, tail = divmod(values.numel(), blocksize)
+    whole = blocks * blocksize
+    values.narrow(0, 0, whole).view(-1, blocksize).mul_(constants.narrow(0, 0, blocks).unsqueeze(1))
+    if tail:
+        values.narrow(0, whole, tail).mul_(constants.narrow(0, blocks, 1))
     return values
 
 
@@ -122,8 +125,8 @@ def _decode(codes: Tensor, constants: Tensor, quant_type: str, blocksize: int, t
     if quant_type == "int8":
         return _multiply_blocks(codes.float().sub_(128), constants / 127, blocksize)
     assert table is not None
-    halves = torch.arange(256, device=codes.device)
-    pairs = torch.stack([table[halves >> 4], table[halves & 15]], dim=1)
+    byte = torch.arange(256, device=codes.device)
+    pairs = torch.stack([table.index_select(0, byte >> 4), table.index_select(0, byte & 15)], dim=1)
     return _multiply_blocks(pairs.index_select(0, codes.int()).view(-1), constants, blocksize)
 
 
@@ -155,10 +158,12 @@ def dequantize_blockwise_out(
     flat, stop, base = out.view(-1), start + out.numel(), start // blocksize * blocksize
     for first, last in _block_ranges(stop - base, blocksize):
         first, last = first + base, last + base
-        piece = codes[first // per_byte : -(-last // per_byte)]
-        values = _decode(piece, absmax[first // blocksize :], quant_type, blocksize, table)
+        piece = codes.narrow(0, first // per_byte, -(-last // per_byte) - first // per_byte)
+        constants = absmax.narrow(0, first // blocksize, -(-last // blocksize) - first // blocksize)
+        values = _decode(piece, constants, quant_type, blocksize, table)
         skip = max(start - first, 0)
-        flat[first + skip - start : last - start].copy_(values[skip : last - first])
+        count = last - first - skip
+        torch.mul(values.narrow(0, skip, count), 1, out=flat.narrow(0, first + skip - start, count))
 
 
 def dequantize_blockwise(
