@@ -1,14 +1,14 @@
 """Generation against transformers' `generate` on the same weights, and batches against one prompt at a time."""
 
 import random
-from collections.abc import Callable
 
 import pytest
 import torch
 
 import halfbyte.evaluate.session as session_module
+from halfbyte.data import ChatTemplate, Encoder
 from halfbyte.errors import UsageError
-from halfbyte.evaluate.generate import end_ids, generate, generate_batch, split_last_run
+from halfbyte.evaluate.generate import end_ids, generate, generate_batch
 from halfbyte.evaluate.sampling import GenerateOptions
 from halfbyte.evaluate.session import Session, inference
 from tests.evaluate.conftest import TURN, Tiny
@@ -131,19 +131,13 @@ def test_training_mode_is_put_back(llama: Tiny) -> None:
 
 
 def test_end_ids_are_those_of_all_files_and_of_turns(llama: Tiny) -> None:
-    turn = llama.tokenizer.convert_tokens_to_ids(TURN)
-    eos = llama.tokenizer.eos_token_id
-    assert end_ids(llama.tokenizer) == {eos, turn}
-    assert end_ids(llama.tokenizer, {"eos_token_id": [1, 2]}, {"eos_token_id": 3}, {}) == {eos, turn, 1, 2, 3}
+    encoder = Encoder(llama.tokenizer)
+    turn, eos = llama.tokenizer.convert_tokens_to_ids(TURN), llama.tokenizer.eos_token_id
+    chat = ChatTemplate("chat", "{% for m in messages %}{{ m.content }}<|im_end|>\n{% endfor %}", {})
+    assert end_ids(encoder, None) == {eos}
+    assert end_ids(encoder, chat) == {eos, turn}
+    assert end_ids(encoder, None, {"eos_token_id": [1, 2]}, {"eos_token_id": 3}, {}) == {eos, 1, 2, 3}
 
 
-@pytest.mark.parametrize(
-    ("mask", "expected"),
-    [("0011", (2, 4)), ("01100110", (5, 7)), ("000", (0, 0)), ("111", (0, 3)), ("", (0, 0)), ("10", (0, 1))],
-)
-def test_split_last_run(mask: str, expected: tuple[int, int]) -> None:
-    assert split_last_run([bit == "1" for bit in mask]) == expected
-
-
-def test_nothing_to_do(llama: Tiny, recwarn: Callable[[], None]) -> None:
+def test_nothing_to_do(llama: Tiny) -> None:
     assert generate_batch(llama.model, llama.tokenizer, []) == []

@@ -11,6 +11,7 @@ from halfbyte.evaluate.metrics import (
     accuracy,
     exact_match,
     find_metric,
+    find_metrics,
     load_metric,
     rouge_l,
     rouge_tokens,
@@ -148,10 +149,21 @@ def test_own_metric_that_does_not_load(tmp_path: Path, text: str, suffix: str, m
         find_metric(write(tmp_path, text) + suffix)
 
 
+def test_names_of_results_are_not_taken_twice(tmp_path: Path) -> None:
+    path = write(tmp_path, "def f(a, b): return 1\ndef loss(a, b): return 1\ndef rouge_l(a, b): return 1\n")
+    assert [m.name for m in find_metrics(["rouge_l", "accuracy", f"{path}:f", "rouge_l"])] == ["rouge_l", "f"]
+    for name in ("loss", "rouge_l"):
+        with pytest.raises(UsageError, match=f"the name '{name}' is taken"):
+            find_metrics([f"{path}:{name}"])
+    (tmp_path / "b.py").write_text("def f(a, b): return 2")
+    with pytest.raises(UsageError, match="the name 'f' is taken"):
+        find_metrics([f"{path}:f", f"{tmp_path / 'b.py'}:f"])
+
+
 def test_missing_metric_file_and_name(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no file"):
         find_metric(f"{tmp_path / 'nowhere.py'}:f")
-    with pytest.raises(UsageError, match="unknown metric 'bleu': choose from exact_match, token_f1, rouge_l"):
+    with pytest.raises(UsageError, match="unknown metric 'bleu': choose from exact_match, token_f1, rouge_l, accuracy"):
         find_metric("bleu")
     (tmp_path / "metric.txt").write_text("def f(a, b): return 1")
     with pytest.raises(UsageError, match=r"name must end in \.py"):

@@ -5,7 +5,6 @@ has a random stream of its own, from the seed and its index, so that what is dra
 else is in the batch (its logits may, by the rounding of another matrix shape).
 """
 
-import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -13,6 +12,8 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 
+from halfbyte.data import ChatTemplate, Encoder
+from halfbyte.data.templates import stop_ids
 from halfbyte.errors import UsageError
 from halfbyte.evaluate.sampling import GenerateOptions, next_token, sequence_rng
 from halfbyte.evaluate.session import Model, Session, context_length, inference
@@ -23,8 +24,6 @@ _GREEDY = GenerateOptions()
 _CONTEXT_TOKENS = 4  # of the prompt, to decode the answer's first word with its space
 BATCH_TOKENS = 16_384
 """Most tokens, prompts and answers, that the caches of one batch hold room for."""
-
-_END_OF_TURN = ("<|im_end|>", "<end_of_turn>", "<|eot_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
 
 
 class Tokenizer(Protocol):
@@ -66,18 +65,16 @@ class _Sequence:
         return Generation(tuple(self.tokens), self.stream.text, self.finish_reason, len(self.prompt))
 
 
-def end_ids(tokenizer: Any, *sources: Mapping[str, Any]) -> frozenset[int]:
-    """The ids that end an answer.
+def end_ids(encoder: Encoder, template: ChatTemplate | None, *configs: Mapping[str, Any]) -> frozenset[int]:
+    """The ids that end an answer: the tokenizer's EOS, the template's end of turn, and what the model's files say.
 
-    They are the tokenizer's `eos_token_id`, the `eos_token_id` (a number or a list) of each of `sources`, such as
-    config.json and generation_config.json, and the end-of-turn tokens of the common chat templates that the
-    vocabulary holds as special tokens: a base model's files name only its end of text, and a tuned one ends turns.
+    `configs` are config.json and generation_config.json, whose `eos_token_id` is a number or a list: a chat model's
+    end of turn is often only there.
     """
-    found: set[int] = set()
-    for value in (tokenizer.eos_token_id, *(source.get("eos_token_id") for source in sources)):
+    found = set(stop_ids(encoder, template))
+    for config in configs:
+        value = config.get("eos_token_id")
         found.update(value if isinstance(value, list | tuple) else () if value is None else (value,))
-    special = {str(token): i for i, token in tokenizer.added_tokens_decoder.items()}
-    found.update(special[text] for text in _END_OF_TURN if text in special)
     return frozenset(found)
 
 
@@ -129,7 +126,7 @@ def _run(
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-    for batch in _batches(prompts, rooms, batch_size):
+    for batch in batches([len(p) + room for p, room in zip(prompts, rooms, strict=True)], batch_size):
         live = [
             _Sequence(
                 index,
@@ -201,22 +198,16 @@ def _room(index: int, prompt: Sequence[int], max_new_tokens: int, limit: int | N
     return min(max_new_tokens, limit - len(prompt))
 
 
-def _batches(prompts: Sequence[Sequence[int]], rooms: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices of prompts of similar length, shortest first, within `batch_size` and BATCH_TOKENS of cache."""
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + rooms[i])
+def batches(sizes: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices of sequences that will grow to `sizes` tokens, similar ones together, the shortest first.
+
+    At most `batch_size` of them, and no more than fit a cache of BATCH_TOKENS (one always does).
+    """
     batch: list[int] = []
-    for i in order:
-        if batch and (len(batch) == batch_size or (len(batch) + 1) * (len(prompts[i]) + rooms[i]) > BATCH_TOKENS):
+    for i in sorted(range(len(sizes)), key=sizes.__getitem__):
+        if batch and (len(batch) == batch_size or (len(batch) + 1) * sizes[i] > BATCH_TOKENS):
             yield batch
             batch = []
         batch.append(i)
     if batch:
         yield batch
-
-
-def split_last_run(supervised: Sequence[bool]) -> tuple[int, int]:
-    """(start, stop) of the last run of supervised tokens: the answer that generation replaces. (0, 0) without one."""
-    runs = [(key, len(list(group))) for key, group in itertools.groupby(map(bool, supervised))]
-    stop = len(supervised) - (runs[-1][1] if runs and not runs[-1][0] else 0)
-    wanted = next((length for key, length in reversed(runs) if key), 0)
-    return (stop - wanted, stop) if wanted else (0, 0)

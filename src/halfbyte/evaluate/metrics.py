@@ -138,7 +138,29 @@ class Metric:
 EXACT_MATCH = Metric("exact_match", exact_match)
 TOKEN_F1 = Metric("token_f1", token_f1)
 ROUGE_L = Metric("rouge_l", rouge_l)
+ACCURACY = "accuracy"
+"""Not a function of two texts: the model's likeliest label against the row's (`halfbyte.evaluate.labels`)."""
 BUILT_IN: dict[str, Metric] = {metric.name: metric for metric in (EXACT_MATCH, TOKEN_F1, ROUGE_L)}
+
+
+# What `evaluate --json` has at its top level besides the metrics.
+_TAKEN = {"loss", "perplexity", "supervised_tokens", "evaluated_rows", "intervals", "rows", "base", "gains"}
+
+
+def find_metrics(names: Sequence[str]) -> list[Metric]:
+    """The metrics that compare answers, by name or `file.py:function`; `accuracy` is none of them and left out.
+
+    Raises UsageError for an unknown one, and for a user's function whose name is taken: results go by that name.
+    """
+    found: dict[str, Metric] = {}
+    for name in dict.fromkeys(names):
+        if name == ACCURACY:
+            continue
+        metric = find_metric(name)
+        if metric.where and (metric.name in found or metric.name in {*BUILT_IN, ACCURACY, *_TAKEN}):
+            raise UsageError(f"metric '{name}': the name '{metric.name}' is taken, give the function another")
+        found[metric.name] = metric
+    return list(found.values())
 
 
 def find_metric(name: str) -> Metric:
@@ -151,7 +173,7 @@ def find_metric(name: str) -> Metric:
     if ":" in name or name.endswith(".py"):
         return load_metric(name)
     raise UsageError(
-        f"unknown metric '{name}': choose from {', '.join(BUILT_IN)}, or give your own as file.py:function"
+        f"unknown metric '{name}': choose from {', '.join([*BUILT_IN, ACCURACY])}, or give your own as file.py:function"
     )
 
 
