@@ -16,11 +16,12 @@ unless logging_steps says otherwise), seconds without evaluation and saving; los
 tokens; learning_rate and grad_norm (before clipping) are the last update's; memory_bytes is the process's resident set
 at that moment (VmRSS) and peak_memory_bytes its peak (VmHWM). On a GPU device_memory_bytes is torch's peak allocation.
 
-Each line is flushed as it is written, so a killed process loses none, and synced to the disk with each checkpoint. A
+Each line is written at once, so a killed process loses none, and synced to the disk with each checkpoint. A
 resumed run drops the lines after its checkpoint (and a torn last line), so each step is there once; the file is then
 replaced by a new one, which is how a reader that follows it notices.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -44,14 +45,16 @@ class EventLog:
     def __init__(self, path: Path, listeners: Iterable[Listener] = ()) -> None:
         self.path = path
         self._listeners = list(listeners)
-        self._file = path.open("a", encoding="utf-8")
+        # Unbuffered: one write a line, and nothing left that a full disk would refuse later.
+        self._file = path.open("ab", buffering=0)
 
     def emit(self, event: str, **fields: object) -> Event:
         """Append one event and pass it on. A listener that fails is dropped, and that is an event too."""
         line: Event = {"event": event, "time": round(time.time(), 3), **_jsonable(fields)}
+        data = json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
         try:
-            self._file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-            self._file.flush()
+            while data:
+                data = data[self._file.write(data) :]
         except OSError as error:
             raise HalfbyteError(f"{self.path}: cannot write events: {error}") from error
         for listener in list(self._listeners):
@@ -69,8 +72,8 @@ class EventLog:
 
     def close(self) -> None:
         if not self._file.closed:
-            self._file.flush()
-            self.sync()
+            with contextlib.suppress(OSError):  # what is not a regular file cannot be synced
+                self.sync()
             self._file.close()
 
 

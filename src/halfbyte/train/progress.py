@@ -93,13 +93,13 @@ class Progress:
     def __call__(self, event: Event) -> None:
         self.left.take(event)
         kind = event["event"]
+        if kind == "end":
+            self.close()
         if kind == "step":
             self._step = event
             self._show_step(event)
         elif (line := describe(event)) is not None:
             self._print(line, style="yellow" if kind == "warning" else None)
-        if kind == "end":
-            self.close()
 
     def _show_step(self, event: Event) -> None:
         if self.console.is_terminal:
