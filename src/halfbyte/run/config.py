@@ -232,7 +232,9 @@ def to_yaml(config: RunConfig, record: Mapping[str, Any] | None = None) -> str:
 
 def template_yaml(values: Mapping[str, Any]) -> str:
     """A commented YAML for `halfbyte init`: the given values set, every other field there as a comment."""
-    lines = ["# halfbyte train --config THIS_FILE. A line that starts with #: shows a default: remove the mark to change it."]
+    lines = [
+        "# halfbyte train --config THIS_FILE. A line that starts with #: shows a default: remove the mark to change it."
+    ]
     for title, options in COMPONENTS.items():
         lines += ["", f"# -- {title} {'-' * (112 - len(title))}", ""]
         for name, field in options.model_fields.items():
@@ -249,4 +251,6 @@ def template_yaml(values: Mapping[str, Any]) -> str:
 def _scalar(value: Any) -> str:
     """A value as YAML on one line."""
     plain = list(value) if isinstance(value, tuple) else value
-    return yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=10_000).removesuffix("...\n").strip()
+    return (
+        yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=10_000).removesuffix("...\n").strip()
+    )

@@ -78,7 +78,7 @@ def parse_yaml(text: str, name: str) -> dict[str, Entry]:
         if node is None:
             return {}
         if not isinstance(node, yaml.MappingNode):
-            raise UsageError(f"{name}:1: expected `key: value` lines, found a {node.id}")
+            raise UsageError(f"{name}:1: expected `key: value` lines, found something else")
         return _entries(loader, node, name)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -90,7 +90,7 @@ def parse_yaml(text: str, name: str) -> dict[str, Entry]:
         raise UsageError(f"{name}: not valid YAML: {error}") from None
     finally:
         if loader is not None:
-            loader.dispose()  # type: ignore[no-untyped-call]
+            loader.dispose()
 
 
 def _entries(loader: _Loader, node: yaml.MappingNode, name: str) -> dict[str, Entry]:

@@ -1,0 +1,105 @@
+"""What a finished run leaves in its folder: adapter or weights, tokenizer, template, model card, result.json last."""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from halfbyte.adapters import save_adapter
+from halfbyte.adapters.lora import LoraOptions
+from halfbyte.evaluate.evaluate import BaseAndTuned
+from halfbyte.export.model_files import write_model_files
+from halfbyte.export.safetensors_file import INDEX, Planned, plan_shards, shard_index, write_file
+from halfbyte.files import require_free_space, write_atomic
+from halfbyte.models.load import LoadedModel
+from halfbyte.run.card import model_card
+from halfbyte.run.config import RunConfig
+from halfbyte.run.planning import Survey
+from halfbyte.train.memory import process_memory
+from halfbyte.train.run_directory import PLAN, RESULT
+from halfbyte.train.state import TrainResult
+
+SCHEMA_VERSION = 1
+SHARD_BYTES = 5_000_000_000
+CARD = "README.md"
+TEMPLATE = "chat_template.jinja"
+
+
+def write(
+    path: Path,
+    config: RunConfig,
+    found: Survey,
+    loaded: LoadedModel,
+    trained: TrainResult,
+    scores: BaseAndTuned | None,
+    other_seconds: float,
+) -> dict[str, Any]:
+    """Write everything; returns result.json's content. `other_seconds`: of loading and scoring."""
+    if config.method == "full":
+        write_weights(path, loaded, config.dtype)
+    else:
+        write_adapter(path, config, loaded)
+    write_tokenizer(path, found, loaded)
+    result = result_of(path, config, trained, scores, other_seconds)
+    write_atomic(path / CARD, model_card(config, found, result))
+    write_atomic(path / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    return result
+
+
+def write_adapter(path: Path, config: RunConfig, loaded: LoadedModel) -> None:
+    """The adapter in PEFT's two files; the base is named as the user named it."""
+    save_adapter(loaded.model, path, config.pick(LoraOptions), config.model, loaded.source.revision)
+
+
+def write_weights(path: Path, loaded: LoadedModel, dtype: str) -> None:
+    """All weights in safetensors under Hugging Face names, with config.json: a folder that transformers loads."""
+
+    def pieces(dense: Callable[[], Tensor]) -> Callable[[], Iterator[Tensor]]:
+        return lambda: iter((dense(),))
+
+    planned = []
+    for name, dense in loaded.model.named_tensors():  # type: ignore[operator]
+        tensor = dense()
+        planned.append(Planned(name, tuple(tensor.shape), tensor.dtype, pieces(dense)))
+    require_free_space(path, sum(tensor.nbytes for tensor in planned), "the trained model")
+    shards = plan_shards(planned, SHARD_BYTES)
+    for file, tensors in shards.items():
+        temporary = path / f".{file}.partial"
+        write_file(temporary, tensors)
+        temporary.replace(path / file)
+    if len(shards) > 1:
+        write_atomic(path / INDEX, shard_index(shards))
+    write_model_files(path, loaded.source, loaded.source.path, dtype)
+
+
+def write_tokenizer(path: Path, found: Survey, loaded: LoadedModel) -> None:
+    """The tokenizer's files, and the template that the run was trained with, whichever it was."""
+    loaded.tokenizer.save_pretrained(path)
+    template = found.prepared.template if found.prepared is not None else None
+    if template is not None:
+        write_atomic(path / TEMPLATE, template.source)
+
+
+def result_of(
+    path: Path, config: RunConfig, trained: TrainResult, scores: BaseAndTuned | None, other_seconds: float
+) -> dict[str, Any]:
+    """result.json: what happened, beside what was predicted."""
+    predicted: dict[str, Any] = {}
+    with contextlib.suppress(FileNotFoundError):
+        plan = json.loads((path / PLAN).read_bytes())
+        predicted = {key: plan[key] for key in ("peak_memory_bytes", "seconds")}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "method": config.method,
+        **trained.to_json(),
+        "seconds": round(trained.seconds + other_seconds, 3),
+        "training_seconds": round(trained.seconds, 3),
+        "peak_memory_bytes": process_memory()[1],
+        "eval_loss": scores.tuned.loss if scores is not None else trained.eval_loss,
+        "base_eval_loss": scores.base.loss if scores is not None else None,
+        "metrics": scores.to_json() if scores is not None else {},
+        "predicted": predicted,
+    }

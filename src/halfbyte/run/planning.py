@@ -1,0 +1,166 @@
+"""From a config and its data to a plan, and from a plan to a config with nothing left open.
+
+Three steps, each a plain value: `survey` opens the model's headers and counts the rows' tokens; `make` asks
+`halfbyte.plan` what fits; `resolve` writes its answers into the config, so that run.yaml gives the same run again.
+"""
+
+import datetime
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halfbyte.adapters.lora import LoraOptions
+from halfbyte.data import Example, Prepared, prepare
+from halfbyte.data.options import DataOptions, DataSource, sources_of
+from halfbyte.errors import UsageError
+from halfbyte.models.load import resolve_device, resolve_dtype
+from halfbyte.models.source import ModelSource, open_source
+from halfbyte.models.spec import ModelSpec
+from halfbyte.optim.options import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE
+from halfbyte.plan.hardware import Rates, detect, measure
+from halfbyte.plan.recommend import DataShape, Plan, Request, make_plan
+from halfbyte.quant.options import QuantOptions
+from halfbyte.run.config import RunConfig
+from halfbyte.train.options import EFFECTIVE_BATCH, TrainOptions, batch_rows, count_steps
+
+ASSUMED_ROWS, ASSUMED_TOKENS = 1_000, 512
+"""Stand-ins for `halfbyte plan` without data, said so in its answer."""
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a run is made of, before any weight is read. `spec` is None for architectures that the fallback serves."""
+
+    config: RunConfig
+    source: ModelSource
+    spec: ModelSpec | None
+    tokenizer: Any
+    prepared: Prepared | None
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def data(self) -> DataShape:
+        if self.prepared is None:
+            tokens = ASSUMED_ROWS * min(ASSUMED_TOKENS, self.config.max_seq_length)
+            return DataShape(ASSUMED_ROWS, tokens, tokens // ASSUMED_ROWS, 0.5, tokens // 20, assumed=True)
+        return shape_of(self.prepared.train, self.prepared.eval)
+
+
+def shape_of(train: Sequence[Example], held_out: Sequence[Example]) -> DataShape:
+    """Counts over the examples; not one of them is copied."""
+    tokens = sum(map(len, train))
+    return DataShape(
+        rows=len(train),
+        tokens=tokens,
+        longest=max(map(len, (*train, *held_out))),
+        supervised_share=sum(example.supervised_tokens for example in train) / tokens,
+        eval_tokens=sum(map(len, held_out)),
+    )
+
+
+def survey(config: RunConfig, need_data: bool = True) -> Survey:
+    """Open the model's headers, load the tokenizer, prepare the rows. UsageError for what is wrong with any of them."""
+    if need_data and config.data is None:
+        raise UsageError("no data: give --data with a file, a folder or a Hub data set")
+    config = absolute(config)
+    source = open_source(config.model, config.revision)
+    spec = ModelSpec.from_config(source.config) if ModelSpec.serves(source.config) else None
+    device = resolve_device(config.device)
+    tokenizer = source.tokenizer() if config.data is not None else None
+    prepared = prepare(config.pick(DataOptions), tokenizer, config.seed) if config.data is not None else None
+    return Survey(config, source, spec, tokenizer, prepared, device, resolve_dtype(config.dtype, device))
+
+
+def absolute(config: RunConfig) -> RunConfig:
+    """The config with absolute paths where they name something here, so that it means the same from any folder."""
+    changes: dict[str, Any] = {}
+    for name in ("model", "adapter_path", "chat_template"):
+        value = getattr(config, name)
+        if value is not None and Path(value).expanduser().exists():
+            changes[name] = str(Path(value).expanduser().resolve())
+    for name in ("data", "eval_data"):
+        sources = tuple(_absolute_source(source) for source in sources_of(getattr(config, name)))
+        if sources:
+            plain = len(sources) == 1 and sources[0] == DataSource(path=sources[0].path)
+            changes[name] = sources[0].path if plain else sources
+    return config.replace(**changes)
+
+
+def _absolute_source(source: DataSource) -> DataSource:
+    path = Path(source.path).expanduser()
+    return source.model_copy(update={"path": str(path.resolve())}) if path.exists() else source
+
+
+def make(found: Survey, rates: Rates | None = None) -> Plan | None:
+    """The plan; None for an architecture whose shapes only its own code knows (the run then goes without)."""
+    if found.spec is None:
+        return None
+    config, hardware = found.config, detect()
+    return make_plan(
+        found.spec, request(config, found), found.data, hardware, rates or measure(hardware), config.memory
+    )
+
+
+def request(config: RunConfig, found: Survey) -> Request:
+    """What the config asks of the plan."""
+    options = config.pick(TrainOptions)
+    batches = dict.fromkeys(batch_rows(options, fits) for fits in range(EFFECTIVE_BATCH, 0, -1))
+    data = found.data
+    rows_per_update = next(iter(batches))[0] * next(iter(batches))[1]
+    per_epoch, steps = count_steps(data.rows, rows_per_update, options)
+    return Request(
+        method=config.method,
+        dtype=str(found.dtype).removeprefix("torch."),
+        device=found.device.type,
+        quant=config.pick(QuantOptions),
+        lora=config.pick(LoraOptions),
+        optim=config.optim,
+        batches=tuple(batches),
+        checkpointing=config.gradient_checkpointing,
+        epochs=config.num_train_epochs,
+        max_steps=config.max_steps,
+        # The base, then every epoch or `eval_steps`.
+        evaluations=1 + max(1, steps // (config.eval_steps or per_epoch)),
+    )
+
+
+def resolve(found: Survey, plan: Plan | None, today: datetime.date | None = None) -> RunConfig:
+    """The config with every default made explicit: what the plan chose, and what depends on it."""
+    config = found.config
+    method = plan.method if plan is not None else _unplanned_method(config)
+    if plan is not None:
+        per_device, accumulation = plan.chosen.batch
+        checkpointing = plan.chosen.job.checkpointing
+    else:
+        per_device, accumulation = batch_rows(config.pick(TrainOptions), fits=1)
+        checkpointing = bool(config.gradient_checkpointing)
+    rate = FULL_LEARNING_RATE if method == "full" else ADAPTER_LEARNING_RATE
+    return config.replace(
+        method=method,
+        revision=found.source.revision or config.revision,
+        dtype=str(found.dtype).removeprefix("torch."),
+        device=found.device.type,
+        learning_rate=rate if config.learning_rate is None else config.learning_rate,
+        per_device_train_batch_size=per_device,
+        gradient_accumulation_steps=accumulation,
+        gradient_checkpointing=checkpointing,
+        output_dir=config.output_dir or default_output(config.model, method, today or datetime.date.today()),
+    )
+
+
+def _unplanned_method(config: RunConfig) -> str:
+    """Without shapes there is no plan: QLoRA needs the least memory of all, so it is what `auto` then means."""
+    if config.method == "full":
+        raise UsageError("method full is built for the decoder's families only: use lora or qlora with this model")
+    return "qlora" if config.method == "auto" else config.method
+
+
+def default_output(model: str, method: str, today: datetime.date) -> Path:
+    """`runs/<date>-<model>-<method>`, the model by its last name."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model.rstrip("/")).name.removesuffix(".gguf")).strip("-.")
+    return Path("runs") / f"{today.isoformat()}-{name or 'model'}-{method}"

@@ -1,0 +1,280 @@
+"""A run from a config to a result: the seam that everything above calls.
+
+    run(config)      survey → plan → resolve → run.yaml, plan.json → load → train → base against tuned → save
+    resume(folder)   the same, from run.yaml and the last whole checkpoint; another base, data or template is refused
+
+What is planned is on the disk before the first step, what happened is there after the last. Both print nothing: they
+tell `on_event`, first dictionaries of their own (prepared, planned, loaded), then the events of `train.events`, then
+`finished` with result.json's content.
+"""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from halfbyte import ops
+from halfbyte.adapters import AttachReport, attach, load_adapter, read_adapter_config
+from halfbyte.adapters.lora import LoraOptions
+from halfbyte.adapters.peft_io import lora_options
+from halfbyte.data import Prepared, collate, plan_micro_batches
+from halfbyte.errors import Interrupted, UsageError
+from halfbyte.evaluate.evaluate import BaseAndTuned, EvaluateResult, against, evaluate, evaluate_base_and_tuned
+from halfbyte.files import write_atomic
+from halfbyte.models.load import LoadedModel, load_model
+from halfbyte.models.options import ModelOptions
+from halfbyte.optim.options import OptimOptions
+from halfbyte.plan.recommend import check_fits
+from halfbyte.quant.options import QuantOptions
+from halfbyte.run import folder, outputs, planning
+from halfbyte.run.config import RunConfig, to_yaml
+from halfbyte.run.planning import Survey
+from halfbyte.train.checkpoint import list_checkpoints, step_of
+from halfbyte.train.evaluation import evaluation_loss
+from halfbyte.train.feed import Feed
+from halfbyte.train.loop import train
+from halfbyte.train.options import TrainOptions, count_steps
+from halfbyte.train.run_directory import CONFIG, PLAN, RESULT, RunDirectory, is_run
+from halfbyte.train.sinks import open_sinks
+from halfbyte.train.state import TrainPlan
+
+Event = dict[str, Any]
+Listener = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """The listener of those who do not listen."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind. `result` is result.json's content."""
+
+    path: Path
+    config: RunConfig
+    result: dict[str, Any]
+
+    @property
+    def train_loss(self) -> float | None:
+        return self.result["train_loss"]  # type: ignore[no-any-return]
+
+    @property
+    def eval_loss(self) -> float | None:
+        return self.result["eval_loss"]  # type: ignore[no-any-return]
+
+
+def run(config: RunConfig, on_event: Listener = silent, overwrite: bool = False) -> RunResult:
+    """Train as `config` says. UsageError for what is wrong with it, DoesNotFit before anything is written.
+
+    overwrite   replace a run that is in the folder already; otherwise that is a UsageError
+    """
+    if config.output_dir is not None and not overwrite and is_run(config.output_dir):
+        raise UsageError(existing(config.output_dir))
+    found = planning.survey(with_adapter(config))
+    tell_prepared(found, on_event)
+    plan = planning.make(found)
+    if plan is not None:
+        check_fits(plan)
+    resolved = planning.resolve(found, plan)
+    assert resolved.output_dir is not None
+    if not overwrite and is_run(resolved.output_dir):
+        raise UsageError(existing(resolved.output_dir))
+    record = folder.record_of(found)
+    on_event({"event": "planned", "config": resolved, "plan": plan, "record": record})
+    with RunDirectory.create(resolved.output_dir, overwrite) as directory:
+        write_atomic(directory.path / CONFIG, to_yaml(resolved, record))
+        if plan is not None:
+            write_atomic(directory.path / PLAN, json.dumps(plan.as_dict(), indent=2) + "\n")
+        return _interruptible(directory, partial(_train, directory, resolved, found, on_event))
+
+
+def resume(path: Path, on_event: Listener = silent, max_steps: int | None = None) -> RunResult:
+    """Continue the run in `path`; with `max_steps`, up to that step (also a run that is complete).
+
+    A run that is complete and not extended is returned as it is. UsageError if base, data or template are not the ones
+    that it was started with.
+    """
+    config, record = folder.read_config(path)
+    if max_steps is not None:
+        done = max((step_of(checkpoint) for checkpoint in list_checkpoints(path)), default=0)
+        if max_steps <= done:
+            raise UsageError(f"{path} is already at step {done}: --max-steps must be more than that, not {max_steps}")
+        config = config.replace(max_steps=max_steps)
+    elif (path / RESULT).is_file():
+        return RunResult(path, config, folder.read_json(path / RESULT))
+    config = config.replace(output_dir=path)
+    found = planning.survey(config)
+    tell_prepared(found, on_event)
+    now = folder.record_of(found)
+    folder.require_same(path, record, now)
+    with RunDirectory.resume(path) as directory:
+        write_atomic(path / CONFIG, to_yaml(config, record))
+        (path / RESULT).unlink(missing_ok=True)
+        return _interruptible(directory, partial(_train, directory, config, found, on_event))
+
+
+def existing(path: Path) -> str:
+    return (
+        f"{path} already holds a run: continue it with `halfbyte resume {path}`, replace it with --overwrite, or "
+        "choose another --output-dir"
+    )
+
+
+def with_adapter(config: RunConfig) -> RunConfig:
+    """With `adapter_path`, the adapter's own shape is the run's: a rank that contradicts it would be ignored."""
+    if config.adapter_path is None:
+        return config
+    if config.method == "full":
+        raise UsageError("adapter_path continues an adapter, and method full has none: leave one out")
+    options = lora_options(read_adapter_config(Path(config.adapter_path)))
+    shape = ("lora_r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+    for name in shape:
+        asked, own = getattr(config, name), getattr(options, name)
+        if asked not in (LoraOptions.model_fields[name].get_default(call_default_factory=True), own):
+            raise UsageError(f"{name} is {asked!r}, and the adapter in {config.adapter_path} has {own!r}: leave it out")
+    return config.replace(**{name: getattr(options, name) for name in shape})
+
+
+def tell_prepared(found: Survey, on_event: Listener) -> None:
+    assert found.prepared is not None
+    on_event({"event": "prepared", "audit": found.prepared.audit, "fingerprint": found.prepared.fingerprint})
+
+
+def _interruptible(directory: RunDirectory, work: Callable[[], RunResult]) -> RunResult:
+    """Ctrl-C outside of the loop (which has its own handling): the folder is whole, and resume begins again."""
+    try:
+        return work()
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; go on with `halfbyte resume {directory.path}`") from None
+
+
+def _train(directory: RunDirectory, config: RunConfig, found: Survey, on_event: Listener) -> RunResult:
+    """Everything between the first file of a run and its last."""
+    clock = time.perf_counter
+    started = clock()
+    prepared = found.prepared
+    assert prepared is not None
+    loaded = load(config)
+    trainable, report = make_trainable(loaded, config)
+    on_event(
+        {
+            "event": "loaded",
+            "seconds": clock() - started,
+            "trainable_parameters": report.trainable_parameters,
+            "total_parameters": report.total_parameters,
+            "backend": ops.backend().name,
+            "backend_reason": ops.backend().reason,
+        }
+    )
+    base = _base_of_full(directory.path, config, loaded, prepared)
+    plan = train_plan(config, loaded, trainable, prepared, identity(found))
+    sinks = open_sinks(config.report_to, directory.path, config.model_dump(mode="json"))
+    before = clock()
+    try:
+        trained = train(loaded.model, plan, directory, [on_event, *sinks])  # type: ignore[arg-type]
+    finally:
+        for sink in sinks:
+            sink.close()
+    after = clock()
+    scores = _scores(config, loaded, prepared, base)
+    beside = (before - started) + (clock() - after)
+    result = outputs.write(directory.path, config, found, loaded, trained, scores, beside)
+    on_event({"event": "finished", "path": directory.path, "result": result})
+    return RunResult(directory.path, config, result)
+
+
+def load(config: RunConfig) -> LoadedModel:
+    """The base model as the run's method holds it: quantized linears for QLoRA, the compute dtype for the others."""
+    quant = config.pick(QuantOptions) if config.method == "qlora" else None
+    return load_model(config.pick(ModelOptions), quant)
+
+
+def make_trainable(loaded: LoadedModel, config: RunConfig) -> tuple[dict[str, nn.Parameter], AttachReport]:
+    """What the optimizer moves, by name: the adapters, or under `full` every tensor."""
+    model = loaded.model
+    if config.method == "full":
+        if not hasattr(model, "unfreeze"):
+            raise UsageError("method full is built for the decoder's families only: use lora or qlora with this model")
+        parameters: dict[str, nn.Parameter] = model.unfreeze()  # type: ignore[operator]
+        count = sum(p.numel() for p in parameters.values())
+        return parameters, AttachReport((), count, count)
+    report = attach(model, config.pick(LoraOptions), config.seed)
+    if config.adapter_path is not None:
+        load_adapter(model, Path(config.adapter_path))
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}, report
+
+
+def identity(found: Survey) -> dict[str, str]:
+    """What must be the same for a resumed run to be the same run."""
+    assert found.prepared is not None
+    return {
+        "base model": found.source.fingerprint,
+        "data": found.prepared.fingerprint,
+        "chat template": found.prepared.template_hash,
+    }
+
+
+def train_plan(
+    config: RunConfig,
+    loaded: LoadedModel,
+    trainable: dict[str, nn.Parameter],
+    prepared: Prepared,
+    same: dict[str, str],
+) -> TrainPlan:
+    """The loop's plan: rows of a step, steps in all, how to evaluate, what else to save."""
+    options, model = config.pick(TrainOptions), loaded.model
+    micro_batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    assert micro_batch is not None
+    assert accumulation is not None
+    longest = max(map(len, prepared.train))
+    rows = micro_batch * accumulation
+    feed = Feed(prepared.train, prepared.sampler(config.seed), rows, micro_batch, config.packing, micro_batch * longest)
+    per_epoch, total = count_steps(len(prepared.train), rows, options)
+    device = torch.device(config.device)
+    model.checkpointing = bool(config.gradient_checkpointing)  # type: ignore[assignment]
+    pieces = plan_micro_batches([len(e) for e in prepared.eval], 1, True, micro_batch * longest)
+    held_out = [collate([prepared.eval[i] for i in piece]) for piece in pieces]
+    extras = None if config.method == "full" else partial(outputs.write_adapter, config=config, loaded=loaded)
+    return TrainPlan(
+        options=options,
+        optim=config.pick(OptimOptions),
+        total_steps=total,
+        steps_per_epoch=per_epoch,
+        batches_for_update=feed.batches_for_update,
+        trainable=trainable,
+        evaluate=partial(evaluation_loss, model, held_out, device) if held_out else None,  # type: ignore[arg-type]
+        locate=feed.locate,
+        save_extras=extras,
+        identity=same,
+        total_tokens=feed.tokens(total),
+        device=device,
+        loss_scaling=config.dtype == "float16",
+    )
+
+
+def _base_of_full(path: Path, config: RunConfig, loaded: LoadedModel, prepared: Prepared) -> EvaluateResult | None:
+    """Full fine-tuning changes the base, so it is measured before the first step, and kept for a resumed run."""
+    if config.method != "full" or not prepared.eval:
+        return None
+    kept = folder.read_base(path)
+    if kept is None:
+        kept = evaluate(loaded.model, loaded.tokenizer, prepared.eval)  # type: ignore[arg-type]
+        folder.write_base(path, kept)
+    return kept
+
+
+def _scores(
+    config: RunConfig, loaded: LoadedModel, prepared: Prepared, base: EvaluateResult | None
+) -> BaseAndTuned | None:
+    """The loss on the held-out rows, base against tuned; None without held-out rows."""
+    if not prepared.eval:
+        return None
+    if base is not None:
+        return against(base, evaluate(loaded.model, loaded.tokenizer, prepared.eval))  # type: ignore[arg-type]
+    return evaluate_base_and_tuned(loaded.model, loaded.tokenizer, prepared.eval)  # type: ignore[arg-type]
