@@ -62,6 +62,10 @@ class Weight(nn.Module):
             raise ValueError(f"rows of a weight are taken in steps of 1, not {step}")
         return first, max(first, last)
 
+    def _check_out(self, out: Tensor, dtype: torch.dtype, rows: int) -> None:
+        if out.dtype != dtype or out.shape != (rows, self.shape[1]):
+            raise ValueError(f"out is {out.dtype} {list(out.shape)}, {dtype} {[rows, self.shape[1]]} is needed")
+
     def extra_repr(self) -> str:
         return f"{self.shape[0]} x {self.shape[1]}, {self.format}"
 
@@ -104,7 +108,10 @@ class DenseWeight(Weight):
         if rows is not None:
             first, last = self._row_range(rows)
             tensor = tensor[first:last]
-        return tensor.to(dtype) if out is None else out.copy_(tensor)
+        if out is None:
+            return tensor.to(dtype)
+        self._check_out(out, dtype, tensor.shape[0])
+        return out.copy_(tensor)
 
 
 class BlockWeight(Weight):
@@ -164,8 +171,8 @@ class BlockWeight(Weight):
         first, last = (0, self.shape[0]) if rows is None else self._row_range(rows)
         if out is None:
             out = torch.empty(last - first, self.shape[1], dtype=dtype, device=self.codes.device)
-        elif out.dtype != dtype or out.shape != (last - first, self.shape[1]):
-            raise ValueError(f"out is {out.dtype} {list(out.shape)}, {dtype} {[last - first, self.shape[1]]} is needed")
+        else:
+            self._check_out(out, dtype, last - first)
         return ops.dequantize_blockwise_out(
             self.codes,
             self.absmax,
