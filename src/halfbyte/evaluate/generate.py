@@ -90,7 +90,29 @@ def generate(
 
     Raises UsageError for an empty prompt and for one that fills the model's context.
     """
-    return next(_run(model, tokenizer, [prompt_ids], options, eos_ids, 1, on_text))[1]
+    room = _room(0, prompt_ids, options.max_new_tokens, context_length(model))
+    with inference(model):
+        session = Session(model, len(prompt_ids) + room)
+        return generate_in(session, tokenizer, prompt_ids, room, options, eos_ids, on_text)
+
+
+def generate_in(
+    session: Session,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[int],
+    room: int,
+    options: GenerateOptions,
+    eos_ids: Collection[int] = (),
+    on_text: Callable[[str], None] | None = None,
+    index: int = 0,
+) -> Generation:
+    """Continue a prompt by at most `room` tokens in a session of one sequence, which may hold its beginning already.
+
+    For conversations, where each prompt begins with the one before. The caller is inside `inference`.
+    """
+    sequence = _sequence(tokenizer, index, prompt_ids, room, options)
+    pending = [list(prompt_ids[session.lengths[0] :])]
+    return next(_continue_together(session, pending, [sequence], options, frozenset(eos_ids), on_text))[1]
 
 
 def generate_batch(
@@ -103,60 +125,48 @@ def generate_batch(
     on_done: Callable[[int, Generation], None] | None = None,
 ) -> list[Generation]:
     """Continue many prompts; the results in the prompts' order. `on_done(index, result)` comes as each ends."""
+    limit = context_length(model)
+    rooms = [_room(index, prompt, options.max_new_tokens, limit) for index, prompt in enumerate(prompts)]
+    sizes = [len(prompt) + room for prompt, room in zip(prompts, rooms, strict=True)]
     results: dict[int, Generation] = {}
-    for index, generation in _run(model, tokenizer, prompts, options, eos_ids, batch_size, None):
-        results[index] = generation
-        if on_done is not None:
-            on_done(index, generation)
+    with inference(model):
+        for batch in batches(sizes, batch_size):
+            live = [_sequence(tokenizer, i, prompts[i], rooms[i], options) for i in batch]
+            session = Session(model, max(sizes[i] for i in batch), len(batch))
+            pending = [prompts[i] for i in batch]
+            for index, generation in _continue_together(session, pending, live, options, frozenset(eos_ids), None):
+                results[index] = generation
+                if on_done is not None:
+                    on_done(index, generation)
     return [results[i] for i in range(len(prompts))]
 
 
-def _run(
-    model: Model,
-    tokenizer: Tokenizer,
-    prompts: Sequence[Sequence[int]],
-    options: GenerateOptions,
-    eos_ids: Collection[int],
-    batch_size: int,
-    on_text: Callable[[str], None] | None,
-) -> Iterator[tuple[int, Generation]]:
-    limit = context_length(model)
-    rooms = [_room(index, prompt, options.max_new_tokens, limit) for index, prompt in enumerate(prompts)]
-
+def _sequence(
+    tokenizer: Tokenizer, index: int, prompt: Sequence[int], room: int, options: GenerateOptions
+) -> _Sequence:
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-    for batch in batches([len(p) + room for p, room in zip(prompts, rooms, strict=True)], batch_size):
-        live = [
-            _Sequence(
-                index,
-                prompts[index],
-                rooms[index],
-                TextStream(decode, options.stop, prompts[index][-_CONTEXT_TOKENS:]),
-                sequence_rng(options.seed, index),
-            )
-            for index in batch
-        ]
-        with inference(model):
-            yield from _continue_together(model, live, options, frozenset(eos_ids), on_text)
+    stream = TextStream(decode, options.stop, prompt[-_CONTEXT_TOKENS:])
+    return _Sequence(index, prompt, room, stream, sequence_rng(options.seed, index))
 
 
 def _continue_together(
-    model: Model,
+    session: Session,
+    pending: Sequence[Sequence[int]],
     live: list[_Sequence],
     options: GenerateOptions,
     eos_ids: frozenset[int],
     on_text: Callable[[str], None] | None,
 ) -> Iterator[tuple[int, Generation]]:
-    session = Session(model, max(len(s.prompt) + s.room for s in live), len(live))
-    logits_BV = session.feed([s.prompt for s in live])
+    """Feed what is pending, then token after token to all that still go on; each text is yielded when it ends."""
+    logits_BV = session.feed(pending)
     while True:
         for sequence, logits_V in zip(live, logits_BV, strict=True):
             seen = None
             if options.repetition_penalty != 1.0:
                 seen = torch.tensor([*sequence.prompt, *sequence.tokens])
-            token = next_token(logits_V, options, seen, sequence.rng)
-            piece = _take(sequence, token, eos_ids)
+            piece = _take(sequence, next_token(logits_V, options, seen, sequence.rng), eos_ids)
             if piece and on_text is not None:
                 on_text(piece)
         yield from ((s.index, s.generation()) for s in live if s.finish_reason)
