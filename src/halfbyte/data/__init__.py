@@ -19,7 +19,7 @@ from halfbyte.data.packing import collate, plan_micro_batches
 from halfbyte.data.prepare import Prepared, load_rows, prepare
 from halfbyte.data.records import BadRow, Origin
 from halfbyte.data.sampler import Sampler
-from halfbyte.data.templates import ChatTemplate, resolve_template
+from halfbyte.data.templates import ChatTemplate, resolve_template, stop_ids
 
 __all__ = [
     "Audit",
@@ -40,4 +40,5 @@ __all__ = [
     "render_check",
     "render_prompt",
     "resolve_template",
+    "stop_ids",
 ]

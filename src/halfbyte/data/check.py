@@ -1,5 +1,6 @@
 """`halfbyte data check` on a terminal: what the rows become, with every token shown as supervised or not."""
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -69,7 +70,8 @@ def _histogram(audit: Audit) -> Table:
 
 
 def _row(example: Example, tokenizer: Any, coloured: bool) -> Panel:
-    title = f"{example.origin} · {len(example):,} tokens, {example.supervised_tokens:,} supervised"
+    place = f"{Path(example.origin.file).name}:{example.origin.line}"  # the whole path would not fit
+    title = f"{place} · {len(example):,} tokens, {example.supervised_tokens:,} supervised"
     parts: list[Text] = [token_text(example, tokenizer, coloured)]
     if len(example) > _SHOWN_TOKENS:
         parts.append(Text(f"… {len(example) - _SHOWN_TOKENS:,} more tokens", style="dim italic"))
@@ -86,8 +88,18 @@ def token_text(example: Example, tokenizer: Any, coloured: bool) -> Text:
             text.append("⟦" if supervised else "⟧")
             inside = bool(supervised)
         styles = SUPERVISED_STYLES if supervised else CONTEXT_STYLES
-        shown = tokenizer.decode([token]).replace("\n", "⏎\n")
-        text.append(shown, style=styles[number % 2] if coloured else None)
+        text.append(_shown(tokenizer, token), style=styles[number % 2] if coloured else None)
     if inside:
         text.append("⟧" if len(example) <= _SHOWN_TOKENS else "…")
     return text
+
+
+def _shown(tokenizer: Any, token: int) -> str:
+    """One token as text, with what a terminal would act upon (escapes, carriage returns) spelled out.
+
+    Decoded behind another token, because alone some decoders strip a word's space.
+    """
+    before = tokenizer("a", add_special_tokens=False)["input_ids"]
+    text = str(tokenizer.decode([*before, token])).removeprefix(str(tokenizer.decode(before)))
+    safe = "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+    return safe.replace("\n", "⏎\n")

@@ -69,6 +69,11 @@ class Encoder:
     def _special_lengths(self) -> tuple[int, ...]:
         return tuple(sorted({len(token) for token in self.special_tokens}, reverse=True))
 
+    def has_token(self, text: str) -> bool:
+        """Whether this is one token of the vocabulary (asking for the whole vocabulary would take a while)."""
+        number = self.tokenizer.convert_tokens_to_ids(text)
+        return number is not None and (number != self.tokenizer.unk_token_id or text == self.tokenizer.unk_token)
+
     def special_suffix(self, text: str) -> str | None:
         """The special token that `text` ends with."""
         for length in self._special_lengths:

@@ -12,6 +12,8 @@ from halfbyte.data.encoding import Encoder, Segment
 from halfbyte.data.records import BadRow, Chat, Completion, Labelled, Origin, Row, RowError, Text
 from halfbyte.data.templates import ChatTemplate, Turns
 
+_CHUNK = 4096  # rows that are rendered and tokenized together; it bounds the memory for their texts
+
 Ids = NDArray[np.int32]
 Mask = NDArray[np.bool_]
 
@@ -201,16 +203,15 @@ class Encoded:
 def encode_rows(rows: Sequence[Row], recipe: Recipe, source: int = 0) -> Encoded:
     """Tokenize rows. What cannot be used is set aside with its reason."""
     result = Encoded([], [])
-    drafts: list[Draft] = []
-    for row in rows:
-        try:
-            drafts.append(draft(row, recipe))
-        except RowError as error:
-            result.bad.append(BadRow(row.origin.file, row.origin.line, str(error)))
-    for start in range(0, len(drafts), 4096):
-        chunk = drafts[start : start + 4096]
-        encoded = recipe.encoder.encode_segments([item.segments for item in chunk])
-        for item, pieces in zip(chunk, encoded, strict=True):
+    for start in range(0, len(rows), _CHUNK):
+        drafts: list[Draft] = []
+        for row in rows[start : start + _CHUNK]:
+            try:
+                drafts.append(draft(row, recipe))
+            except RowError as error:
+                result.bad.append(BadRow(row.origin.file, row.origin.line, str(error)))
+        encoded = recipe.encoder.encode_segments([item.segments for item in drafts])
+        for item, pieces in zip(drafts, encoded, strict=True):
             try:
                 result.examples += _examples(item, pieces, recipe, source, result)
             except RowError as error:

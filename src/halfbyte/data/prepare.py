@@ -15,7 +15,7 @@ from halfbyte.data.reading import read_source
 from halfbyte.data.records import BadRow, Chat, Labelled, Record, Row, RowError
 from halfbyte.data.rows import canonical, normalise
 from halfbyte.data.sampler import Sampler
-from halfbyte.data.templates import ChatTemplate, resolve_template
+from halfbyte.data.templates import ChatTemplate, resolve_template, stop_ids
 from halfbyte.errors import UsageError
 
 #: Part of every fingerprint: raise it when the same rows and options come to mean other tokens.
@@ -47,6 +47,7 @@ class Prepared:
     fingerprint    SHA-256 over the rows, their order and the options that decide what tokens they become
     template       for conversations, else None; `template_hash` is then that of the plain prompt form
     data_format    the row format, or several joined by " + "
+    stop_ids       the ids at which a generated answer ends
     labels         classification: the classes, in the order of Example.label
     sizes, weights of the sources in `train`, for the sampler
     """
@@ -58,6 +59,7 @@ class Prepared:
     template_hash: str
     template: ChatTemplate | None
     data_format: str
+    stop_ids: tuple[int, ...]
     labels: tuple[LabelChoice, ...]
     sizes: tuple[int, ...]
     weights: tuple[float, ...] | None
@@ -159,6 +161,7 @@ def prepare(options: DataOptions, tokenizer: Any, seed: int) -> Prepared:
         template_hash=template_hash,
         template=recipe.template,
         data_format=data_format,
+        stop_ids=stop_ids(encoder, recipe.template),
         labels=recipe.labels,
         sizes=sizes,
         weights=_weights(parts, sizes),
@@ -257,7 +260,7 @@ def hold_out(
     on their content and `seed`, not on their order; equal rows stay on one side. Raises UsageError where that leaves
     nothing on a side.
     """
-    wanted = int(split) if split >= 1 else min(max_rows, max(1, round(split * len(examples))))
+    wanted = int(split) if split >= 1 else min(max_rows, max(1, round(split * len(examples))), len(examples) - 1)
     groups: dict[bytes, list[int]] = {}
     for index, example in enumerate(examples):
         groups.setdefault(_key(example), []).append(index)

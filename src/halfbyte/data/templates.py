@@ -170,6 +170,21 @@ class ChatTemplate:
         return {i: (b - 2 * k, e - 2 * k - 1) for k, (i, b, e) in enumerate(zip(wanted, begins, ends, strict=True))}
 
 
+def stop_ids(encoder: Encoder, template: ChatTemplate | None) -> tuple[int, ...]:
+    """The ids at which a generated answer ends: EOS, and the template's end-of-turn token where that is another."""
+    found = [encoder.eos] if encoder.tokenizer.eos_token_id is not None else []
+    if template is not None:
+        probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        try:
+            turns = template.turns(probe, None, encoder)
+        except RowError:  # a template for other conversations than this one; its rows will tell
+            return tuple(found)
+        begin, end = turns.spans[1]
+        if special := encoder.special_suffix(turns.text[begin:end]):
+            found.append(int(encoder.tokenizer.convert_tokens_to_ids(special)))
+    return tuple(dict.fromkeys(found))
+
+
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
     """Reasoning goes by three names; templates read `reasoning_content` or `thinking`."""
     names = ("reasoning_content", "thinking", "reasoning")
@@ -236,8 +251,7 @@ def resolve_template(option: str, encoder: Encoder, date: str = _DEFAULT_DATE) -
 
 def _builtin_source(name: str, encoder: Encoder) -> str:
     builtin = BUILTINS[name]
-    vocabulary = encoder.tokenizer.get_vocab()
-    missing = [token for token in builtin.needs if token not in vocabulary]
+    missing = [token for token in builtin.needs if not encoder.has_token(token)]
     if missing:
         raise UsageError(
             f"chat_template: {name} needs the tokens {', '.join(missing)}, which this model's vocabulary lacks: "
