@@ -36,6 +36,7 @@ def test_micro_batches_by_rows_and_by_tokens_hold_the_same_rows() -> None:
 
 def test_tokens_and_places() -> None:
     source = feed()
-    counted = sum(batch.tokens for step in range(1, 8) for batch in source.batches_for_update(step))
-    assert source.tokens(7) == counted
+    for steps in (0, 3, 5, 7, 10):
+        batches = [batch for step in range(1, steps + 1) for batch in source.batches_for_update(step)]
+        assert source.tokens(steps) == sum(batch.tokens for batch in batches)
     assert source.locate(4) == "rows.jsonl:5"

@@ -101,6 +101,12 @@ def test_the_update_equals_torch_autograd_and_adamw(tmp_path: Path) -> None:
         torch.testing.assert_close(plan.trainable[name], parameter, rtol=1e-4, atol=2e-5)
 
 
+def test_recomputed_activations_change_nothing_with_dropout(tmp_path: Path) -> None:
+    tiny.run(tmp_path / "kept", steps=5, dropout=0.3)
+    tiny.run(tmp_path / "recomputed", steps=5, dropout=0.3, checkpointing=True)
+    assert_same(tmp_path / "kept", tmp_path / "recomputed")
+
+
 def test_logging_steps_sums_up(tmp_path: Path) -> None:
     tiny.run(tmp_path / "each", steps=7)
     tiny.run(tmp_path / "some", steps=7, logging_steps=3)

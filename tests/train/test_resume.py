@@ -60,6 +60,15 @@ def test_ten_steps_kill_and_ten_more_equal_twenty(tmp_path: Path, straight: Path
     assert (resume["step"], resume["dropped_events"]) == (10, 3)
 
 
+@pytest.mark.parametrize("threads", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_quantized_base_resumes_exactly(tmp_path: Path, threads: int) -> None:
+    options = OPTIONS | {"quantized": True, "threads": threads}
+    assert until_killed(tiny.run_and_die, tmp_path / "run", 13, False, options)
+    assert not until_killed(tiny.run_or_resume, tmp_path / "run", options)
+    assert not until_killed(tiny.run_or_resume, tmp_path / "straight", options)
+    assert_same(tmp_path / "run", tmp_path / "straight")
+
+
 def test_bfloat16_weights_and_eight_bit_moments_resume_exactly(tmp_path: Path) -> None:
     """Full fine-tuning of bfloat16 matrices, so that both stores of the optimizer's state are used."""
     paths = (tmp_path / "run", tmp_path / "straight")
@@ -98,19 +107,20 @@ def full_and_die(path: Path, step: int) -> None:
 
 
 def test_kills_at_random_moments(tmp_path: Path, straight: Path) -> None:
-    """Lives of random length until one finishes."""
+    """Lives of random length, ever longer, until one finishes."""
     run, lives = tmp_path / "run", 0
     generator = random.Random(4)
     while True:
         process = start(tiny.run_or_resume, run, OPTIONS)
-        process.join(generator.uniform(0.05, 1.5))
+        process.join(generator.uniform(0.02, 0.2 + 0.03 * lives))
         process.kill()
         process.join()
         assert process.exitcode in (0, -signal.SIGKILL)
         lives += 1
         if process.exitcode == 0:
             break
-        assert lives < 60
+        assert lives < 200
+    assert lives > 1
     assert_same(run, straight)
 
 

@@ -131,12 +131,16 @@ def test_mlflow_in_files(tmp_path: Path, mlflow_store: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_trackio_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trackio_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     trackio = pytest.importorskip("trackio")
     path = tmp_path / "run"
     train_with(path, "trackio", steps=3)
+    train_with(path, "trackio", steps=5, resume=True)
+    assert capsys.readouterr().out == ""
     assert warnings_in(path) == []
     identity = json.loads((path / "sinks.json").read_bytes())["trackio"]
     logs = trackio.SQLiteStorage.get_logs("halfbyte", identity)

@@ -101,7 +101,11 @@ def run(
     path: Path, steps: int = 20, resume: bool = False, listeners: tuple[Listener, ...] = (), **options: Any
 ) -> TrainResult:
     """Train a new tiny decoder in `path`, or go on with it."""
+    options = dict(options)
+    threads = options.pop("threads", 1)
     model = decoder(dropout=options.pop("dropout", 0.1), quantized=options.pop("quantized", False))
+    torch.set_num_threads(threads)
+    model.checkpointing = options.pop("checkpointing", False)
     plan = make_plan(model, steps, **options)
     with RunDirectory.resume(path) if resume else RunDirectory.create(path) as directory:
         return train(model, plan, directory, listeners)

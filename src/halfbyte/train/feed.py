@@ -8,6 +8,8 @@ the step it continues with.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from halfbyte.batch import Batch
 from halfbyte.data.examples import Example
 from halfbyte.data.packing import collate, plan_micro_batches
@@ -48,7 +50,11 @@ class Feed:
 
     def tokens(self, total_steps: int) -> int:
         """Tokens of the first `total_steps` updates, exactly."""
-        return sum(len(self.examples[index]) for step in range(1, total_steps + 1) for index in self.rows(step))
+        lengths = np.array([len(example) for example in self.examples], dtype=np.int64)
+        epochs, updates = divmod(total_steps, self.steps_per_epoch)
+        whole = sum(int(lengths[self.sampler.order(epoch)].sum()) for epoch in range(epochs))
+        begun = self.sampler.order(epochs)[: updates * self.rows_per_update]
+        return whole + int(lengths[begun].sum())
 
     def locate(self, row: int) -> str:
         """file:line of an example, by its index."""

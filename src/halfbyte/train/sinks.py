@@ -11,6 +11,7 @@ The ids under which a service knows the run are kept in RUN/sinks.json, so a res
 
 import contextlib
 import json
+import sys
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
@@ -183,16 +184,20 @@ class Trackio:
     name = "trackio"
 
     def __init__(self, run: Path, config: Mapping[str, Any]) -> None:
-        module = import_module("trackio")
+        self._module = import_module("trackio")
         name = run_id(run, self.name, f"{run.name}-{uuid.uuid4().hex[:6]}")
-        self._run = module.init(project=PROJECT, name=name, config=_plain(config), resume="allow", embed=False)
+        with contextlib.redirect_stdout(sys.stderr):  # it prints, and our standard output may be JSON
+            self._run = self._module.init(
+                project=PROJECT, name=name, config=_plain(config), resume="allow", embed=False
+            )
 
     def __call__(self, event: Event) -> None:
         if found := figures(event):
             self._run.log(found, step=event["step"])
 
     def close(self) -> None:
-        self._run.finish()
+        with contextlib.redirect_stdout(sys.stderr):
+            self._module.finish()
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
