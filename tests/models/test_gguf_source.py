@@ -203,12 +203,10 @@ def test_fingerprint_follows_the_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.real_model
-@pytest.mark.parametrize("name", ["gemma-3-270m", "qwen2.5-coder-1.5b"])
-def test_a_real_file_equals_the_gguf_package(name: str) -> None:
-    path = Path.home() / f".cache/halfbyte-models/{name}.gguf"
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
-    source = GgufSource(name, path)
+@pytest.mark.parametrize("fixture", ["gemma_gguf", "qwen_gguf"])
+def test_a_real_file_equals_the_gguf_package(fixture: str, request: pytest.FixtureRequest) -> None:
+    path = request.getfixturevalue(fixture)
+    source = GgufSource(path.name, path)
     spec = ModelSpec.from_config(source.config)
     assert {n: i.shape for n, i in source.tensors().items()} == dict(spec.tensors())
     gemma = source.architecture == "gemma3"

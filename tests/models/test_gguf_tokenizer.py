@@ -1,5 +1,6 @@
-"""Tokenizers from GGUF files against the programs that made the vocabularies: sentencepiece, tokenizers, transformers."""
+"""Tokenizers from GGUF files against what made the vocabularies: sentencepiece, tokenizers, transformers."""
 
+import json
 import random
 import subprocess
 import sys
@@ -18,10 +19,11 @@ from halfbyte.models import gguf_tokenizer
 from halfbyte.models.gguf_file import GgufFile
 from halfbyte.models.tokenizer import from_gguf
 
-WORDS = (
+TEXT = (
     "the quick brown fox jumps over a lazy dog and it's not 3.14 or 2026 déjà vu Größe naïve été "
     "Москва 東京 def main(): return [x ** 2 for x in range(10)] \t tab\tbed http://a.b/c?d=e&f don't we'll I'm"
-).split(" ")
+)
+WORDS = TEXT.split(" ")
 
 
 def sentences(count: int, seed: int = 0) -> Iterator[str]:
@@ -130,8 +132,7 @@ def test_byte_level_equals_tokenizers(pre: str, tmp_path: Path) -> None:
     )
     trainer.initial_alphabet = pre_tokenizers.ByteLevel.alphabet()
     made.train_from_iterator(sentences(3000), trainer)
-    model = made.to_str()
-    merges = __import__("json").loads(model)["model"]["merges"]
+    merges = json.loads(made.to_str())["model"]["merges"]
     tokens = [made.id_to_token(i) for i in range(made.get_vocab_size())]
     file = write(
         tmp_path / "m.gguf",
@@ -184,20 +185,13 @@ def test_bad_vocabularies(fields: dict[str, Any], message: str, tmp_path: Path) 
     assert "bad.gguf" in str(caught.value)
 
 
-def real(name: str) -> GgufFile:
-    path = Path.home() / f".cache/halfbyte-models/{name}.gguf"
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
-    return GgufFile(path)
-
-
 @pytest.mark.real_model
-@pytest.mark.parametrize("name", ["gemma-3-270m", "qwen2.5-coder-1.5b"])
-def test_real_vocabularies_equal_transformers(name: str) -> None:
-    """transformers' converter builds the same `tokenizers` object, but for Qwen's NFC, which its GGUF path leaves out."""
+@pytest.mark.parametrize("fixture", ["gemma_gguf", "qwen_gguf"])
+def test_real_vocabularies_equal_transformers(fixture: str, request: pytest.FixtureRequest) -> None:
+    """transformers' converter builds the same object, but for Qwen's NFC, which its GGUF path leaves out."""
     from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 
-    file = real(name)
+    file = GgufFile(request.getfixturevalue(fixture))
     ours = gguf_tokenizer.build_backend(file)
     architecture, vocabulary, _ = get_gguf_tokenizer(str(file.path))
     theirs, _ = convert_gguf_tokenizer(architecture, vocabulary)
@@ -211,8 +205,8 @@ def test_real_vocabularies_equal_transformers(name: str) -> None:
 
 
 @pytest.mark.real_model
-def test_gemma_starts_with_bos_and_qwen_does_not() -> None:
-    gemma, qwen = from_gguf(real("gemma-3-270m")), from_gguf(real("qwen2.5-coder-1.5b"))
+def test_gemma_starts_with_bos_and_qwen_does_not(gemma_gguf: Path, qwen_gguf: Path) -> None:
+    gemma, qwen = from_gguf(GgufFile(gemma_gguf)), from_gguf(GgufFile(qwen_gguf))
     assert gemma("Hello")["input_ids"] == [2, 9259]
     assert (gemma.bos_token, gemma.eos_token, gemma.pad_token) == ("<bos>", "<eos>", "<pad>")
     assert (gemma.bos_token_id, gemma.eos_token_id) == (2, 1)
@@ -225,19 +219,18 @@ def test_gemma_starts_with_bos_and_qwen_does_not() -> None:
 
 
 @pytest.mark.real_model
-def test_memory_of_the_largest_vocabulary() -> None:
+def test_memory_of_the_largest_vocabulary(gemma_gguf: Path) -> None:
     """262,144 tokens in under 0.3 GB beside what transformers' import takes (its own GGUF reader: 1.3 GB)."""
-    real("gemma-3-270m")
     script = """
-import pathlib
+import pathlib, sys
 from transformers import PreTrainedTokenizerFast
 from halfbyte.models.gguf_file import GgufFile
 from halfbyte.models.tokenizer import from_gguf
 peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1e6
 before = peak()
-from_gguf(GgufFile(pathlib.Path.home() / '.cache/halfbyte-models/gemma-3-270m.gguf'))
+from_gguf(GgufFile(pathlib.Path(sys.argv[1])))
 print(peak() - before)
 """
-    found = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-c", script, str(gemma_gguf)], check=True, capture_output=True, text=True)
     assert float(found.stdout) < 0.3
     assert found.stderr == ""

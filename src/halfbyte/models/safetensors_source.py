@@ -220,7 +220,7 @@ def _read_header(path: Path) -> dict[str, _Entry]:
         header = json.loads(file.read(8, length))
         header.pop("__metadata__", None)
         entries = {name: _entry(file, 8 + length, name, plain) for name, plain in header.items()}
-    except (ValueError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UsageError(f"{path}: its header is damaged ({error}); download or copy it again") from None
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, item[1].nbytes)):

@@ -1,0 +1,292 @@
+"""From options to a model: against transformers, exact where quantized, and never more memory than promised."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from halfbyte.errors import UsageError
+from halfbyte.linear import segments
+from halfbyte.models.decoder import Decoder
+from halfbyte.models.dtype import fast_dtype
+from halfbyte.models.load import LoadedModel, build_decoder, load_model, resolve_device, resolve_dtype
+from halfbyte.models.options import ModelOptions
+from halfbyte.models.source import open_source
+from halfbyte.models.spec import ModelSpec
+from halfbyte.quant import BlockWeight, DenseWeight, QuantOptions, quantize
+from tests.models.families import BASE, FAMILIES, config, error, make_model
+from tests.models.gguf_files import write_gguf
+
+IDS = torch.tensor([3, 17, 99, 4, 56, 23, 8, 120, 7, 64, 31, 2, 77, 5, 111, 45, 90, 12])
+
+
+def build(folder: Path, quant: QuantOptions | None = None, dtype: torch.dtype = torch.float32) -> Decoder:
+    source = open_source(str(folder))
+    return build_decoder(source, ModelSpec.from_config(source.config), quant, dtype, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_family_from_a_folder(family: str, tmp_path: Path) -> None:
+    model = make_model(config(family))
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(input_ids=IDS[None]).logits[0]
+    assert error(build(tmp_path).logits(IDS), expected) < 1e-4
+
+
+@pytest.mark.parametrize("family", ["llama3-head-dim", "mistral-full", "phi3", "gemma1", "qwen2", "qwen3-tied-bias"])
+def test_the_same_model_from_gguf(family: str, tmp_path: Path) -> None:
+    model = make_model(config(family))
+    write_gguf(model, tmp_path / "model.gguf")
+    with torch.no_grad():
+        expected = model(input_ids=IDS[None]).logits[0]
+    assert error(build(tmp_path / "model.gguf").logits(IDS), expected) < 1e-4
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model with a tokenizer, as a user has it."""
+    made = transformers.Qwen2Config(**{**BASE, "hidden_size": 96, "intermediate_size": 160, "head_dim": 16})
+    make_model(made, dtype=torch.bfloat16).save_pretrained(tmp_path / "model")
+    vocab = {f"t{i}": i for i in range(133)}
+    backend = transformers.PreTrainedTokenizerFast(tokenizer_object=_word_tokenizer(vocab), eos_token="t2")
+    backend.chat_template = "{{ messages }}"
+    backend.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def _word_tokenizer(vocab: dict[str, int]) -> Any:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    made = Tokenizer(models.WordLevel(vocab, unk_token="t0"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return made
+
+
+def load(folder: Path, quant: QuantOptions | None = None, **options: Any) -> LoadedModel:
+    return load_model(ModelOptions(model=str(folder), **{"device": "cpu", "dtype": "bfloat16", **options}), quant)
+
+
+def test_all_parts_of_a_loaded_model(folder: Path) -> None:
+    loaded = load(folder, QuantOptions())
+    assert loaded.spec is not None
+    assert loaded.spec.family == "qwen2"
+    assert loaded.source.fingerprint.startswith("sha256:")
+    assert loaded.tokenizer("t5 t7")["input_ids"] == [5, 7]
+    assert loaded.tokenizer.chat_template == "{{ messages }}"
+    assert loaded.model.logits(IDS).shape == (18, 133)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4", "int8"])
+def test_what_is_quantized_and_with_what(quant_type: Any, folder: Path) -> None:
+    options = QuantOptions(
+        quant_type=quant_type, blocksize=32, quant_pattern={"down_proj": "bf16", "layers.1.*": "int8"}
+    )
+    loaded = load(folder, options)
+    state = load_file(folder / "model.safetensors")
+    for name, segment in segments(loaded.model).items():
+        tensor = state[f"{name}.weight"]
+        chosen = options.format_of(name)
+        if chosen == "bf16":
+            assert isinstance(segment.weight, DenseWeight)
+            assert torch.equal(segment.weight.dequantize(torch.bfloat16), tensor)
+            continue
+        expected = quantize(tensor, options.model_copy(update={"quant_type": chosen}))
+        assert isinstance(segment.weight, BlockWeight)
+        assert segment.weight.format == expected.format
+        assert torch.equal(segment.weight.codes, expected.codes)
+        assert torch.equal(segment.weight.absmax, expected.absmax)
+    assert isinstance(loaded.model.embed, DenseWeight)
+    assert isinstance(loaded.model.head, DenseWeight)
+
+
+def test_without_quantization_16_bits_stay(folder: Path) -> None:
+    state = load_file(folder / "model.safetensors")
+    for name, segment in segments(load(folder).model).items():
+        assert segment.weight.format == "bf16"
+        assert torch.equal(segment.weight.dequantize(torch.bfloat16), state[f"{name}.weight"])
+
+
+@pytest.mark.parametrize(("dtype", "name"), [("bfloat16", "bf16"), ("float16", "fp16"), ("float32", "fp32")])
+def test_float32_files_take_the_type_of_computation(dtype: str, name: str, tmp_path: Path) -> None:
+    made = make_model(config("llama1-mha"))
+    made.save_pretrained(tmp_path)
+    decoder = build(tmp_path, dtype=getattr(torch, dtype))
+    assert {segment.weight.format for segment in segments(decoder).values()} == {name}
+    assert {parameter.dtype for parameter in decoder.parameters()} == {getattr(torch, dtype)}
+
+
+@pytest.fixture
+def bnb(folder: Path, tmp_path: Path) -> Path:
+    made = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=made, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "bnb")
+    return tmp_path / "bnb"
+
+
+def test_a_quantized_checkpoint_keeps_its_own_blocks(folder: Path, bnb: Path) -> None:
+    """Quantizing again, with other constants, would lose a second time; the pattern's 16 bits are still honoured."""
+    decoder = build(bnb, QuantOptions(quant_type="int8", blocksize=32, quant_pattern={"o_proj": "bf16"}))
+    formats = {name.rsplit(".", 1)[-1]: segment.weight.format for name, segment in segments(decoder).items()}
+    assert formats.pop("o_proj") == "bf16"
+    assert set(formats.values()) == {"nf4+dq"}
+    plain = build(bnb)
+    assert {segment.weight.format for segment in segments(plain).values()} == {"fp32"}
+    ours = build(folder, QuantOptions())
+    for name, segment in segments(plain).items():
+        expected = segments(ours)[name].weight.dequantize(torch.float32)
+        # bitsandbytes rounds a few of its nested constants the other way.
+        torch.testing.assert_close(segment.weight.dequantize(torch.float32), expected, rtol=0.05, atol=2e-3)
+
+
+def test_other_architectures_go_through_transformers(tmp_path: Path) -> None:
+    made = transformers.GPT2Config(vocab_size=133, n_embd=48, n_layer=2, n_head=4, n_positions=64)
+    model = make_model(made)
+    model.save_pretrained(tmp_path)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=_word_tokenizer({"t0": 0})).save_pretrained(tmp_path)
+    loaded = load(tmp_path, dtype="float32")
+    assert loaded.spec is None
+    with torch.no_grad():
+        expected = model(input_ids=IDS[None]).logits[0]
+    assert error(loaded.model.logits(IDS), expected) < 1e-4
+    quantized = load(tmp_path, QuantOptions(), dtype="float32")
+    assert {segment.weight.format for segment in segments(quantized.model).values()} == {"nf4+dq"}
+
+
+# -- what can be wrong --------------------------------------------------------------------------------------------
+
+
+def change(folder: Path, **tensors: torch.Tensor | None) -> None:
+    path = folder / "model.safetensors"
+    state = {**load_file(path), **{name.replace("__", "."): value for name, value in tensors.items()}}
+    save_file({name: value for name, value in state.items() if value is not None}, path)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (None, r"has no tensor model\.layers\.1\.mlp\.up_proj\.weight.*incomplete"),
+        (torch.ones(3, 3), r"is \[3, 3\], and the config says \[160, 96\]"),
+        (torch.ones(160, 96, dtype=torch.int32), r"up_proj\.weight holds int32; weights in bfloat16"),
+        (torch.ones(160, 96).to(torch.float8_e4m3fn), r"up_proj\.weight holds float8_e4m3fn"),
+        (torch.full((160, 96), float("nan"), dtype=torch.bfloat16), r"model\.layers\.1\.mlp\.up_proj\.weight.* is nan"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(value: torch.Tensor | None, message: str, folder: Path) -> None:
+    change(folder, model__layers__1__mlp__up_proj__weight=value)
+    with pytest.raises(UsageError, match=message) as caught:
+        load(folder, QuantOptions())
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_tokenizer_is_named(folder: Path) -> None:
+    for path in folder.glob("token*"):
+        path.unlink()
+    with pytest.raises(UsageError, match=r"has no tokenizer \(tokenizer\.json\)") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_code_from_a_model_is_never_run(folder: Path) -> None:
+    import json
+
+    plain = json.loads((folder / "config.json").read_text())
+    plain |= {"model_type": "mystery", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    (folder / "config.json").write_text(json.dumps(plain))
+    (folder / "evil.py").write_text("raise SystemExit('this ran')")
+    with pytest.raises(UsageError):
+        load(folder)
+
+
+def test_a_gpu_that_is_not_there() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(UsageError, match="torch sees no CUDA GPU here; use --device cpu"):
+        resolve_device("cuda")
+    assert resolve_device("auto") == torch.device("cpu")
+
+
+def test_types_by_name_and_by_measurement() -> None:
+    cpu = torch.device("cpu")
+    assert resolve_dtype("float16", cpu) == torch.float16
+    assert resolve_dtype(torch.float32, cpu) == torch.float32
+    chosen, reason = fast_dtype()
+    assert resolve_dtype("auto", cpu) == chosen
+    assert chosen in (torch.bfloat16, torch.float32)
+    assert "TFLOP/s" in reason
+    assert reason.startswith(str(chosen).removeprefix("torch."))
+
+
+# -- memory -------------------------------------------------------------------------------------------------------
+
+PEAK = """
+import sys, torch
+torch.set_num_threads(1)
+from pathlib import Path
+from halfbyte.models.load import build_decoder
+from halfbyte.models.source import open_source
+from halfbyte.models.spec import ModelSpec
+from halfbyte.quant import QuantOptions, Weight
+status = lambda key: int(open('/proc/self/status').read().split(key)[1].split()[0]) * 1024
+source = open_source(sys.argv[1])
+spec = ModelSpec.from_config(source.config)
+warm = torch.nn.functional.linear(torch.ones(8, 8), torch.ones(8, 8))
+quant = QuantOptions() if sys.argv[2] == 'quantized' else None
+before = status('VmRSS:')
+model = build_decoder(source, spec, quant, torch.bfloat16, torch.device('cpu'))
+held = sum(w.nbytes for w in {id(m): m for m in model.modules() if isinstance(m, Weight)}.values())
+held += sum(p.numel() * p.element_size() for p in model.parameters())
+largest = max(info.nbytes for info in source.tensors().values())
+print(before, status('VmHWM:'), held, largest)
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """126 million parameters, 0.25 GB in bfloat16, its largest tensors a fifth of it."""
+    folder = tmp_path_factory.mktemp("large")
+    made = transformers.LlamaConfig(
+        vocab_size=24_000,
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=5,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
+    made.save_pretrained(folder)
+    state = {name: torch.randn(t.shape, dtype=torch.bfloat16) * 0.02 for name, t in model.state_dict().items()}
+    save_file(state, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="VmHWM is Linux's")
+@pytest.mark.parametrize("mode", ["quantized", "dense"])
+def test_peak_memory_is_the_model_and_two_tensors(mode: str, large: Path) -> None:
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, str(large), mode], check=True, capture_output=True, text=True, env=env
+    )
+    before, peak, held, largest = map(int, run.stdout.split())
+    assert peak - before <= held + 2 * largest, (
+        f"{(peak - before) / 1e6:.0f} MB for {held / 1e6:.0f} held and tensors up to {largest / 1e6:.0f}"
+    )
+
+
+@pytest.mark.real_model
+def test_real_gemma_answers(gemma_gguf: Path) -> None:
+    loaded = load(gemma_gguf, dtype="auto")
+    ids = torch.tensor(loaded.tokenizer("The capital of France is")["input_ids"])
+    best = loaded.model.logits(ids)[-1].topk(10).indices.tolist()
+    assert " Paris" in [loaded.tokenizer.decode([token]) for token in best]
+    assert loaded.spec is not None
+    assert loaded.spec.total_parameters == 268_098_176
