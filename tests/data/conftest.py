@@ -11,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+# A busy machine is slow; that is no reason to fail.
+settings.register_profile("data", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("data")
 
 CORPUS = [
     "User: Assistant: System: The answer is positive or negative, and the question was what is 2 + 2?",

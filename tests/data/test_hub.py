@@ -1,5 +1,8 @@
 """Hub data sets: through the real `datasets` where it is installed, and one clear line for each failure."""
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,6 +36,25 @@ def test_offline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(UsageError, match=r"^owner/name-that-is-nowhere: "):
         read_hub("owner/name-that-is-nowhere", None, None, False)
+
+
+def test_a_server_that_stands_in_for_the_hub(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("stand_in_hub.py"))],
+        env=environment | {"HF_HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    rows = [["o/good:train:1", {"text": "a", "label": 0}], ["o/good:train:2", {"text": "b", "label": 1}]]
+    assert found["o/good"] == [rows, ["bad", "good"]]
+    assert found["o/gated"].startswith("o/gated: the Hub refuses access (gated or private)")
+    assert found["o/missing"].startswith("o/missing: no such file or folder here, and no such data set on the Hub")
+    assert "BuilderConfig 'other' not found" in found["o/good other"]
 
 
 class DatasetNotFoundError(FileNotFoundError):

@@ -131,11 +131,10 @@ def prepare(options: DataOptions, tokenizer: Any, seed: int) -> Prepared:
     held_out_encoded = _encode(held_out_parts, recipe, options)
     everything = [example for part in encoded for example in part.examples]
     held_out = [example for part in held_out_encoded for example in part.examples]
-    train, duplicates, leaked = everything, _duplicates([*everything, *held_out]), 0
+    train, duplicates, leaked = everything, _duplicates(everything) + _duplicates(held_out), 0
     if held_out_parts:
         known = set(map(_key, held_out))
         leaked = sum(_key(example) in known for example in train)
-        duplicates -= leaked
     elif options.eval_split:
         train, held_out = hold_out(everything, options.eval_split, options.eval_max_rows, seed)
     template_hash = recipe.template.hash if recipe.template else hashlib.sha256(b"halfbyte plain prompts 1").hexdigest()
