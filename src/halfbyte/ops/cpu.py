@@ -54,10 +54,9 @@ def _candidates() -> Iterator[Path]:
     """Where the library may lie: beside this file, or, in an editable install, where its build was installed."""
     import halfbyte.ops
 
-    suffix = {"darwin": ".so", "win32": ".dll"}.get(sys.platform, ".so")
+    suffix = "dll" if sys.platform == "win32" else "so"
     for folder in halfbyte.ops.__path__:
-        for name in (f"libhalfbyte_native{suffix}", f"halfbyte_native{suffix}"):
-            yield Path(folder) / name
+        yield Path(folder) / f"libhalfbyte_native.{suffix}"
 
 
 def _open() -> ctypes.CDLL | str:

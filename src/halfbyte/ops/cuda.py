@@ -84,6 +84,7 @@ def quantize_dynamic(x: Tensor, blocksize: int, signed: bool = True) -> tuple[Te
 def dequantize_dynamic(codes: Tensor, absmax: Tensor, blocksize: int, table: Tensor) -> Tensor:
     """As `reference.dequantize_dynamic`."""
     schema.check_dynamic(codes, absmax, blocksize, table)
+    schema.check_together(codes, absmax, table)
     if blocksize < 64 or codes.numel() == 0 or not _bitsandbytes():
         return reference.dequantize_dynamic(codes, absmax, blocksize, table)
     values: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(codes, absmax, table, blocksize, torch.float32)
@@ -106,6 +107,7 @@ def dequantize_blockwise_out(
     """As `reference.dequantize_blockwise_out`."""
     nested = (nested_absmax, nested_offset, nested_table, nested_blocksize)
     schema.check_out(codes, absmax, quant_type, blocksize, out, start, table, *nested)
+    schema.check_together(codes, absmax, out, table, *nested[:3])
     if out.numel() == 0:
         return
     if nested_absmax is not None:

@@ -60,17 +60,22 @@ def check_input(x: Tensor) -> None:
         raise UsageError(f"cannot quantize {x.dtype}: bfloat16, float16 or float32 is needed")
 
 
-def _together(a: Tensor, b: Tensor) -> bool:
-    # Comparing `device` objects costs three times as much, on a path that runs for every weight of every step.
-    return a.get_device() == b.get_device() and a.is_cpu == b.is_cpu
+def check_together(*tensors: Tensor | None) -> None:
+    """Raise ValueError unless all tensors are on one device.
+
+    Not a part of the other checks: the CPU kernels cannot be reached otherwise, and comparing costs a microsecond.
+    """
+    devices = {tensor.device for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(f"tensors are on {' and '.join(sorted(map(str, devices)))}, one device is needed")
 
 
 def check_codes(codes: Tensor, constants: Tensor, per_byte: int, blocksize: int, stop: int) -> None:
-    """Assert that `codes` and their `constants` are flat, contiguous, on one device and reach `stop` values."""
+    """Raise ValueError unless `codes` and their `constants` are flat, contiguous and reach `stop` values."""
     if codes.dtype != torch.uint8 or codes.dim() != 1 or not codes.is_contiguous():
         raise ValueError(f"codes must be flat contiguous uint8, not {codes.dtype} {list(codes.shape)}")
-    if constants.dim() != 1 or not constants.is_contiguous() or not _together(constants, codes):
-        raise ValueError(f"constants must be flat and contiguous on {codes.device}, not {list(constants.shape)}")
+    if constants.dim() != 1 or not constants.is_contiguous():
+        raise ValueError(f"constants must be flat and contiguous, not {list(constants.shape)}")
     if codes.numel() * per_byte < stop or constants.numel() * blocksize < stop:
         raise ValueError(
             f"{codes.numel()} bytes of codes and {constants.numel()} constants of blocks of {blocksize} "
@@ -78,14 +83,10 @@ def check_codes(codes: Tensor, constants: Tensor, per_byte: int, blocksize: int,
         )
 
 
-def check_table(table: Tensor | None, size: int, codes: Tensor) -> None:
-    """Assert that an optional table holds `size` float32 levels beside `codes`."""
-    if table is None:
-        return
-    if table.dtype != torch.float32 or table.shape != (size,) or not table.is_contiguous():
+def check_table(table: Tensor | None, size: int) -> None:
+    """Raise ValueError unless an optional table holds `size` contiguous float32 levels."""
+    if table is not None and (table.dtype != torch.float32 or table.shape != (size,) or not table.is_contiguous()):
         raise ValueError(f"a table must be contiguous float32 [{size}], not {table.dtype} {list(table.shape)}")
-    if not _together(table, codes):
-        raise ValueError(f"the table is on {table.device}, the codes on {codes.device}")
 
 
 def check_out(
@@ -103,20 +104,20 @@ def check_out(
 ) -> None:
     """The checks of `dequantize_blockwise_out`, in the order of its arguments."""
     check_format(quant_type, blocksize)
-    if out.dtype not in FLOATS or not out.is_contiguous() or not _together(out, codes):
-        raise ValueError(f"out must be contiguous bfloat16, float16 or float32 on {codes.device}, not {out.dtype}")
+    if out.dtype not in FLOATS or not out.is_contiguous():
+        raise ValueError(f"out must be contiguous bfloat16, float16 or float32, not {out.dtype} {out.stride()}")
     if start < 0:
         raise ValueError(f"start {start} is below 0")
     check_codes(codes, absmax, 1 if quant_type == "int8" else 2, blocksize, start + out.numel())
-    check_table(table, 16, codes)
+    check_table(table, 16)
     if nested_absmax is None:
         if absmax.dtype != torch.float32:
             raise ValueError(f"absmax must be float32, not {absmax.dtype}")
         return
     check_blocksize(nested_blocksize)
     check_codes(absmax, nested_absmax, 1, nested_blocksize, absmax.numel())
-    check_table(nested_table, 256, codes)
-    if nested_offset is None or nested_offset.numel() != 1 or not _together(nested_offset, codes):
+    check_table(nested_table, 256)
+    if nested_offset is None or nested_offset.numel() != 1:
         raise ValueError("nested constants need a nested_offset of one element")
     if nested_absmax.dtype != torch.float32 or nested_offset.dtype != torch.float32:
         raise ValueError(f"nested constants must be float32, not {nested_absmax.dtype} and {nested_offset.dtype}")
@@ -126,7 +127,7 @@ def check_dynamic(codes: Tensor, absmax: Tensor, blocksize: int, table: Tensor) 
     """The checks of `dequantize_dynamic`."""
     check_blocksize(blocksize)
     check_codes(codes, absmax, 1, blocksize, codes.numel())
-    check_table(table, 256, codes)
+    check_table(table, 256)
     if absmax.dtype != torch.float32:
         raise ValueError(f"absmax must be float32, not {absmax.dtype}")
 
@@ -161,6 +162,7 @@ def _dequantize_blockwise_out(
     arguments = (codes, absmax, quant_type, blocksize, out, start, table)
     nested = (nested_absmax, nested_offset, nested_table, nested_blocksize)
     check_out(*arguments, *nested)
+    check_together(codes, absmax, out, table, *nested[:3])
     reference.dequantize_blockwise_out(*arguments, *nested)
 
 
@@ -172,6 +174,7 @@ def _quantize_dynamic(x: Tensor, blocksize: int, signed: bool = True) -> tuple[T
 
 def _dequantize_dynamic(codes: Tensor, absmax: Tensor, blocksize: int, table: Tensor) -> Tensor:
     check_dynamic(codes, absmax, blocksize, table)
+    check_together(codes, absmax, table)
     return reference.dequantize_dynamic(codes, absmax, blocksize, table)
 
 
@@ -195,6 +198,7 @@ def _fake_dequantize_blockwise(
 ) -> Tensor:
     out = codes.new_empty(tuple(shape), dtype=dtype)
     check_out(codes, absmax, quant_type, blocksize, out, 0, None, None, None, None, 256)
+    check_together(codes, absmax)
     return out
 
 
@@ -213,6 +217,7 @@ def _fake_dequantize_blockwise_out(
 ) -> None:
     nested = (nested_absmax, nested_offset, nested_table, nested_blocksize)
     check_out(codes, absmax, quant_type, blocksize, out, start, table, *nested)
+    check_together(codes, absmax, out, table, *nested[:3])
 
 
 def _fake_quantize_dynamic(x: Tensor, blocksize: int, signed: bool = True) -> tuple[Tensor, Tensor]:
@@ -224,6 +229,7 @@ def _fake_quantize_dynamic(x: Tensor, blocksize: int, signed: bool = True) -> tu
 
 def _fake_dequantize_dynamic(codes: Tensor, absmax: Tensor, blocksize: int, table: Tensor) -> Tensor:
     check_dynamic(codes, absmax, blocksize, table)
+    check_together(codes, absmax, table)
     return codes.new_empty(codes.shape, dtype=torch.float32)
 
 
