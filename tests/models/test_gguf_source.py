@@ -178,14 +178,18 @@ def test_missing_metadata_is_named(tmp_path: Path) -> None:
         open_source(str(tmp_path / "m.gguf"))
 
 
-def test_a_mixture_of_experts_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [("llama.expert_count", 8, "mixture of experts"), ("split.count", 3, "is one of 3 parts: join them")],
+)
+def test_what_is_more_than_one_plain_model(key: str, value: int, message: str, tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
-    writer.add_expert_count(8)
+    writer.add_uint32(key, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UsageError, match="mixture of experts"):
+    with pytest.raises(UsageError, match=message):
         open_source(str(tmp_path / "m.gguf"))
 
 
@@ -200,6 +204,21 @@ def test_fingerprint_follows_the_bytes(tmp_path: Path) -> None:
     assert a == b
     assert a != c
     assert a.startswith("sha256:")
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+@pytest.mark.parametrize("fixture", ["gemma_gguf", "qwen_gguf"])
+def test_a_real_config_is_the_one_that_transformers_reads(fixture: str, request: pytest.FixtureRequest) -> None:
+    """Half a minute each in transformers; what differs in spelling must not differ in meaning."""
+    path = request.getfixturevalue(fixture)
+    theirs = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    ours = GgufSource(path.name, path).config
+    assert ModelSpec.from_config(ours) == ModelSpec.from_config(theirs.to_dict())
+    made = transformers.AutoConfig.for_model(**ours).to_dict()
+    assert {k: v for k, v in theirs.to_dict().items() if made[k] != v} == {
+        k: v for k, v in theirs.to_dict().items() if k in ("architectures", "_name_or_path") and made[k] != v
+    }
 
 
 @pytest.mark.real_model

@@ -41,6 +41,7 @@ def files(model: transformers.PreTrainedModel, tmp_path_factory: pytest.TempPath
     return wanted | {
         "tokenizer_config.json": b"{}",
         "README.md": b"# read me",
+        "preprocessor_config.json": b"{}",
         "pytorch_model.bin": b"a pickle",
         "modeling_qwen.py": b"import os",
         "consolidated.safetensors": b"the same again",
