@@ -21,6 +21,7 @@ from torch import Tensor
 
 from halfbyte.adapters.peft_io import lora_options, read_adapter_config, read_adapter_tensors
 from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.export.card import already_quantized
 from halfbyte.export.folder import check_output, new_folder
 from halfbyte.export.model_files import write_model_files
 from halfbyte.export.safetensors_file import INDEX, Planned, plan_shards, shard_index, write_file
@@ -300,12 +301,12 @@ def _write_weights(
 def describe_base(source: ModelSource, quant: QuantOptions | None, base: Literal["trained", "16bit"]) -> str:
     """In words, what the adapter was merged into: what its user must know about the file."""
     own = f"the weights of {source.name}"
-    formats = sorted({stored.format for stored in source.stored() if len(stored.shape) == 2})
-    if source.kind == "gguf":
-        own += f" (GGUF: {', '.join(formats)}, so already quantized once)"
+    was = already_quantized(source)
+    if was is not None:
+        own += f" ({was}, so already quantized once)"
     if quant is None:
         return f"{own}, as trained"
     how = f"{quant.quant_type} in blocks of {quant.blocksize}{', double-quantized' if quant.double_quant else ''}"
     if base == "trained":
-        return f"{own} after {how}, dequantized: the base that the adapter was trained on"
-    return f"{own}, not the {how} that the adapter was trained on: it has not seen this base"
+        return f"{own} in {how}, dequantized: the base that the adapter was trained on"
+    return f"{own}, not in the {how} that the adapter was trained on: it has not seen this base"
