@@ -1,7 +1,6 @@
 """The values that cross the border of the training loop, and the ones that it carries from step to step."""
 
 import math
-import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -12,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from halfbyte import ops
 from halfbyte.batch import Batch
 from halfbyte.errors import UsageError
 from halfbyte.optim.options import OptimOptions
@@ -194,7 +194,7 @@ def environment(device: torch.device) -> dict[str, str]:
         "processor": _processor(),
         "instruction set": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
-        "native kernels": os.environ.get("HALFBYTE_NATIVE", "1"),
+        "kernels": ops.backend(device.type).name,
         "gpu": gpu,
     }
 
