@@ -6,7 +6,7 @@ import typer
 
 from halfbyte.cli import screen
 
-app = typer.Typer()
+app = typer.Typer(add_completion=False)
 
 
 @app.command()

@@ -10,71 +10,86 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 
 from halfbyte.errors import UsageError
 from halfbyte.options import Options
 from halfbyte.run import aliases
-from halfbyte.run.config import COMPONENTS, RunConfig
+from halfbyte.run.config import COMPONENTS, parse_bytes
 
 
 def with_config_flags(
     components: Sequence[str] | None = None, leave_out: Sequence[str] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator: add a flag for each field of the named components (all by default) to a verb.
+    """Decorator: add a flag for each field of the named components (all by default) to a verb, aliases included.
 
     The verb receives what was given, by field or alias name, as `flags: dict[str, Any]`.
     """
-    chosen = {title: COMPONENTS[title] for title in components or COMPONENTS}
+    return _with({title: COMPONENTS[title] for title in components or COMPONENTS}, leave_out, "flags")
+
+
+def with_option_flags(
+    title: str, options: type[Options], leave_out: Sequence[str] = ()
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: the same for one options class that is not part of the config, as `options: dict[str, Any]`."""
+    return _with({title: options}, leave_out, "options")
+
+
+def _with(
+    chosen: Mapping[str, type[Options]], leave_out: Sequence[str], parameter: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    fields = {n: f.annotation for o in chosen.values() for n, f in o.model_fields.items() if n not in leave_out}
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
-        own = [p for p in inspect.signature(verb, eval_str=True).parameters.values() if p.name != "flags"]
-        added = [*_parameters(chosen, leave_out), *_alias_parameters(chosen, leave_out)]
-        names = {parameter.name for parameter in added}
+        signature = inspect.signature(verb, eval_str=True)
+        own = [p for p in signature.parameters.values() if p.name != parameter]
+        taken = {p.name for p in own}
+        hidden = [p for p in _aliases(fields) if p.name not in taken] if parameter == "flags" else []
+        added = [*_parameters(chosen, fields), *hidden]
+        names = {p.name for p in added}
 
         def wrapper(**values: Any) -> None:
-            given = {k: _value(k, v) for k, v in values.items() if k in names and v is not None and v != []}
-            verb(flags=given, **{k: v for k, v in values.items() if k not in names})
+            given = {k: _value(k, v, fields) for k, v in values.items() if k in names and v is not None and v != []}
+            verb(**{parameter: given}, **{k: v for k, v in values.items() if k not in names})
 
-        wrapper.__doc__ = verb.__doc__
-        wrapper.__signature__ = inspect.Signature([*own, *added])  # type: ignore[attr-defined]
-        wrapper.__annotations__ = {p.name: p.annotation for p in [*own, *added]}
+        parameters = [*own, *added]
+        wrapper.__name__, wrapper.__doc__ = verb.__name__, verb.__doc__
+        wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        wrapper.__annotations__ = {p.name: p.annotation for p in parameters}
         return wrapper
 
     return decorate
 
 
-def _parameters(components: Mapping[str, type[Options]], leave_out: Sequence[str]) -> list[inspect.Parameter]:
+def _parameters(components: Mapping[str, type[Options]], fields: Mapping[str, Any]) -> list[inspect.Parameter]:
     found = []
     for title, options in components.items():
         for name, field in options.model_fields.items():
-            if name in leave_out:
+            if name not in fields:
                 continue
-            kind = kind_of(field.annotation)
-            default = field.get_default(call_default_factory=True)
-            flag = "--" + name.replace("_", "-")
+            kind, flag = kind_of(field.annotation), name.replace("_", "-")
             option = typer.Option(
-                f"{flag}/--no-{name.replace('_', '-')}" if kind == "bool" else flag,
-                help=_escape(str(field.description)),
-                show_default=_shown(default),
-                metavar=None if kind == "bool" else _metavar(field.annotation, kind),
+                f"--{flag}/--no-{flag}" if kind == "bool" else f"--{flag}",
+                help=_help(field),
+                show_default=False,
+                metavar=None if kind == "bool" else _metavar(field, kind),
                 rich_help_panel=title.capitalize(),
             )
             found.append(_parameter(name, kind, option))
     return found
 
 
-def _alias_parameters(components: Mapping[str, type[Options]], leave_out: Sequence[str]) -> list[inspect.Parameter]:
+def _aliases(fields: Mapping[str, Any]) -> list[inspect.Parameter]:
     """Other tools' names, hidden: they work, and `--help` teaches ours."""
-    fields = {name: f for options in components.values() for name, f in options.model_fields.items()}
-    found = []
-    for name, alias in aliases.ALIASES.items():
-        if alias.field not in fields or alias.field in leave_out or len(name) == 1:
-            continue
-        kind = "bool" if name in aliases.SWITCHES else kind_of(fields[alias.field].annotation)
-        found.append(_hidden(name, kind))
-    if "method" in fields and "method" not in leave_out:
-        found += [_hidden(n, "bool" if n in aliases.SWITCHES else "str") for n in aliases.METHOD_KEYS]
-        found += [_hidden(n, "bool" if n in aliases.SWITCHES else "str") for n in aliases.BITS_KEYS]
+    found = [
+        _hidden(name, "bool" if name in aliases.SWITCHES else kind_of(fields[alias.field]))
+        for name, alias in aliases.ALIASES.items()
+        if alias.field in fields and len(name) > 1
+    ]
+    if "method" in fields:
+        names = (*aliases.METHOD_KEYS, *aliases.BITS_KEYS)
+        found += [_hidden(name, "bool" if name in aliases.SWITCHES else "str") for name in names]
     return found
 
 
@@ -114,10 +129,22 @@ def _single(annotation: Any) -> str:
     return "list" if origin in (list, tuple, set, frozenset) else "str"
 
 
-def _metavar(annotation: Any, kind: str) -> str:
+def _help(field: FieldInfo) -> str:
+    """The field's own description, with its default."""
+    default = _shown(field.get_default(call_default_factory=True))
+    text = str(field.description)
+    if default and f"by default {default}" not in text:
+        text = f"{text} [default: {default}]"
+    return text.replace("[", "\\[")  # square brackets are Rich's markup
+
+
+def _metavar(field: FieldInfo, kind: str) -> str:
     """What `--help` shows for the value: the allowed words, or the kind."""
     if kind == "dict":
         return "KEY=VALUE"
+    if any(getattr(item, "func", None) is parse_bytes for item in field.metadata):
+        return "SIZE"
+    annotation = field.annotation
     words = [str(w) for m in _members(annotation) if get_origin(m) is Literal for w in get_args(m)]
     if words:
         return "|".join(words)
@@ -125,37 +152,30 @@ def _metavar(annotation: Any, kind: str) -> str:
     return next((names[m] for m in _members(annotation) if m in names), "TEXT")
 
 
-def _shown(default: Any) -> str | bool:
-    if default is None or default in ({}, (), []) or repr(default) == "PydanticUndefined":
-        return False
+def _shown(default: Any) -> str:
+    if default is None or default in ({}, (), []) or default is PydanticUndefined:
+        return ""
     if isinstance(default, tuple | list):
         return ", ".join(map(str, default))
-    return str(default).lower() if isinstance(default, bool) else f"{default:g}" if _small(default) else str(default)
+    if isinstance(default, bool):
+        return str(default).lower()
+    return f"{default:g}" if isinstance(default, float) else str(default)
 
 
-def _small(value: Any) -> bool:
-    return isinstance(value, float)
-
-
-def _escape(text: str) -> str:
-    """Square brackets are Rich's markup."""
-    return text.replace("[", "\\[")
-
-
-def _value(name: str, value: Any) -> Any:
+def _value(name: str, value: Any, fields: Mapping[str, Any]) -> Any:
     """A flag's text as the field takes it: repeated flags or commas are a list, `a=b` a mapping."""
     alias = aliases.ALIASES.get(name)
-    field = RunConfig.model_fields.get(alias.field if alias else name)
-    if not isinstance(value, list | tuple) or field is None:
+    field = alias.field if alias is not None and name not in fields else name
+    if not isinstance(value, list | tuple) or field not in fields:
         return value
     items = [str(item) for item in value]
-    if kind_of(field.annotation) == "dict":
+    if kind_of(fields[field]) == "dict":
         pairs = [item.partition("=") for item in items]
         wrong = [item for item, (_, mark, _) in zip(items, pairs, strict=True) if not mark]
         if wrong:
             raise UsageError(f"--{name.replace('_', '-')} {wrong[0]}: write it as KEY=VALUE")
         return {key: text for key, _, text in pairs}
-    takes_text = any(member is str for member in _members(field.annotation))
-    if (alias.field if alias else name) not in ("data", "eval_data"):  # a file's name may hold a comma
+    if field not in ("data", "eval_data", "stop", "metrics"):  # the name of a file, or a text, may hold a comma
         items = [part.strip() for item in items for part in item.split(",")]
+    takes_text = any(member is str for member in _members(fields[field]))
     return items[0] if takes_text and len(items) == 1 else items

@@ -1,7 +1,8 @@
 """What verbs print: tables for people, JSON for machines, and numbers in one way everywhere."""
 
 import json
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -50,3 +51,62 @@ def rate(per_second: float, unit: str) -> str:
         if per_second >= factor:
             return f"{per_second / factor:.2f} {prefix}{unit}/s"
     return f"{per_second:.0f} {unit}/s"
+
+
+def value(item: Any) -> str:
+    """A setting's value in words."""
+    if isinstance(item, bool):
+        return "on" if item else "off"
+    if isinstance(item, float):
+        return f"{item:g}"
+    return ", ".join(map(str, item)) if isinstance(item, list | tuple) else str(item)
+
+
+def scores(result: dict[str, Any]) -> Table:
+    """An evaluation as a table: figures by name, base beside tuned where both are there."""
+    base, gains, intervals = result.get("base"), result.get("gains", {}), result["intervals"]
+    skipped = ("schema_version", "supervised_tokens", "evaluated_rows", "intervals", "base", "gains", "gain_intervals")
+    names = [name for name in result if name not in skipped]
+
+    def with_interval(name: str, value: float, found: dict[str, Any]) -> str:
+        low, high = found.get(name, (None, None))
+        return f"{value:.4f}" + (f" ({low:.4f} to {high:.4f})" if low is not None else "")
+
+    if base is None:
+        rows = [(name, with_interval(name, result[name], intervals)) for name in names]
+        return table(("figure", ">value (95 %)"), rows)
+    triples = [
+        (
+            name,
+            with_interval(name, base[name], base["intervals"]),
+            with_interval(name, result[name], intervals),
+            with_interval(name, gains[name], result["gain_intervals"]) if name in gains else "",
+        )
+        for name in names
+    ]
+    return table(("figure", ">base (95 %)", ">tuned (95 %)", ">gain (95 %)"), triples)
+
+
+def lines(prompt: str, quiet: bool) -> Iterator[str]:
+    """What the user types, line by line, until the end; empty lines are skipped."""
+    while True:
+        try:
+            line = input("" if quiet or not sys.stdin.isatty() else prompt)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            typer.echo("")
+            return
+        if line.strip():
+            yield line
+
+
+def write(piece: str) -> None:
+    """A piece of an answer, at once."""
+    sys.stdout.write(piece)
+    sys.stdout.flush()
+
+
+def end_answer(answer: dict[str, Any], as_json: bool) -> None:
+    """What follows an answer that was streamed; with `as_json`, the answer itself on one line."""
+    typer.echo(json.dumps(answer, ensure_ascii=False) if as_json else "")

@@ -103,6 +103,10 @@ class Estimate:
     def total_seconds(self) -> float:
         return sum(self.seconds.values())
 
+    @property
+    def seconds_p95(self) -> float:
+        return self.total_seconds * TIME_P95
+
     def as_dict(self) -> dict[str, Any]:
         return {
             "method": self.method,
@@ -113,7 +117,7 @@ class Estimate:
             "steps": self.job.steps,
             "tokens": self.job.train_tokens,
             "peak_memory_bytes": {"p50": self.peak, "p95": self.peak_p95},
-            "seconds": {"p50": round(self.total_seconds, 1), "p95": round(self.total_seconds * TIME_P95, 1)},
+            "seconds": {"p50": round(self.total_seconds, 1), "p95": round(self.seconds_p95, 1)},
             "peak_phase": self.peak_phase,
             "memory_by_phase": {phase: sum(parts.values()) for phase, parts in self.memory.items()},
             "memory_by_component": self.memory,

@@ -10,7 +10,7 @@ import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator
@@ -18,6 +18,7 @@ from pydantic import BeforeValidator, Field, ValidationError, field_validator
 from halfbyte.adapters.lora import LoraOptions
 from halfbyte.data.options import DataOptions
 from halfbyte.errors import UsageError
+from halfbyte.files import write_atomic
 from halfbyte.models.options import ModelOptions
 from halfbyte.optim.options import OptimOptions
 from halfbyte.options import Options
@@ -29,6 +30,8 @@ from halfbyte.train.options import TrainOptions
 SCHEMA_VERSION = 1
 RECORD_KEY = "record"
 METHODS = ("auto", "full", "lora", "qlora")
+
+AnyOptions = TypeVar("AnyOptions", bound=Options)
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
 _UNITS |= {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
@@ -107,8 +110,17 @@ def load_config(file: Path | None = None, flags: Mapping[str, Any] | None = None
 
 def build(entries: Mapping[str, Entry]) -> RunConfig:
     """Validate translated entries; every wrong value is named with its place, all in one line."""
+    return _validated(RunConfig, entries)
+
+
+def options_from_flags(options: type[AnyOptions], flags: Mapping[str, Any]) -> AnyOptions:
+    """An options class outside of the config (of `evaluate`, `generate`, `merge`) from its flags."""
+    return _validated(options, {name: Entry(value, "--" + name.replace("_", "-")) for name, value in flags.items()})
+
+
+def _validated(options: type[AnyOptions], entries: Mapping[str, Entry]) -> AnyOptions:
     try:
-        return RunConfig.model_validate({key: entry.value for key, entry in entries.items()})
+        return options.model_validate({key: entry.value for key, entry in entries.items()})
     except ValidationError as error:
         raise UsageError(_describe(error, entries)) from None
 
@@ -246,6 +258,18 @@ def template_yaml(values: Mapping[str, Any]) -> str:
             else:
                 lines.append(f"#: {name}: {_scalar(field.get_default(call_default_factory=True))}")
     return "\n".join(lines) + "\n"
+
+
+def write_template(file: Path | None, flags: Mapping[str, Any], overwrite: bool = False) -> str:
+    """`template_yaml` with the values that were given, into `file` (None: nowhere); an existing file is kept."""
+    translated = translate({k: Entry(v, "--" + k.replace("_", "-")) for k, v in flags.items()})
+    _validated(RunConfig, {"model": Entry("MODEL", "default")} | translated)
+    text = template_yaml({key: entry.value for key, entry in translated.items()})
+    if file is not None:
+        if file.exists() and not overwrite:
+            raise UsageError(f"{file} exists: choose another name, or replace it with --overwrite")
+        write_atomic(file, text)
+    return text
 
 
 def _scalar(value: Any) -> str:

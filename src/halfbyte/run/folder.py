@@ -16,8 +16,9 @@ from halfbyte.files import write_atomic
 from halfbyte.run.config import RECORD_KEY, SCHEMA_VERSION, RunConfig, build, translate
 from halfbyte.run.planning import Survey
 from halfbyte.run.yamlfile import read_yaml
-from halfbyte.train.events import read_events
-from halfbyte.train.run_directory import CONFIG, EVENTS, RESULT, running
+from halfbyte.train.events import Event, read_events
+from halfbyte.train.progress import follow
+from halfbyte.train.run_directory import CONFIG, EVENTS, RESULT, is_run, running
 
 BASE = "base.json"
 _PACKAGES = ("halfbyte", "torch", "transformers", "tokenizers", "safetensors")
@@ -112,6 +113,13 @@ def read_base(path: Path) -> EvaluateResult | None:
     rows = [RowResult(**row) for row in value["rows"]]
     intervals = {name: (low, high) for name, (low, high) in value["intervals"].items()}
     return EvaluateResult(value["loss"], value["supervised_tokens"], {}, intervals, rows)
+
+
+def events_of(path: Path, wait: bool = False) -> Iterator[Event]:
+    """The events of a run as they come, until it ends; with `wait` also of one that has not begun."""
+    if not wait and not is_run(path):
+        raise UsageError(f"{path} holds no run (`halfbyte runs` lists them; --wait waits for one)")
+    return follow(path, wait_for_start=wait)
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,14 @@ def make(found: Survey, rates: Rates | None = None) -> Plan | None:
     )
 
 
+def plan_of(config: RunConfig) -> Plan:
+    """The plan of a config, with or without data: `halfbyte plan` and `hb.plan`. Reads no weights."""
+    plan = make(survey(config, need_data=False))
+    if plan is None:
+        raise UsageError(f"{config.model}: only the decoder's families can be planned; this architecture is another")
+    return plan
+
+
 def request(config: RunConfig, found: Survey) -> Request:
     """What the config asks of the plan."""
     options = config.pick(TrainOptions)

@@ -1,0 +1,236 @@
+"""What a user points at when they say `evaluate`, `generate`, `chat` or `merge`: a run, an adapter, or a model.
+
+runs/2026-11-22-gemma-qlora     a run: its base as it was held in training, with its adapter (or its weights)
+an adapter's folder             PEFT's files; the base is the one that they name, or `base`
+anything else                   a model: a folder, a Hub id, a GGUF file
+"""
+
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from halfbyte.adapters import disabled, load_adapter, read_adapter_config
+from halfbyte.adapters.peft_io import CONFIG as ADAPTER_CONFIG
+from halfbyte.data import ChatTemplate, Encoder, render_prompt, resolve_template
+from halfbyte.errors import UsageError
+from halfbyte.evaluate.chat import ChatSession
+from halfbyte.evaluate.evaluate import (
+    BaseAndTuned,
+    EvaluateOptions,
+    EvaluateResult,
+    Progress,
+    evaluate,
+    evaluate_base_and_tuned,
+)
+from halfbyte.evaluate.evaluate import against as pair
+from halfbyte.evaluate.generate import Generation, end_ids, generate_batch
+from halfbyte.evaluate.sampling import GenerateOptions
+from halfbyte.export.merge import MergeOptions, MergeReport, merge
+from halfbyte.models.load import LoadedModel, load_model
+from halfbyte.models.options import ModelOptions
+from halfbyte.quant.options import QuantOptions
+from halfbyte.run import folder, planning
+from halfbyte.run.config import RunConfig, load_config
+from halfbyte.run.outputs import TEMPLATE
+from halfbyte.train.checkpoint import list_checkpoints
+from halfbyte.train.run_directory import CONFIG, RESULT
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a model is, before anything is loaded.
+
+    config    how to load the base (its method decides whether it is quantized) and the rows
+    adapter   a PEFT folder to put on it, or None
+    run       the run's folder, or None
+    """
+
+    config: RunConfig
+    adapter: Path | None
+    run: Path | None
+
+    @property
+    def quant(self) -> QuantOptions | None:
+        """How the base is quantized; None: held in the compute dtype."""
+        return self.config.pick(QuantOptions) if self.config.method == "qlora" else None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A loaded target: model with adapter, tokenizer, template, and the ids that end an answer."""
+
+    target: Target
+    loaded: LoadedModel
+    encoder: Encoder
+    template: ChatTemplate
+    end_ids: frozenset[int]
+
+    @property
+    def model(self) -> Any:
+        return self.loaded.model
+
+    @property
+    def raw(self) -> bool:
+        """Whether a prompt is text to continue: as the run's rows were, or the tokenizer knows no conversations."""
+        if self.target.run is not None:
+            _, record = folder.read_config(self.target.run)
+            return record.get("chat_template", {}).get("name") is None
+        return not getattr(self.loaded.tokenizer, "chat_template", None)
+
+    @property
+    def tuned(self) -> bool:
+        """Whether there is an adapter, so that base and tuned can be told apart."""
+        return self.target.adapter is not None
+
+
+def find(name: str, adapter: str | None = None, **changes: Any) -> Target:
+    """Tell what `name` is. `changes` are config fields that the user gave (dtype, device, method, …)."""
+    path = Path(name).expanduser()
+    if (path / CONFIG).is_file():
+        return _of_run(path, adapter, changes)
+    if (path / ADAPTER_CONFIG).is_file():
+        if adapter is not None:
+            raise UsageError(f"{name} is an adapter itself: give the base model and --adapter, or only the adapter")
+        base = changes.pop("model", None) or read_adapter_config(path).get("base_model_name_or_path")
+        if not base:
+            raise UsageError(
+                f"{path / ADAPTER_CONFIG} does not name its base model: give the base and --adapter {name}"
+            )
+        return Target(load_config(model=str(base), method=changes.pop("method", "lora"), **changes), path, None)
+    config = load_config(model=name, method=changes.pop("method", "lora"), **changes)
+    return Target(config, _adapter_folder(Path(adapter).expanduser()) if adapter is not None else None, None)
+
+
+def _of_run(path: Path, adapter: str | None, changes: dict[str, Any]) -> Target:
+    config, _ = folder.read_config(path)
+    if adapter is not None:
+        raise UsageError(f"{path} is a run and has an adapter of its own: give its base model and --adapter instead")
+    if config.method == "full":
+        if not (path / RESULT).is_file():
+            raise UsageError(f"{path} is not finished, so it has no weights yet: `halfbyte resume {path}`")
+        return Target(config.replace(model=str(path.resolve()), revision=None, **changes), None, path)
+    return Target(config.replace(**changes), _adapter_folder(path), path)
+
+
+def _adapter_folder(path: Path) -> Path:
+    """A folder with PEFT's files: this one, or an unfinished run's last checkpoint."""
+    for candidate in (path, *reversed(list_checkpoints(path) if path.is_dir() else [])):
+        if (candidate / ADAPTER_CONFIG).is_file():
+            return candidate
+    raise UsageError(f"{path} has no adapter yet (no {ADAPTER_CONFIG}, and no checkpoint with one)")
+
+
+def open_target(target: Target) -> Opened:
+    """Load the model, put the adapter on, find the template."""
+    config = target.config
+    loaded = load_model(config.pick(ModelOptions), target.quant)
+    if target.adapter is not None:
+        load_adapter(loaded.model, target.adapter)
+    loaded.model.eval()
+    encoder = Encoder(loaded.tokenizer)
+    kept = target.run / TEMPLATE if target.run is not None else None
+    option = str(kept) if kept is not None and kept.is_file() else config.chat_template
+    template = resolve_template(option, encoder, config.chat_template_date)
+    ends = end_ids(encoder, template, loaded.source.config, loaded.source.generation)
+    return Opened(target, loaded, encoder, template, ends)
+
+
+def load(name: str, adapter: str | None = None, trainable: bool = False, **changes: Any) -> nn.Module:
+    """A model for one's own loop: an nn.Module, its tokenizer at `.tokenizer`.
+
+    trainable   attach a fresh adapter (lora, qlora) or unfreeze every weight (full), as `method` says
+    changes     any field of the config: method="qlora", lora_r=8, dtype="bfloat16", …
+    """
+    from halfbyte.run.run import make_trainable
+
+    opened = open_target(find(name, adapter, **changes))
+    model = opened.loaded.model
+    if trainable:
+        if opened.target.adapter is None:
+            make_trainable(opened.loaded, opened.target.config)
+        model.train()
+    model.tokenizer = opened.loaded.tokenizer
+    return model
+
+
+def evaluate_target(
+    target: Target, options: EvaluateOptions | None = None, on_progress: Progress | None = None
+) -> BaseAndTuned | EvaluateResult:
+    """Loss and metrics on `config.eval_data`, or on a run's own held-out rows; base against tuned where both are there.
+
+    A fully tuned run is measured against the base that it was trained from.
+    """
+    config = target.config
+    if config.eval_data is None and config.data is None:
+        raise UsageError("no rows to evaluate on: give --data with a file")
+    found = planning.survey(config)
+    assert found.prepared is not None
+    opened = open_target(target)
+    rows, labels, stops = found.prepared.eval, found.prepared.labels, opened.end_ids | set(found.prepared.stop_ids)
+
+    def measure(model: Any, both: bool) -> Any:
+        function = evaluate_base_and_tuned if both else evaluate
+        return function(
+            model, opened.loaded.tokenizer, rows, options, labels=labels, stop_ids=stops, on_progress=on_progress
+        )
+
+    if target.run is not None and config.method == "full":
+        tuned: EvaluateResult = measure(opened.model, both=False)
+        base_config, _ = folder.read_config(target.run)
+        base = load_model(base_config.pick(ModelOptions).model_copy(update={"dtype": config.dtype}))
+        return pair(measure(base.model, both=False), tuned)
+    return measure(opened.model, both=opened.tuned)  # type: ignore[no-any-return]
+
+
+def rows_from(target: Target, data: str | None) -> Target:
+    """The target with the rows of `data`, all of them, to evaluate on; without it those that the run held out."""
+    if data is None:
+        if target.config.data is None:
+            raise UsageError("no rows to evaluate on: give --data with a file")
+        return target
+    trained_on = target.config.data or data
+    return Target(target.config.replace(data=trained_on, eval_data=data), target.adapter, target.run)
+
+
+def read_prompts(file: Path) -> list[str]:
+    """A prompt a line; `-` is stdin."""
+    try:
+        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file}: cannot be read: {error}") from None
+    return [line for line in text.splitlines() if line.strip()]
+
+
+def generate_texts(
+    opened: Opened, prompts: list[str], options: GenerateOptions, raw: bool | None = None, base: bool = False
+) -> list[Generation]:
+    """An answer to each prompt, with `base` from the model without its adapter.
+
+    raw   True: continue the text; False: answer it as the user's turn of a conversation; None: as the run's rows were,
+          and for anything else as a conversation where the tokenizer has a chat template of its own
+    """
+    if not prompts:
+        raise UsageError('nothing to answer: give a prompt, or --prompts with a file (halfbyte generate RUN "text")')
+    plain = opened.raw if raw is None else raw
+    ids = [
+        render_prompt(opened.encoder, p if plain else [{"role": "user", "content": p}], opened.template)
+        for p in prompts
+    ]
+    with disabled(opened.model) if base else nullcontext():
+        return generate_batch(opened.model, opened.loaded.tokenizer, ids, options, opened.end_ids)
+
+
+def chat_session(opened: Opened, options: GenerateOptions, system: str | None = None) -> ChatSession:
+    """A conversation with the opened model."""
+    return ChatSession(opened.model, opened.encoder, opened.template, options, opened.end_ids, system)
+
+
+def merge_target(target: Target, out: Path, options: MergeOptions, on_progress: Any = None) -> MergeReport:
+    """Write base and adapter as one model folder. UsageError for a target without an adapter."""
+    if target.adapter is None:
+        raise UsageError("there is nothing to merge: give a run or an adapter (a fully tuned run is a model already)")
+    return merge(target.config.pick(ModelOptions), target.adapter, out, target.quant, options, on_progress)
