@@ -43,6 +43,16 @@ def test_rows_and_out_are_parts_of_the_whole(options, dtype):
         assert torch.equal(out, whole[rows])
 
 
+@pytest.mark.parametrize("options", FORMATS, ids=named)
+@pytest.mark.parametrize("width", [128, 75, 4096])
+def test_look_up_is_single_rows(options, width):
+    weight = quantize(torch.randn(30, width), options)
+    index = torch.tensor([29, 0, 7, 7, 28])
+    for dtype in (torch.float32, torch.bfloat16):
+        assert torch.equal(weight.look_up(index, dtype), weight.dequantize(dtype)[index])
+    assert weight.look_up(index[:0], torch.float32).shape == (0, width)
+
+
 def test_nested_constants_cost_half_a_bit_less_and_little_precision():
     x = torch.randn(512, 512)
     flat = quantize(x, QuantOptions(double_quant=False))
@@ -80,6 +90,14 @@ def test_modules_travel():
     assert torch.equal(other.dequantize(torch.float32), weight.dequantize(torch.float32))
     assert torch.equal(copy.deepcopy(weight).dequantize(torch.float32), weight.dequantize(torch.float32))
     assert list(weight.parameters()) == []
+    assert weight.trainable_tensor() is None
+    assert not weight.is_dense_in(torch.float32)
+    assert weight.source_dtype == torch.float32
+
+
+def test_a_parameter_can_be_quantized():
+    weight = quantize(torch.nn.Parameter(torch.randn(4, 64)), QuantOptions(double_quant=False))
+    assert not any(buffer.requires_grad for buffer in weight.buffers())
 
 
 def test_a_files_own_levels_are_used():
@@ -128,12 +146,18 @@ def test_a_dense_weight_is_its_tensor():
     assert weight.dequantize(torch.float16, out=out, rows=slice(4, None)) is out
     assert torch.equal(out, x[4:].half())
     assert [name for name, _ in weight.named_buffers()] == ["tensor"]
+    assert torch.equal(weight.look_up(torch.tensor([5, 0]), torch.float32), x[[5, 0]].float())
+    assert weight.is_dense_in(torch.bfloat16)
+    assert not weight.is_dense_in(torch.float32)
+    assert weight.trainable_tensor() is None
+    assert weight.source_dtype == torch.bfloat16
     assert [DenseWeight(x.to(d)).format for d in (torch.float16, torch.float32)] == ["fp16", "fp32"]
 
 
 def test_a_trained_dense_weight_is_a_parameter():
     weight = DenseWeight(torch.randn(6, 8, dtype=torch.bfloat16), trainable=True)
     assert [name for name, _ in weight.named_parameters()] == ["tensor"]
+    assert weight.trainable_tensor() is weight.tensor
     weight.dequantize(torch.float32).sum().backward()
     assert torch.equal(weight.tensor.grad, torch.ones(6, 8, dtype=torch.bfloat16))
 

@@ -53,8 +53,8 @@ class Weight(nn.Module):
         return None
 
     def look_up(self, index: Tensor, dtype: torch.dtype) -> Tensor:
-        """Single rows, as an embedding does: int64 [N] -> [N, in_features] in `dtype`."""
-        return self.dequantize(dtype)[index]
+        """Single rows, as an embedding does: int64 [N] -> [N, in_features] in `dtype`; nothing else is decoded."""
+        raise NotImplementedError
 
     def _row_range(self, rows: slice | None) -> tuple[int, int]:
         first, last, step = (rows or slice(None)).indices(self.shape[0])
@@ -189,6 +189,23 @@ class BlockWeight(Weight):
             self.nested_blocksize,
         )
 
+    def look_up(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        out = torch.empty(index.numel(), self.shape[1], dtype=dtype, device=self.codes.device)
+        if self.shape[1] % self.blocksize:  # blocks span rows
+            for place, row in enumerate(index.tolist()):
+                self.dequantize(dtype, out[place : place + 1], slice(row, row + 1))
+            return out
+        codes = self.codes.view(self.shape[0], -1).index_select(0, index).view(-1)
+        per_row = self.shape[1] // self.blocksize
+        blocks = (index[:, None] * per_row + torch.arange(per_row, device=index.device)).view(-1)
+        absmax = self.absmax.index_select(0, blocks)
+        if self.nested_absmax is not None:
+            assert self.nested_offset is not None
+            table = ops.levels.dynamic_map().to(codes.device) if self.nested_table is None else self.nested_table
+            scales = self.nested_absmax.index_select(0, blocks // self.nested_blocksize)
+            absmax = table.index_select(0, absmax.int()) * scales + self.nested_offset
+        return ops.dequantize_blockwise_out(codes, absmax, self.quant_type, self.blocksize, out, table=self.table)
+
     @property
     def source_dtype(self) -> torch.dtype:
         return self.dtype
@@ -235,7 +252,7 @@ def quantize(tensor: Tensor, options: QuantOptions) -> BlockWeight:
     """
     if tensor.dim() != 2:
         raise UsageError(f"only matrices are quantized, not a tensor of shape {list(tensor.shape)}")
-    codes, absmax = ops.quantize_blockwise(tensor, options.quant_type, options.blocksize)
+    codes, absmax = ops.quantize_blockwise(tensor.detach(), options.quant_type, options.blocksize)
     nested_absmax = nested_offset = None
     if options.double_quant:
         # As bitsandbytes: one offset for the whole tensor, and an empty tensor's is 0, where a mean is NaN.
