@@ -68,6 +68,10 @@ def config_from_gguf(file: GgufFile, rope_tensor: dict[str, torch.Tensor]) -> di
             f"{file.path} holds a model of architecture {architecture!r}; GGUF files of {', '.join(ARCHITECTURES)} "
             "can be read. Use the model's Hugging Face folder instead"
         )
+    if (parts := file.get("split.count", 0)) > 1:
+        raise UsageError(
+            f"{file.path} is one of {parts} parts: join them with llama.cpp's `llama-gguf-split --merge` and give that"
+        )
     if file.get(f"{architecture}.expert_count", 0):
         raise UsageError(
             f"{file.path} is a mixture of experts, which is not read from GGUF: use the model's Hugging Face folder"

@@ -11,23 +11,35 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import errors
 
 from halfbyte.errors import DoesNotFit, HalfbyteError, UsageError
-from halfbyte.files import require_free_space
+from halfbyte.files import require_free_space, write_atomic
 
 log = logging.getLogger(__name__)
 
 _PART = r"[A-Za-z0-9][\w.-]*"
 _HUB_ID = re.compile(rf"{_PART}(/{_PART}(/[\w./ -]+\.gguf)?)?")
-_NEEDED = re.compile(
-    r"(?!consolidated|adapter_)[^/]+\.safetensors|model\.safetensors\.index\.json|config\.json|generation_config\.json|"
-    r"tokenizer[^/]*|special_tokens_map\.json|added_tokens\.json|vocab\.(json|txt)|merges\.txt|spiece\.model|"
-    r"sentencepiece[^/]*\.model|chat_template[^/]*"
+_NEEDED = (
+    "*.safetensors",
+    "model.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece*.model",
+    "chat_template*",
 )
+_NOT_NEEDED = ("*/*", "consolidated*", "adapter_*")  # folders hold other formats; Mistral repeats itself in one file
 _PICKLE = re.compile(r"[^/]+\.(bin|pt|pth|ckpt)")
 _HTTP_ERROR: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # httpx's root error, whichever httpx the hub uses
 
@@ -94,7 +106,7 @@ def _api() -> huggingface_hub.HfApi:
 
 def _choose(repo: str, sizes: dict[str, int]) -> list[str]:
     """The files to fetch, or why there is nothing to fetch."""
-    wanted = sorted(name for name in sizes if _NEEDED.fullmatch(name))
+    wanted = sorted(name for name in sizes if _matches(name, _NEEDED) and not _matches(name, _NOT_NEEDED))
     if any(name.endswith(".safetensors") for name in wanted):
         if "config.json" in sizes:
             return wanted
@@ -109,6 +121,10 @@ def _choose(repo: str, sizes: dict[str, int]) -> list[str]:
             "loaded: choose a model with safetensors"
         )
     raise UsageError(f"{repo} on the Hub has no weights in safetensors")
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _gguf_hint(repo: str, sizes: dict[str, int]) -> str:
@@ -130,8 +146,7 @@ def _repo_folder(folder: Path, repo: str) -> Path:
 def _remember(folder: Path, repo: str, revision: str, sha: str) -> None:
     """Note which commit a branch was, as the cache itself does, so that the model is found offline by that name."""
     ref = _repo_folder(folder, repo) / "refs" / revision
-    ref.parent.mkdir(parents=True, exist_ok=True)
-    ref.write_text(sha)
+    write_atomic(ref, sha)
 
 
 def _cached(repo: str, file: str, revision: str | None, folder: Path, why: str) -> Download:
@@ -142,8 +157,8 @@ def _cached(repo: str, file: str, revision: str | None, folder: Path, why: str) 
             revision=revision,
             cache_dir=folder,
             local_files_only=True,
-            allow_patterns=[file] if file else ["*.safetensors", "*.json"],
-            ignore_patterns=None if file else ["*/*", "consolidated*", "adapter_*"],
+            allow_patterns=[file] if file else list(_NEEDED),
+            ignore_patterns=None if file else list(_NOT_NEEDED),
         )
     except (OSError, ValueError):
         found = None

@@ -48,13 +48,14 @@ def load_model(
     source = open_source(options.model, options.revision)
     target = resolve_device(options.device) if device is None else torch.device(device)
     kind = resolve_dtype(options.dtype if dtype is None else dtype, target)
+    tokenizer = source.tokenizer()  # first: building one takes memory that is given back before the weights come
     if ModelSpec.serves(source.config):
         spec = ModelSpec.from_config(source.config)
-        return LoadedModel(build_decoder(source, spec, quant, kind, target), source.tokenizer(), spec, source)
+        return LoadedModel(build_decoder(source, spec, quant, kind, target), tokenizer, spec, source)
     from halfbyte.models.fallback import Fallback  # imports transformers' models: memory that the decoder does without
 
     model = Fallback.build(source, quant, kind, target, 1 - options.allow_unquantized_share)
-    return LoadedModel(model, source.tokenizer(), None, source)
+    return LoadedModel(model, tokenizer, None, source)
 
 
 def build_decoder(
