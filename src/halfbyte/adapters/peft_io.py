@@ -26,7 +26,6 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _REFUSED = {
     "use_dora": "DoRA",
     "lora_bias": "a bias on lora_B",
-    "fan_in_fan_out": "Conv1D weights",
     "modules_to_save": "fully trained modules (modules_to_save)",
     "trainable_token_indices": "trainable tokens",
     "target_parameters": "adapters on bare parameters",
@@ -54,7 +53,8 @@ def peft_config(model: nn.Module, options: LoraOptions, base: str, revision: str
         "bias": "none",
         "use_dora": False,
         "lora_bias": False,
-        "fan_in_fan_out": False,
+        # How PEFT reads the *base* weight when it merges (GPT-2's Conv1D); the factors have the same shapes either way.
+        "fan_in_fan_out": bool(getattr(model, "transposed", ())),
         "modules_to_save": None,
         "trainable_token_indices": None,
         "target_parameters": None,
