@@ -83,6 +83,14 @@ def test_all_parts_of_a_loaded_model(folder: Path) -> None:
     assert loaded.model.logits(IDS).shape == (18, 133)
 
 
+def test_an_opened_source_is_not_opened_again(folder: Path) -> None:
+    source = open_source(str(folder))
+    tokenizer = source.tokenizer()
+    loaded = load_model(ModelOptions(model=str(folder), device="cpu", dtype="float32"), source=source)
+    assert loaded.source is source
+    assert loaded.tokenizer is tokenizer
+
+
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4", "int8"])
 def test_what_is_quantized_and_with_what(quant_type: Any, folder: Path) -> None:
     options = QuantOptions(

@@ -73,6 +73,7 @@ def test_code_of_a_tokenizer_is_never_run(folder: Path) -> None:
         from_folder(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.parametrize(("fixture", "config"), [("gemma_gguf", "Gemma3TextConfig"), ("qwen_gguf", "Qwen2Config")])
 def test_real_tokenizers_survive_being_saved(

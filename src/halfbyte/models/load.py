@@ -37,15 +37,17 @@ def load_model(
     quant: QuantOptions | None = None,
     dtype: torch.dtype | Literal["auto"] | None = None,
     device: torch.device | str | None = None,
+    source: ModelSource | None = None,
 ) -> LoadedModel:
     """Open `options.model` and build it, its linears quantized when `quant` is given.
 
     dtype   type of computation and of what stays unquantized; None: the options'; "auto": see `resolve_dtype`
     device  None: the options'
+    source  `options.model`, where it has been opened before: its tokenizer is not made a second time
 
     Raises UsageError for files that are not a whole model.
     """
-    source = open_source(options.model, options.revision)
+    source = source or open_source(options.model, options.revision)
     target = resolve_device(options.device) if device is None else torch.device(device)
     kind = resolve_dtype(options.dtype if dtype is None else dtype, target)
     tokenizer = source.tokenizer()  # first: building one takes memory that is given back before the weights come

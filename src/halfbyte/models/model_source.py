@@ -114,7 +114,11 @@ class ModelSource(ABC):
         return None
 
     def tokenizer(self) -> Any:
-        """The model's tokenizer, a transformers fast tokenizer. See `halfbyte.models.tokenizer`."""
+        """The model's tokenizer, a transformers fast tokenizer, made once. See `halfbyte.models.tokenizer`."""
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Any:
         from halfbyte.models.tokenizer import load_tokenizer  # not needed by those who only read weights
 
         return load_tokenizer(self)
