@@ -141,6 +141,7 @@ def test_cached_steps(pair: tuple[Any, Fallback]) -> None:
     cache = ours.new_cache(40, batch=2)
     ours.logits(torch.cat([ids[:5], ids[:9]]), (5, 9), cache=cache)
     both = ours.logits(torch.stack([ids[5], ids[9]]), (1, 1), cache=cache, last_only=True)
+    assert both.shape == (2, VOCAB)
     assert error(both, whole[[5, 9]]) < 2e-5
     cache.keep([1])
     cache.truncate([7])
@@ -191,6 +192,41 @@ def test_quantized_base(tmp_path: Path) -> None:
         model.get_submodule(name).weight.data = segment.weight.dequantize(torch.float32).t().contiguous()
     batch = make_batch(LENGTHS)
     assert error(ours.logits(batch.input_ids, LENGTHS), reference(model, batch).logits) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt-neox"])
+def test_bitsandbytes_checkpoint(kind: str, tmp_path: Path) -> None:
+    """A 4-bit folder that transformers wrote: the same blocks, also where bitsandbytes turned a Conv1D around."""
+    name, arguments = ARCHITECTURES[kind]
+    sizes = {"n_embd": 64} if kind == "gpt2" else {"hidden_size": 64, "intermediate_size": 128}
+    write_model(name, {**arguments, **sizes}, tmp_path / "base")
+    four_bit = transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base", quantization_config=four_bit, dtype=torch.float32, device_map="cpu"
+    )
+    model.save_pretrained(tmp_path / "four-bit")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.train()  # their evaluation mode repacks the weights for a kernel that rounds to bf16
+    batch = make_batch(LENGTHS)
+    ids = batch.input_ids[: LENGTHS[0]]
+    with torch.no_grad():
+        expected = model(input_ids=ids[None]).logits[0]
+    source = open_source(str(tmp_path / "four-bit"))
+    quantized, plain = Fallback.build(source, QUANT), Fallback.build(source)
+    assert all(isinstance(segment.weight, BlockWeight) for segment in segments(quantized).values())
+    assert not any(isinstance(segment.weight, BlockWeight) for segment in segments(plain).values())
+    assert error(quantized.logits(ids), expected) < 2e-5
+    assert error(plain.logits(ids), expected) < 2e-5
+
+
+def test_the_count_of_parameters(tmp_path: Path) -> None:
+    model = write_model("GPT2Config", GPT2, tmp_path)
+    report = attach(Fallback.build(open_source(str(tmp_path))), LoraOptions(lora_r=2))
+    assert report.total_parameters - report.trainable_parameters == model.num_parameters()
 
 
 def test_dropout_of_the_base_is_off_in_training(tmp_path: Path) -> None:
@@ -265,6 +301,14 @@ def test_unknown_architecture(tmp_path: Path) -> None:
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "model_type": "nonesuch", "auto_map": {"AutoModelForCausalLM": "x.Y"}}))
     with pytest.raises(UsageError, match="'nonesuch' is not an architecture that transformers knows"):
+        Fallback.build(open_source(str(tmp_path)))
+
+
+def test_config_that_transformers_refuses(tmp_path: Path) -> None:
+    write_model("OPTConfig", ARCHITECTURES["opt"][1], tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "hidden_size": "wide"}))
+    with pytest.raises(UsageError, match=r"refuses it for a opt model: .*hidden_size"):
         Fallback.build(open_source(str(tmp_path)))
 
 

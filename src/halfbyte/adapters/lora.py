@@ -126,7 +126,8 @@ def attach(model: nn.Module, options: LoraOptions, seed: int = 42) -> AttachRepo
 def report(model: nn.Module, names: tuple[str, ...]) -> AttachReport:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     spec = getattr(model, "spec", None)
-    base = spec.total_parameters if spec is not None else _held_parameters(model)
+    known = spec.total_parameters if spec is not None else getattr(model, "total_parameters", None)
+    base = _held_parameters(model) if known is None else int(known)
     adapters = sum(p.numel() for s in segments(model).values() if s.adapter is not None for p in s.adapter.parameters())
     return AttachReport(names, trainable, base + adapters)
 

@@ -12,6 +12,8 @@ on how its rows were cut into micro-batches, and LoRA has a dropout of its own.
 Shape letters: T tokens of a packed batch, B documents, S tokens of the longest one, P kept positions, V vocabulary.
 """
 
+import inspect
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,6 +27,8 @@ from halfbyte.linear import segments
 from halfbyte.models.fallback_load import MIN_SHARE, Coverage, Loader, coverage_of, empty_model, linears_of
 from halfbyte.models.model_source import ModelSource
 from halfbyte.quant import QuantOptions, Weight
+
+_log = logging.getLogger(__name__)
 
 
 class Fallback(nn.Module):
@@ -41,6 +45,8 @@ class Fallback(nn.Module):
         self.transposed = transposed
         self.dtype = dtype
         self._checkpointing = False
+        # Whether the architecture can project chosen positions alone to the vocabulary; most can.
+        self._selects = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     @classmethod
     def build(
@@ -67,11 +73,17 @@ class Fallback(nn.Module):
                 f"silently stay 16-bit and without adapters; at least {min_share:.0%} is asked for. Choose another "
                 "model, or raise allow_unquantized_share to accept this"
             )
+        _log.info("%s runs as transformers' own model: %s", source.name, coverage)
         transposed = frozenset(name for name, linear in linears.items() if isinstance(linear, Conv1D))
         Loader(model, linears, quant, dtype, torch.device(device)).load(source)
         made = cls(model, coverage, transposed, dtype).to(device).eval()
         made._require_causal()
         return made
+
+    @property
+    def total_parameters(self) -> int:
+        """Parameters of the base model, embeddings included."""
+        return self.coverage.total
 
     @property
     def device(self) -> torch.device:
@@ -131,10 +143,9 @@ class Fallback(nn.Module):
         sizes = (input_ids.numel(),) if lengths is None else tuple(lengths)
         input_ids = input_ids.to(self.device)
         if cache is not None:
-            logits_TV = cache.step(self.model, input_ids, sizes)
-        else:
-            ids_BS, mask_BS = _padded(input_ids, sizes, 0)
-            logits_TV = self._run(ids_BS, mask_BS).logits[mask_BS].float()
+            return cache.step(self.model, input_ids, sizes, last_only, self._selects)
+        ids_BS, mask_BS = _padded(input_ids, sizes, 0)
+        logits_TV: Tensor = self._run(ids_BS, mask_BS).logits[mask_BS].float()
         return logits_TV[torch.tensor(sizes, device=self.device).cumsum(0) - 1] if last_only else logits_TV
 
     def new_cache(self, capacity: int, batch: int = 1) -> "SequenceCache":
@@ -174,26 +185,24 @@ class Fallback(nn.Module):
 
         transformers projects to the vocabulary only positions that some document supervises.
         """
-        ids_BS, mask_BS = _padded(batch.input_ids, batch.lengths, 0)
-        targets_BS, _ = _padded(batch.targets, batch.lengths, IGNORE)
+        ids_BS, mask_BS = _padded(batch.input_ids.to(self.device), batch.lengths, 0)
+        targets_BS, _ = _padded(batch.targets.to(self.device), batch.lengths, IGNORE)
         wanted_BS = targets_BS != IGNORE
         columns = wanted_BS.any(0).nonzero()[:, 0]
         if columns.numel() == 0:  # nothing supervised: a loss of zero that still has a graph
             columns = columns.new_zeros(1)
-        logits_BPV: Tensor = self._run(ids_BS, mask_BS, logits_to_keep=columns).logits
+        if self._selects:
+            logits_BPV: Tensor = self._run(ids_BS, mask_BS, logits_to_keep=columns).logits
+        else:
+            logits_BPV = self._run(ids_BS, mask_BS).logits[:, columns]
         return logits_BPV[wanted_BS[:, columns]].float(), targets_BS[wanted_BS]
 
     @torch.no_grad()
     def _require_causal(self) -> None:
         """Refuse models that look ahead (encoders with a language-model head), by looking whether they do."""
-        training = self.training
-        self.eval()
-        device = next(self.parameters()).device
-        ids = torch.arange(8, device=device)[None] % self.model.config.get_text_config().vocab_size
-        changed = ids.clone()
-        changed[0, 6:] = ids[0, :2]
-        before, after = (self.model(input_ids=x, use_cache=False).logits[0, :6].float() for x in (ids, changed))
-        self.train(training)
+        ids = torch.arange(8, device=self.device) % self.model.config.get_text_config().vocab_size
+        pair = torch.stack([ids, torch.cat([ids[:6], ids[:2]])])
+        before, after = self.model(input_ids=pair, use_cache=False).logits[:, :6].float()
         rounding = 1e-4 if self.dtype == torch.float32 else 0.02
         if float((before - after).abs().max()) > rounding * float(before.std()):
             raise UsageError(
@@ -231,20 +240,22 @@ class SequenceCache:
             if length < self.ids[i].numel():
                 self.ids[i], self.states[i] = self.ids[i][:length], None
 
-    def step(self, model: Any, input_ids: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        """Logits [T, V] of new tokens, `sizes[b]` of them for sequence b."""
-        parts = [self._one(model, b, ids) for b, ids in enumerate(input_ids.split(list(sizes))) if ids.numel()]
-        return torch.cat(parts)
+    def step(self, model: Any, input_ids: Tensor, sizes: tuple[int, ...], last_only: bool, selects: bool) -> Tensor:
+        """Logits [T, V] of new tokens, `sizes[b]` of them for sequence b; or only of each sequence's last, [B, V]."""
+        documents = enumerate(input_ids.split(list(sizes)))
+        return torch.cat([self._one(model, b, ids, last_only, selects) for b, ids in documents if ids.numel()])
 
-    def _one(self, model: Any, index: int, new: Tensor) -> Tensor:
+    def _one(self, model: Any, index: int, new: Tensor, last_only: bool, selects: bool) -> Tensor:
         old, count = self.ids[index].to(new.device), new.numel()
         if old.numel() + count > self.capacity:
             raise ValueError(f"{old.numel() + count} tokens do not fit a cache of {self.capacity}")
         self.ids[index] = torch.cat([old, new])
         run = new if self.states[index] is not None else self.ids[index]
-        out = model(input_ids=run[None], past_key_values=self.states[index], use_cache=True)
+        kept = 1 if last_only else count
+        keywords = {"logits_to_keep": kept} if selects else {}
+        out = model(input_ids=run[None], past_key_values=self.states[index], use_cache=True, **keywords)
         self.states[index] = out.get("past_key_values")
-        logits: Tensor = out.logits[0, -count:].float()
+        logits: Tensor = out.logits[0, -kept:].float()
         return logits
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.errors import UsageError
@@ -49,6 +49,7 @@ class Coverage:
 
     replaced: int
     body: int
+    total: int
     left_out: tuple[tuple[str, int], ...]  # what stays 16-bit in the body, largest first
 
     @property
@@ -72,7 +73,8 @@ def _parameters_on_meta() -> Iterator[None]:
             return None
         return nn.Parameter(parameter.data.to("meta"), requires_grad=False)
 
-    handle = register_module_parameter_registration_hook(to_meta)
+    # torch's annotation forgets that the hook may return a parameter, which its documentation promises.
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -84,13 +86,16 @@ def empty_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
     kind = str(config.get("model_type", ""))
     arguments = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
     arguments.pop("quantization_config", None)  # the source has decoded those weights, or hands them over as ours
-    try:
-        made = AutoConfig.for_model(kind, **arguments)
-    except ValueError as error:
+    if kind not in CONFIG_MAPPING:
         raise UsageError(
             f"config.json: model_type {kind!r} is not an architecture that transformers knows, and code from a model "
             "repository is never run"
-        ) from error
+        )
+    try:
+        made = AutoConfig.for_model(kind, **arguments)
+    except Exception as error:  # transformers raises whatever its validators raise
+        reason = " ".join(str(error).split())
+        raise UsageError(f"config.json: transformers refuses it for a {kind} model: {reason}") from error
     for key, value in made.to_dict().items():
         if isinstance(value, float) and _DROPOUT.search(key):
             setattr(made, key, 0.0)
@@ -125,7 +130,8 @@ def coverage_of(model: nn.Module, linears: Mapping[str, nn.Module]) -> Coverage:
     ours = {f"{name}.{leaf}" for name, linear in linears.items() for leaf, _ in linear.named_parameters()}
     left = sorted(((n, p.numel()) for n, p in body.items() if n not in ours), key=lambda item: -item[1])
     replaced = sum(p.numel() for name, p in body.items() if name in ours)
-    return Coverage(replaced, sum(p.numel() for p in body.values()), tuple(left))
+    total = sum(p.numel() for p in model.parameters())
+    return Coverage(replaced, sum(p.numel() for p in body.values()), total, tuple(left))
 
 
 class Loader:
@@ -168,11 +174,12 @@ class Loader:
         """A tensor, or the weight as the file quantized it, where the model's is to be quantized too."""
         module_name = target.removesuffix(".weight")
         linear = self.linears.get(module_name)
-        if self.quant is not None and isinstance(linear, nn.Linear) and self.quant.format_of(module_name) not in DTYPES:
-            ready = source.prequantized(source_name)
-            if ready is not None:
-                return ready
-        return source.read(source_name)
+        ready = None if linear is None else source.prequantized(source_name)
+        if ready is None:
+            return source.read(source_name)
+        if self.quant is not None and self.quant.format_of(module_name) not in DTYPES:
+            return ready
+        return self._weight(source_name, module_name, ready.dequantize(ready.source_dtype))
 
     def _weight(self, source_name: str, module_name: str, value: Tensor) -> Weight:
         value = value.to(self.device)
@@ -191,6 +198,8 @@ class Loader:
         module_name, _, leaf = name.rpartition(".")
         linear = self.linears.get(module_name)
         expected, actual = tuple(self.shapes[name]), tuple(value.shape)
+        if isinstance(value, Weight) and isinstance(linear, Conv1D):
+            expected = expected[::-1]  # bitsandbytes turns a Conv1D around before it quantizes it
         if actual != expected:
             raise UsageError(f"{source_name}: has the shape {list(actual)} where config.json asks for {list(expected)}")
         self.missing.discard(name)
