@@ -1,16 +1,27 @@
 """The demo's output: plain where there is no terminal, silent where it was asked to be, and never read as markup."""
 
 import io
+import json
+from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
-from halfbyte.demo.score import Answer, Score
 from halfbyte.demo.screen import Screen
 
-RIGHT = Answer("Send 3 [bold]kettles[/].", '{"quantity":3}', '{"quantity":3}', True)
-WRONG = Answer("Send 4 fans.", '{"quantity":4}', '{"quantity":5}', False)
-EMPTY = Answer("Send 4 fans.", '{"quantity":4}', "\n \n", False)
-LONG = Answer("Send 3 [bold]kettles[/].", '{"quantity":3}', "I would like\nto send\n" + "very " * 60 + "many", False)
+
+def row(prompt: str, reference: str, prediction: str, right: bool) -> dict[str, Any]:
+    return {"prompt": prompt, "reference": reference, "prediction": prediction, "scores": {"m": float(right)}}
+
+
+def result(rows: list[dict[str, Any]], low: float = 0.0, high: float = 1.0) -> dict[str, Any]:
+    return {"rows": rows, "m": sum(r["scores"]["m"] for r in rows) / len(rows), "intervals": {"m": [low, high]}}
+
+
+RIGHT = row("Send 3 [bold]kettles[/].", '{"quantity":3}', '{"quantity":3}', True)
+WRONG = row("Send 4 fans.", '{"quantity":4}', '{"quantity":5}', False)
+EMPTY = row("Send 4 fans.", '{"quantity":4}', "\n \n", False)
+LONG = row("Send 3 [bold]kettles[/].", '{"quantity":3}', "I would like\nto send\n" + "very " * 60 + "many", False)
 
 PLAN = {
     "method": "qlora",
@@ -39,9 +50,9 @@ def shown(action: str, *arguments: object, terminal: bool = False, quiet: bool =
 
 
 def test_plain_without_a_terminal_and_coloured_on_one() -> None:
-    scores = Score((WRONG,)), Score((RIGHT,))
-    assert "\x1b" not in shown("scores", *scores) + shown("rows", *scores) + shown("title", "a")
-    assert "\x1b[" in shown("rows", *scores, terminal=True)
+    both = [WRONG], [RIGHT], "m"
+    assert "\x1b" not in shown("rows", *both) + shown("title", "a")
+    assert "\x1b[" in shown("rows", *both, terminal=True)
 
 
 def test_quiet_is_silent() -> None:
@@ -49,14 +60,13 @@ def test_quiet_is_silent() -> None:
 
 
 def test_text_of_rows_and_models_is_no_markup() -> None:
-    text = shown("rows", Score((LONG,)), Score((RIGHT,)))
+    text = shown("rows", [LONG], [RIGHT], "m")
     assert "Send 3 [bold]kettles[/]." in text
     assert shown("say", "[red]a[/]") == "[red]a[/]\n"
 
 
 def test_rows_show_an_error_of_the_tuned_model_with_the_right_answer() -> None:
-    base, tuned = Score((EMPTY,) * 9), Score((RIGHT,) * 8 + (WRONG,))
-    lines = shown("rows", base, tuned).splitlines()
+    lines = shown("rows", [EMPTY] * 9, [RIGHT] * 8 + [WRONG], "m").splitlines()
     assert sum(line.startswith("asked") for line in lines) == 4
     assert [line.split()[-1] for line in lines if line.startswith("tuned")] == ['{"quantity":3}'] * 3 + [
         '{"quantity":5}'
@@ -66,7 +76,8 @@ def test_rows_show_an_error_of_the_tuned_model_with_the_right_answer() -> None:
 
 
 def test_scores_come_with_their_interval() -> None:
-    lines = shown("scores", Score((WRONG,) * 20), Score((RIGHT,) * 19 + (WRONG,))).splitlines()
+    base, tuned = result([WRONG] * 20, 0.0, 0.161), result([RIGHT] * 19 + [WRONG], 0.764, 0.991)
+    lines = shown("scores", base, tuned, "m").splitlines()
     assert lines[1].split() == ["base", "0", "of", "20", "0.0%", "0%", "to", "16%"]
     assert lines[2].split() == ["tuned", "19", "of", "20", "95.0%", "76%", "to", "99%"]
 
@@ -81,3 +92,21 @@ def test_the_plan_names_every_method_and_the_reason() -> None:
 def test_commands_stay_on_one_line_however_narrow_the_terminal() -> None:
     command = "halfbyte train --model " + "very/" * 30 + "long"
     assert command in shown("commands", [("train", command)], width=40).splitlines()[0]
+
+
+def test_the_task_shows_its_first_row(tmp_path: Path) -> None:
+    line = json.dumps({"messages": [{"role": "user", "content": "a [b] c"}, {"role": "assistant", "content": "{}"}]})
+    for name in ("train", "held_out"):
+        (tmp_path / name).write_text(f"{line}\n")
+    text = shown("task", tmp_path / "train", tmp_path / "held_out", width=40)
+    assert f"1 rows to learn from in {tmp_path / 'train'}, 1 held out in" in text
+    assert [line.rstrip() for line in text.splitlines()[1:]] == ["asked  a [b] c", "right  {}"]
+
+
+def test_cost_with_and_without_a_plan() -> None:
+    measured = {"peak_memory_bytes": 2.5e9, "seconds": 200.0}
+    predicted = {"peak_memory_bytes": {"p50": 1e9, "p95": 3e9}, "seconds": {"p50": 90.0, "p95": 300.0}}
+    lines = shown("cost", predicted, measured).splitlines()
+    assert lines[1].split() == ["peak", "memory", "1.00", "GB", "3.00", "GB", "2.50", "GB"]
+    assert lines[2].split() == ["time", "90", "s", "5.0", "min", "3.3", "min"]
+    assert shown("cost", {}, measured).splitlines()[2].split() == ["time", "-", "-", "3.3", "min"]

@@ -7,15 +7,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import pytest
-
+from halfbyte.demo.json_match import json_match
 from halfbyte.demo.phrasing import HELD_OUT, TRAIN, Phrasing
 from halfbyte.demo.task import (
     DAYS,
     HELD_OUT_ROWS,
     TRAIN_ROWS,
     held_out_rows,
-    is_correct,
     train_rows,
     write_task,
 )
@@ -35,7 +33,7 @@ def answer(row: Row) -> dict[str, Any]:
 
 def phrases(side: Phrasing) -> set[str]:
     """Every sentence and phrase of a side, without case, punctuation and slots."""
-    groups = [side.due, side.opening, side.closing, side.greeting, *side.urgency.values(), *side.bodies.values()]
+    groups = [side.due, side.opening, side.closing, side.greeting, side.urgent, side.calm, *side.bodies.values()]
     plain = str.maketrans("", "", string.punctuation.replace("'", ""))
     return {re.sub(r"\{\w+\}", "_", text).lower().translate(plain).strip() for group in groups for text in group}
 
@@ -77,7 +75,7 @@ def test_dates_are_disjoint() -> None:
 def test_rows_contain_only_their_own_side() -> None:
     """The generator draws from the side that it was given: checked on the rows, not on the tables."""
     for rows, own, other in ((TRAINING, TRAIN, HELD_OUT), (HELD, HELD_OUT, TRAIN)):
-        assert {answer(row)["item"] for row in rows} == set(own.items)
+        assert {answer(row)["item"] for row in rows} <= set(own.items)
         assert {answer(row)["name"] for row in rows} <= {None, *own.names}
         foreign = {*other.names, *other.items}
         assert not [word for row in rows for word in foreign if re.search(rf"\b{word}s?\b", prompt(row))]
@@ -87,7 +85,7 @@ def test_every_value_of_every_field_is_learnt_and_asked() -> None:
     for rows in (TRAINING, HELD):
         for field, values in (
             ("intent", {"order", "return", "repair", "cancel"}),
-            ("priority", {"high", "normal", "low"}),
+            ("urgent", {True, False}),
             ("quantity", set(range(1, 13))),
         ):
             counts = Counter(answer(row)[field] for row in rows)
@@ -100,7 +98,7 @@ def test_the_answer_can_be_read_from_the_request() -> None:
     """Each copied value stands in the request, and an absent one does not: the task needs no guessing."""
     for row in TRAINING + HELD:
         request, fields = prompt(row), answer(row)
-        assert list(fields) == ["intent", "item", "quantity", "due", "priority", "name"]
+        assert list(fields) == ["intent", "item", "quantity", "due", "urgent", "name"]
         assert re.search(rf"\b{fields['item']}s?\b", request)
         assert fields["due"] is None or re.search(rf"\b{fields['due']}\b", request)
         assert fields["name"] is None or re.search(rf"\b{fields['name']}\b", request)
@@ -112,52 +110,4 @@ def test_completions_are_compact_strict_json() -> None:
     for row in TRAINING + HELD:
         text = row["messages"][1]["content"]
         assert text == json.dumps(json.loads(text), separators=(",", ":"))
-        assert is_correct(text, text)
-
-
-EXPECTED = '{"intent":"order","item":"desk lamp","quantity":3,"due":null,"priority":"high","name":"Maria"}'
-
-
-@pytest.mark.parametrize(
-    "same",
-    [
-        EXPECTED,
-        f" {EXPECTED}\n",
-        EXPECTED.replace(":", ": ").replace(",", ", "),
-        '{"name":"Maria","intent":"order","item":"desk lamp","quantity":3,"due":null,"priority":"high"}',
-        EXPECTED.replace("Maria", "\\u004daria"),
-    ],
-)
-def test_equal_objects_are_correct(same: str) -> None:
-    assert is_correct(same, EXPECTED)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        "",
-        "null",
-        "[]",
-        EXPECTED[:-1],
-        EXPECTED + "}",
-        EXPECTED + EXPECTED,
-        f"```json\n{EXPECTED}\n```",
-        f"Sure! {EXPECTED}",
-        EXPECTED.replace("3", '"3"'),
-        EXPECTED.replace("3", "3.0"),
-        EXPECTED.replace("3", "NaN"),
-        EXPECTED.replace("null", '"null"'),
-        EXPECTED.replace('"', "'"),
-        EXPECTED.replace("Maria", "maria"),
-        EXPECTED.replace(',"name":"Maria"', ""),
-        EXPECTED.replace("}", ',"note":null}'),
-        EXPECTED.replace("}", ',"name":"Maria"}'),
-        "[" * 100_000,
-    ],
-)
-def test_anything_else_is_wrong(wrong: str) -> None:
-    assert not is_correct(wrong, EXPECTED)
-
-
-def test_true_is_not_one() -> None:
-    assert not is_correct('{"quantity":true}', '{"quantity":1}')
+        assert json_match(text, text)

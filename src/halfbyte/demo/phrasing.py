@@ -15,12 +15,13 @@ def _list(text: str) -> tuple[str, ...]:
 class Phrasing:
     """One side's surface forms. `{what}` is the quantity with the item, `{due}` a day, `{name}` the writer.
 
-    `due`, `urgency` and `opening`/`closing` phrases are joined to any body, so `due` must read on after a body.
+    `due` reads on after any body. `urgent` and `calm` are remarks: `calm` ones say that there is no hurry, or nothing.
     """
 
     bodies: dict[str, tuple[str, ...]]
     due: tuple[str, ...]
-    urgency: dict[str, tuple[str, ...]]
+    urgent: tuple[str, ...]
+    calm: tuple[str, ...]
     opening: tuple[str, ...]
     closing: tuple[str, ...]
     greeting: tuple[str, ...]
@@ -103,48 +104,74 @@ TRAIN = Phrasing(
         "before {due} if that works for you",
         "by {due}, not a day later",
     ),
-    urgency={
-        "high": (
-            "It is urgent.",
-            "Please hurry.",
-            "As soon as possible, please.",
-            "This is very urgent!",
-            "We cannot wait.",
-            "Top priority.",
-            "This is an emergency.",
-            "Please be quick.",
-            "It is really important.",
-            "Urgent!",
-            "We need it fast.",
-            "This cannot wait another hour.",
-            "Please treat it as urgent.",
-            "I need it right now.",
-            "Everybody is waiting for it.",
-            "Do it at once, please.",
-            "The matter is pressing.",
-            "This has the highest priority.",
-        ),
-        "low": (
-            "There is no hurry.",
-            "It is not urgent.",
-            "Take your time.",
-            "We can wait.",
-            "Low priority.",
-            "No need to rush.",
-            "Whenever you have time.",
-            "It is not so important.",
-            "There is plenty of time.",
-            "Nothing urgent.",
-            "We are not in a hurry.",
-            "This can wait for a while.",
-            "Please do not treat it as urgent.",
-            "I do not need it right now.",
-            "Nobody is waiting for it.",
-            "Do it some time later, please.",
-            "The matter is not pressing.",
-            "This has the lowest priority.",
-        ),
-    },
+    urgent=(
+        "It is urgent.",
+        "Please hurry.",
+        "As soon as possible, please.",
+        "This is very urgent!",
+        "We cannot wait.",
+        "Top priority.",
+        "This is an emergency.",
+        "Please be quick.",
+        "It is really important to have it soon.",
+        "Urgent!",
+        "We need it fast.",
+        "This cannot wait.",
+        "Please treat it as urgent.",
+        "I need it right now.",
+        "Everybody is waiting for it.",
+        "Do it at once, please.",
+        "The matter is pressing.",
+        "This has the highest priority.",
+        "Quick, please!",
+        "We are in a great hurry.",
+        "It has to happen immediately.",
+        "Hurry up, please.",
+        "Please do it right away.",
+        "ASAP please.",
+        "Please give it priority.",
+        "We really need it soon.",
+        "Time is short.",
+        "This is critical.",
+        "Please do not let us wait.",
+        "We are losing time.",
+        "Please make haste.",
+        "Sooner is better, it is urgent.",
+    ),
+    calm=(
+        "There is no hurry.",
+        "It is not urgent.",
+        "Take your time.",
+        "We can wait.",
+        "Low priority.",
+        "No need to rush.",
+        "Whenever you have time.",
+        "It is not so important.",
+        "There is plenty of time.",
+        "Nothing urgent.",
+        "We are not in a hurry.",
+        "This can wait for a while.",
+        "Any time is fine.",
+        "I do not need it right now.",
+        "Nobody is waiting for it.",
+        "Some time later is fine.",
+        "The matter is not pressing.",
+        "This has the lowest priority.",
+        "No hurry, please.",
+        "It does not have to be soon.",
+        "We are on the second floor.",
+        "The door is open.",
+        "Please call me first.",
+        "Just leave it at the desk.",
+        "Send the bill to my office.",
+        "My phone number has not changed.",
+        "You know where to find us.",
+        "It is for the meeting room.",
+        "The colour does not matter.",
+        "Let me know if you have questions.",
+        "The other team is happy too.",
+        "We talked about it last time.",
+    ),
     opening=(
         "This is {name}.",
         "{name} here.",
@@ -222,24 +249,24 @@ HELD_OUT = Phrasing(
         "any time before {due}",
         "by {due} if at all possible",
     ),
-    urgency={
-        "high": (
-            "Very urgent, please.",
-            "We need this urgently.",
-            "Please do it quickly!",
-            "High priority.",
-            "Please act fast.",
-            "I am in a hurry.",
-        ),
-        "low": (
-            "No rush at all.",
-            "It can wait.",
-            "Not urgent.",
-            "There's no hurry with this.",
-            "Please take all the time you need.",
-            "Not a priority.",
-        ),
-    },
+    urgent=(
+        "We need this urgently.",
+        "Please do it quickly!",
+        "High priority.",
+        "Please act fast.",
+        "I am in a hurry.",
+        "Very urgent, please.",
+    ),
+    calm=(
+        "No rush at all.",
+        "It can wait.",
+        "Not urgent.",
+        "Please take all the time you need.",
+        "We are in the building next door.",
+        "Please put it into the kitchen.",
+        "The receipt is in my desk.",
+        "Please tell me when it is done.",
+    ),
     opening=(
         "My name is {name}.",
         "{name} speaking.",
@@ -254,9 +281,9 @@ HELD_OUT = Phrasing(
         "Marisol, Henrik"
     ),
     items=_list(
-        "kettle, step stool, docking station, shredder, label maker, air purifier, fridge, toaster, water "
-        "cooler, trolley, stapler, vacuum cleaner, clock, footrest, cabinet, locker, television, dishwasher, "
-        "bicycle, badge reader, blender, telescope, wire cutter, humidity sensor"
+        "kettle, step stool, docking station, shredder, label maker, air purifier, fridge, toaster, water cooler, "
+        "trolley, stapler, vacuum cleaner, clock, footrest, cabinet, locker, television, freezer, suitcase, "
+        "helmet, guitar, bicycle, badge reader, blender, telescope, wire cutter, humidity sensor"
     ),
     even_dates=False,
 )

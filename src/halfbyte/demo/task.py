@@ -1,17 +1,17 @@
 """The demo's task: an office service desk that turns a colleague's sentence into one line of strict JSON.
 
     Maria here. We need 3 desk lamps by Friday, it is urgent.
-    {"intent":"order","item":"desk lamp","quantity":3,"due":"Friday","priority":"high","name":"Maria"}
+    {"intent":"order","item":"desk lamp","quantity":3,"due":"Friday","urgent":true,"name":"Maria"}
 
 Every row is made by code from a fixed seed, in OpenAI's `messages` form. So that a model cannot score by remembering,
 the training rows (made from `phrasing.TRAIN`) and the held-out rows (`phrasing.HELD_OUT`) do not share:
 
-- sentences: no template, name phrase, due phrase or urgency phrase of one is in the other;
+- sentences: no request, remark, greeting, due phrase or name phrase of one is in the other;
 - names and items: none of one is in the other;
 - calendar dates ("March 5"): none of one is in the other.
 
-What they share, because it is the format itself: the four intents, the three priorities, the quantities 1 to 12 (as
-digits or words), and the eighteen day words ("tomorrow", "Friday", "next Tuesday" …) that `due` copies.
+What they share, because it is the format itself: the four intents, the quantities 1 to 12 (as digits
+or words), and the eighteen day words ("tomorrow", "Friday", "next Tuesday" …) that `due` copies.
 """
 
 import json
@@ -33,31 +33,24 @@ DAYS = ("today", "tomorrow", "tonight", "next week", *WEEKDAYS, *(f"next {day}" 
 MONTHS = ("January", "March", "April", "May", "June", "August", "September", "November")
 
 
-def held_out_rows(count: int = HELD_OUT_ROWS, seed: int = SEED) -> list[dict[str, Any]]:
-    """Rows for the score: other sentences, names, items and dates than the training rows."""
-    return _rows(HELD_OUT, count, random.Random(f"held-out {seed}"))
-
-
 def train_rows(count: int = TRAIN_ROWS, seed: int = SEED) -> list[dict[str, Any]]:
     """Rows to learn from."""
     return _rows(TRAIN, count, random.Random(f"train {seed}"))
 
 
-def write_task(folder: Path, seed: int = SEED) -> tuple[Path, Path]:
-    """Write train.jsonl and held_out.jsonl below `folder`; their paths. The same seed gives the same bytes."""
+def held_out_rows(count: int = HELD_OUT_ROWS, seed: int = SEED) -> list[dict[str, Any]]:
+    """Rows for the score: other sentences, names, items and dates than the training rows."""
+    return _rows(HELD_OUT, count, random.Random(f"held-out {seed}"))
+
+
+def write_task(
+    folder: Path, seed: int = SEED, train: int = TRAIN_ROWS, held_out: int = HELD_OUT_ROWS
+) -> tuple[Path, Path]:
+    """Write train.jsonl and held_out.jsonl below `folder`; their paths. The same arguments give the same bytes."""
     paths = folder / "train.jsonl", folder / "held_out.jsonl"
-    for path, rows in zip(paths, (train_rows(seed=seed), held_out_rows(seed=seed)), strict=True):
+    for path, rows in zip(paths, (train_rows(train, seed), held_out_rows(held_out, seed)), strict=True):
         write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return paths
-
-
-def is_correct(answer: str, expected: str) -> bool:
-    """Whether an answer is exactly the expected object: strict JSON, nothing around it but white space, equal values.
-
-    The order of keys and spaces between tokens do not count. Types do: 3 is not "3", 3.0 or true.
-    """
-    found = _strict_json(answer)
-    return found is not None and _canonical(found) == _canonical(json.loads(expected))
 
 
 def _rows(phrasing: Phrasing, count: int, rng: random.Random) -> list[dict[str, Any]]:
@@ -83,36 +76,36 @@ def _pair(phrasing: Phrasing, index: int, rng: random.Random) -> tuple[str, dict
     intent = tuple(phrasing.bodies)[index % len(phrasing.bodies)]
     item, quantity = rng.choice(phrasing.items), rng.randint(1, 12)
     due = rng.choice((None, rng.choice(DAYS), rng.choice(DAYS), _date(phrasing, rng)))
-    priority = rng.choice(("high", "normal", "low"))
+    urgent = rng.random() < 0.4
     name = rng.choice((None, *[rng.choice(phrasing.names)] * 3))
 
     body = rng.choice(phrasing.bodies[intent]).format(what=_counted(quantity, item, rng))
     if due is not None:
         body += " " + rng.choice(phrasing.due).format(due=due)
-    urgency = "" if priority == "normal" else rng.choice(phrasing.urgency[priority])
-    prompt = _arrange(phrasing, body, urgency, name, rng)
+    remark = rng.choice(phrasing.urgent) if urgent else rng.choice((rng.choice(phrasing.calm), ""))
+    prompt = _arrange(phrasing, body, remark, name, rng)
     return prompt, {
         "intent": intent,
         "item": item,
         "quantity": quantity,
         "due": due,
-        "priority": priority,
+        "urgent": urgent,
         "name": name,
     }
 
 
-def _arrange(phrasing: Phrasing, body: str, urgency: str, name: str | None, rng: random.Random) -> str:
-    """A greeting or the name first, then the request and how urgent it is (either may lead), perhaps the name last."""
+def _arrange(phrasing: Phrasing, body: str, remark: str, name: str | None, rng: random.Random) -> str:
+    """A greeting or the name first, then the request and a remark (either may lead), perhaps the name last."""
     first, last = rng.choice((*phrasing.greeting, "")), ""
     if name is not None and rng.random() < 0.5:
         first = rng.choice(phrasing.opening).format(name=name)
     elif name is not None:
         last = rng.choice(phrasing.closing).format(name=name)
     if first.endswith(","):
-        middle = (body + ".", urgency)
+        middle = (body + ".", remark)
     else:
         sentence = body[0].upper() + body[1:] + "."
-        middle = (urgency, sentence) if rng.random() < 0.25 else (sentence, urgency)
+        middle = (remark, sentence) if rng.random() < 0.25 else (sentence, remark)
     return " ".join(part for part in (first, *middle, last) if part)
 
 
@@ -127,24 +120,3 @@ def _date(phrasing: Phrasing, rng: random.Random) -> str:
     """A day of the year; the training rows have even days of the month, the held-out rows odd ones."""
     day = rng.randrange(2, 29, 2) if phrasing.even_dates else rng.randrange(1, 29, 2)
     return f"{rng.choice(MONTHS)} {day}"
-
-
-def _strict_json(text: str) -> Any:
-    """The parsed object, or None: no text around it, no repeated key, no NaN."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(pairs) != len(dict(pairs)):
-            raise ValueError("repeated key")
-        return dict(pairs)
-
-    def refuse(constant: str) -> Any:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError):
-        return None
-
-
-def _canonical(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)
