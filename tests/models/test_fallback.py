@@ -9,6 +9,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from halfbyte.adapters import LoraOptions, adapter_state, attach, load_adapter, load_adapter_state
 from halfbyte.batch import IGNORE, Batch
@@ -16,6 +18,8 @@ from halfbyte.errors import UsageError
 from halfbyte.linear import segments
 from halfbyte.models.fallback import Fallback
 from halfbyte.models.fallback_load import ReplacedLinear
+from halfbyte.models.load import load_model
+from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import open_source
 from halfbyte.quant import BlockWeight, QuantOptions
 from tests.models.families import VOCAB, error, make_batch, randomize, reference
@@ -270,6 +274,21 @@ def test_bf16_base(tmp_path: Path) -> None:
     ids = make_batch((20,)).input_ids
     assert ours.logits(ids).dtype == torch.float32
     assert float((ours.logits(ids) - exact.logits(ids)).abs().mean()) < 0.05
+
+
+def test_through_the_public_loader(tmp_path: Path) -> None:
+    """`load_model` takes the fallback by itself, and `allow_unquantized_share` is what lets a Mixtral in."""
+    write_model("MixtralConfig", MIXTRAL, tmp_path)
+    words = {f"w{i}": i for i in range(3, VOCAB)} | {"<unk>": 0, "<s>": 1, "</s>": 2}
+    tokenizer = Tokenizer(WordLevel(words, "<unk>"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(tmp_path)
+    options = ModelOptions(model=str(tmp_path), device="cpu")
+    with pytest.raises(UsageError, match="raise allow_unquantized_share"):
+        load_model(options, QUANT, torch.float32)
+    loaded = load_model(options.model_copy(update={"allow_unquantized_share": 0.9}), QUANT, torch.float32)
+    assert isinstance(loaded.model, Fallback)
+    assert loaded.spec is None
+    assert loaded.model.logits(torch.tensor([3, 4, 5])).shape == (3, VOCAB)
 
 
 # -- bad input ----------------------------------------------------------------------------------------------------

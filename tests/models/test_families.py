@@ -4,6 +4,7 @@ The bound is measured, not chosen: transformers' own float32 error against a flo
 """
 
 import copy
+from functools import cached_property
 from typing import Any
 
 import peft
@@ -48,6 +49,22 @@ class Case:
         with float64():
             self.exact: Reference = reference(make_float64(self.model), self.batch)
 
+    @cached_property
+    def lora(self) -> tuple[dict[str, torch.Tensor], Reference, Reference]:
+        """(adapter values on every linear, PEFT with them in float32, and in float64)."""
+        options = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", task_type="CAUSAL_LM")
+        theirs = peft.get_peft_model(copy.deepcopy(self.model), options)
+        generator = torch.Generator().manual_seed(1)
+        zeros = peft.get_peft_model_state_dict(theirs)
+        state = {name: 0.2 * torch.randn(value.shape, generator=generator) for name, value in zeros.items()}
+        peft.set_peft_model_state_dict(theirs, state)
+        float32 = reference(theirs, self.batch, lambda name: "lora_" in name)
+        with float64():
+            base = peft.get_peft_model(make_float64(self.model), options, autocast_adapter_dtype=False).double()
+            peft.set_peft_model_state_dict(base, {name: value.double() for name, value in state.items()})
+            exact = reference(base, self.batch, lambda name: "lora_" in name)
+        return state, float32, exact
+
 
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def case(request: pytest.FixtureRequest) -> Case:
@@ -85,17 +102,11 @@ def test_lora_gradients_equal_pefts(case: Case, checkpointing: bool) -> None:
     decoder = build_decoder(case.model).train()
     decoder.checkpointing = checkpointing
     attach(decoder, LoraOptions(lora_r=3, lora_alpha=5))
-    generator = torch.Generator().manual_seed(1)
-    state = {name: 0.2 * torch.randn(t.shape, generator=generator) for name, t in adapter_state(decoder).items()}
+    state, float32, exact = case.lora
+    assert {name: value.shape for name, value in adapter_state(decoder).items()} == {
+        n: v.shape for n, v in state.items()
+    }
     load_adapter_state(decoder, state)
-    lora = peft.LoraConfig(r=3, lora_alpha=5, target_modules="all-linear", task_type="CAUSAL_LM")
-    theirs = peft.get_peft_model(copy.deepcopy(case.model), lora)
-    peft.set_peft_model_state_dict(theirs, state)
-    float32 = reference(theirs, case.batch, lambda name: "lora_" in name)
-    with float64():
-        base = peft.get_peft_model(make_float64(case.model), lora, autocast_adapter_dtype=False).double()
-        peft.set_peft_model_state_dict(base, {name: value.double() for name, value in state.items()})
-        exact = reference(base, case.batch, lambda name: "lora_" in name)
     loss, _ = decoder.loss(case.batch)
     loss.backward()
     assert_close(loss.detach(), float32.loss, exact.loss, "loss")
