@@ -39,7 +39,7 @@ class EvaluateOptions(GenerateOptions):
         description=f"beside the loss: {', '.join(BUILT_IN)}, {ACCURACY} (classification), or file.py:function",
     )
     max_rows: int | None = Field(default=None, ge=1, description="use only the first rows")
-    eval_batch_size: int = Field(default=16, ge=1, description="answers generated at once")
+    eval_batch_size: int = Field(default=32, ge=1, description="answers generated at once")
     eval_batch_tokens: int = Field(default=4096, ge=1, description="tokens of rows in one forward pass for the loss")
 
 

@@ -121,7 +121,7 @@ def generate_batch(
     prompts: Sequence[Sequence[int]],
     options: GenerateOptions = _GREEDY,
     eos_ids: Collection[int] = (),
-    batch_size: int = 16,
+    batch_size: int = 32,
     on_done: Callable[[int, Generation], None] | None = None,
 ) -> list[Generation]:
     """Continue many prompts; the results in the prompts' order. `on_done(index, result)` comes as each ends."""

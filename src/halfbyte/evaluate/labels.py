@@ -24,7 +24,7 @@ def score_labels(
     model: Model,
     prompts: Sequence[Sequence[int]],
     labels: Sequence[Sequence[int]],
-    batch_size: int = 16,
+    batch_size: int = 32,
     on_done: Callable[[int], None] | None = None,
 ) -> NDArray[np.float64]:
     """Log-likelihood of every label after every prompt, [prompts, labels]; `labels` are token ids with their EOS.

@@ -59,19 +59,12 @@ class Session:
         """Append at least one token to every sequence; float32 logits [B, V] after the last of each."""
         if not all(new):
             raise ValueError("every sequence needs at least one new token")
-        done = [0] * len(new)
-        logits_BV: Tensor | None = None
-        while any(at < len(ids) for at, ids in zip(done, new, strict=True)):
-            piece, room = [], PREFILL_TOKENS
-            for at, ids in zip(done, new, strict=True):
-                piece.append(list(ids[at : at + room]))
-                room -= len(piece[-1])
-            step_BV = self._forward(piece, last_only=True)
-            # A sequence without tokens in this piece has a row that means nothing.
-            touched = torch.tensor([len(ids) > 0 for ids in piece], device=step_BV.device)
-            logits_BV = step_BV if logits_BV is None else torch.where(touched[:, None], step_BV, logits_BV)
-            done = [at + len(ids) for at, ids in zip(done, piece, strict=True)]
-        assert logits_BV is not None
+        # In equal parts of each, so that every sequence has a token in every piece.
+        total, shortest = sum(map(len, new)), min(map(len, new))
+        pieces = min(-(-total // PREFILL_TOKENS), shortest)
+        for k in range(pieces):
+            part = [ids[len(ids) * k // pieces : len(ids) * (k + 1) // pieces] for ids in new]
+            logits_BV = self._forward(part, last_only=True)
         return logits_BV
 
     def feed_all(self, new: Sequence[Sequence[int]]) -> Tensor:

@@ -1,5 +1,6 @@
 """An output folder that is either whole or not there, and never takes another's place without being asked."""
 
+import errno
 import os
 import shutil
 import tempfile
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from halfbyte.errors import UsageError
+from halfbyte.errors import DoesNotFit, HalfbyteError, UsageError
 from halfbyte.files import fsync_folder
 
 
@@ -39,18 +40,38 @@ def new_folder(out: Path) -> Iterator[Path]:
 
     Where the block raises, nothing is left and what was at `out` is as it was.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".partial"))
-    try:
+    out = out.resolve()
+    with _one_line(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".partial"))
+    with _one_line(out), _removed_unless_done(temporary):
         yield temporary
         temporary.chmod(0o755)
         for path in sorted(temporary.rglob("*")):
             _fsync(path)
         fsync_folder(temporary)
         _take_place(temporary, out)
+
+
+@contextmanager
+def _removed_unless_done(temporary: Path) -> Iterator[None]:
+    try:
+        yield
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+@contextmanager
+def _one_line(out: Path) -> Iterator[None]:
+    """What the disk refuses is told to the user, who can do something about it, and is not a traceback."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DoesNotFit(f"the disk became full while {out} was written: free some space and try again") from error
+        where = error.filename or out
+        raise HalfbyteError(f"{out} could not be written: {where}: {error.strerror or error}") from error
 
 
 def _take_place(new: Path, out: Path) -> None:
