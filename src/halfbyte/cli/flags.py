@@ -18,6 +18,9 @@ from halfbyte.options import Options
 from halfbyte.run import aliases
 from halfbyte.run.config import COMPONENTS, parse_bytes
 
+SHORT = {"model": ("-m",), "data": ("-d",), "output_dir": ("-o",)}
+"""One-letter forms of the flags that every run needs."""
+
 
 def with_config_flags(
     components: Sequence[str] | None = None, leave_out: Sequence[str] = ()
@@ -71,6 +74,7 @@ def _parameters(components: Mapping[str, type[Options]], fields: Mapping[str, An
             kind, flag = kind_of(field.annotation), name.replace("_", "-")
             option = typer.Option(
                 f"--{flag}/--no-{flag}" if kind == "bool" else f"--{flag}",
+                *SHORT.get(name, ()),
                 help=_help(field),
                 show_default=False,
                 metavar=None if kind == "bool" else _metavar(field, kind),

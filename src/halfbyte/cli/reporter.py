@@ -51,9 +51,7 @@ class Reporter:
     def _show_planned(self, event: dict[str, Any]) -> None:
         config, plan = event["config"], event["plan"]
         values = {name: getattr(config, name) for name in SHOWN}
-        hidden = (
-            ("lora_", "target_modules") if config.method == "full" else ("quant_",) if config.method == "lora" else ()
-        )
+        hidden = {"full": ("lora_", "target_modules", "quant_"), "lora": ("quant_",)}.get(config.method, ("-",))
         shown = [f"{k} {screen.value(v)}" for k, v in values.items() if v is not None and not k.startswith(hidden)]
         self._line(f"settings: {', '.join(shown)}")
         if plan is None:

@@ -13,8 +13,9 @@ JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object in
 
 
 def console(stderr: bool = False) -> Console:
-    """A console made when it is used, so that it follows a redirected stdout."""
-    return Console(stderr=stderr, highlight=False)
+    """A console made when it is used, so that it follows a redirected stdout; a file has room for wide tables."""
+    made = Console(stderr=stderr, highlight=False)
+    return made if made.is_terminal else Console(stderr=stderr, highlight=False, width=max(made.width, 160))
 
 
 def print_json(value: Any) -> None:

@@ -21,6 +21,8 @@ PROCESS_FLOOR = 420_000_000
 """A process that has imported torch and transformers, measured with torch 2.13 on Linux (resident set)."""
 TOKENIZER_BYTES_A_WORD = 1_250
 """A fast tokenizer's resident size per vocabulary entry: Gemma's 262,144 words take 0.33 GB."""
+EVALUATION_TOKENS = 4096
+"""Tokens of rows in one forward pass of an evaluation (`evaluate.EvaluateOptions.eval_batch_tokens`)."""
 CUDA_CONTEXT = 500_000_000
 """What a CUDA context takes of the card, beside torch's allocations."""
 
@@ -195,7 +197,8 @@ def phases(spec: ModelSpec, job: Job) -> dict[str, dict[str, int]]:
         "loss": loss_bytes(spec, job),
         "workspace": workspace_bytes(spec, job),
     }
-    forward_only = job.micro_tokens * layer_activations(spec, job)
+    # No layer is kept for a backward pass: one layer's worth, of a batch of its own size.
+    forward_only = EVALUATION_TOKENS * 2 * layer_activations(spec, job)
     evaluate = {k: v for k, v in train.items() if k != "gradients"} | {"activations": forward_only}
     return {
         "load": {**held, "adapters": 0, "loading": loading_bytes(spec, job)},

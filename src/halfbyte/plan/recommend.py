@@ -35,18 +35,30 @@ TIME_P95 = 1.6
 
 @dataclass(frozen=True)
 class DataShape:
-    """What the rows are, in tokens. `assumed` says that no data was given and these are stand-ins."""
+    """What the rows are, in tokens; `spread` is the standard deviation of a row's length.
+
+    `assumed` says that no data was given and these are stand-ins.
+    """
 
     rows: int
     tokens: int
     longest: int
     supervised_share: float
+    spread: float = 0.0
     eval_tokens: int = 0
     assumed: bool = False
 
     @property
     def mean(self) -> float:
         return self.tokens / max(self.rows, 1)
+
+    def largest_micro_batch(self, rows_at_once: int, rows_per_update: int) -> int:
+        """Tokens of the largest micro-batch to expect, of which no more than `rows_at_once` longest rows are possible.
+
+        With packing it takes what an update has, which hardly ever exceeds its mean by three standard deviations.
+        """
+        update = rows_per_update * self.mean + 3 * self.spread * math.sqrt(rows_per_update)
+        return math.ceil(max(self.longest, min(rows_at_once * self.longest, update)))
 
 
 @dataclass(frozen=True)
@@ -190,7 +202,7 @@ def _job(request: Request, method: str, data: DataShape, batch: tuple[int, int],
     per_epoch = math.ceil(data.rows / rows_per_update)
     steps = request.max_steps or max(1, math.ceil(per_epoch * request.epochs - 1e-9))
     tokens = int(data.tokens * steps / per_epoch)
-    micro_tokens = min(batch[0] * data.longest, data.tokens)
+    micro_tokens = data.largest_micro_batch(batch[0], rows_per_update)
     return Job(
         method=method,
         dtype=request.dtype,
@@ -266,12 +278,13 @@ def too_big(e: Estimate, budget: int, why: str, plan: Plan | None = None) -> str
         advice = f"--method {best.method} fits ({_gb(best.peak_p95)})"
     else:
         parts = e.memory[e.peak_phase]
-        largest = max((name for name in parts if name != "runtime"), key=lambda name: parts[name])
+        largest = max(parts, key=lambda name: parts[name])
         tips = {
-            "activations": "a smaller --max-seq-length or --per-device-train-batch-size, or --gradient-checkpointing",
-            "optimizer": "--optim adamw_8bit",
+            "activations": "try a smaller --max-seq-length or --per-device-train-batch-size",
+            "optimizer": "try --optim adamw_8bit",
+            "runtime": "that is Python, torch and the tokenizer, which every run needs",
         }
-        advice = f"most of it is {largest} ({_gb(parts[largest])}): try {tips.get(largest, 'a smaller model')}"
+        advice = f"most of it is {largest} ({_gb(parts[largest])}): {tips.get(largest, 'try a smaller model')}"
     return (
         f"{e.method} needs {_gb(e.peak)} (up to {_gb(e.peak_p95)}) while it does phase '{e.peak_phase}', "
         f"and the budget is {_gb(budget)} ({why}): {advice}"
@@ -279,4 +292,4 @@ def too_big(e: Estimate, budget: int, why: str, plan: Plan | None = None) -> str
 
 
 def _gb(count: float) -> str:
-    return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"

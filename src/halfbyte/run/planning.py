@@ -6,6 +6,7 @@ Three steps, each a plain value: `survey` opens the model's headers and counts t
 
 import datetime
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,16 +48,18 @@ class Survey:
     def data(self) -> DataShape:
         if self.prepared is None:
             tokens = ASSUMED_ROWS * min(ASSUMED_TOKENS, self.config.max_seq_length)
-            return DataShape(ASSUMED_ROWS, tokens, tokens // ASSUMED_ROWS, 0.5, tokens // 20, assumed=True)
+            return DataShape(ASSUMED_ROWS, tokens, tokens // ASSUMED_ROWS, 0.5, eval_tokens=tokens // 20, assumed=True)
         return shape_of(self.prepared.train, self.prepared.eval)
 
 
 def shape_of(train: Sequence[Example], held_out: Sequence[Example]) -> DataShape:
     """Counts over the examples; not one of them is copied."""
-    tokens = sum(map(len, train))
+    lengths = [len(example) for example in train]
+    tokens = sum(lengths)
     return DataShape(
         rows=len(train),
         tokens=tokens,
+        spread=statistics.pstdev(lengths),
         longest=max(map(len, (*train, *held_out))),
         supervised_share=sum(example.supervised_tokens for example in train) / tokens,
         eval_tokens=sum(map(len, held_out)),
