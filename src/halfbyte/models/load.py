@@ -71,7 +71,8 @@ def build_decoder(
     check_tensors(source, spec)
 
     def tensor(name: str) -> Tensor:
-        return source.read(name).to(device=device, dtype=dtype)
+        # Norms and biases keep the file's type: they are small, and rounding them is not the base that was asked for.
+        return source.read(name).to(device)
 
     def weight(name: str, quantizable: bool) -> Weight:
         return read_weight(source, name, quant if quantizable else None, dtype, device)
