@@ -23,6 +23,7 @@ def test_a_perfect_score_on_few_rows_is_not_certain() -> None:
     low, high = mean_interval([1.0] * 50)
     assert 0.9 < low < 0.95
     assert high == 1.0
+    assert mean_interval([0.0] * 64)[0] == 0.0
 
 
 def test_bootstrap_of_a_mean_is_the_normal_interval_on_many_rows() -> None:

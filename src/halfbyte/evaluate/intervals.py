@@ -34,7 +34,8 @@ def wilson_interval(successes: int, rows: int) -> Interval:
     share, z2 = successes / rows, _Z * _Z
     center = (share + z2 / (2 * rows)) / (1 + z2 / rows)
     half = _Z / (1 + z2 / rows) * math.sqrt(share * (1 - share) / rows + z2 / (4 * rows * rows))
-    return (max(0.0, center - half), min(1.0, center + half))
+    # At the ends the formula is exactly 0 or 1, and rounding would leave crumbs of it.
+    return (center - half if successes else 0.0, center + half if successes < rows else 1.0)
 
 
 def ratio_interval(numerators: Sequence[float], denominators: Sequence[float], seed: int = 0) -> Interval:
