@@ -8,9 +8,10 @@ tell `on_event`, first dictionaries of their own (prepared, planned, loaded), th
 `finished` with result.json's content.
 """
 
+import importlib.util
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -76,6 +77,7 @@ def run(config: RunConfig, on_event: Listener = silent, overwrite: bool = False)
     """
     if config.output_dir is not None and not overwrite and is_run(config.output_dir):
         raise UsageError(existing(config.output_dir))
+    require_sinks(config.report_to)
     found = planning.survey(with_adapter(config))
     tell_prepared(found, on_event)
     plan = planning.make(found)
@@ -117,6 +119,15 @@ def resume(path: Path, on_event: Listener = silent, max_steps: int | None = None
         write_atomic(path / CONFIG, to_yaml(config, record))
         (path / RESULT).unlink(missing_ok=True)
         return _interruptible(directory, partial(_train, directory, config, found, on_event))
+
+
+def require_sinks(names: Sequence[str]) -> None:
+    """UsageError for a dashboard whose package is missing, before a run's folder is touched."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(
+                f"report_to: {name} is not installed: pip install 'halfbyte[track]', or pip install {name}"
+            )
 
 
 def existing(path: Path) -> str:

@@ -1,0 +1,305 @@
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from halfbyte.errors import DoesNotFit, Interrupted, UsageError
+from halfbyte.run.config import RunConfig, load_config
+from halfbyte.run.folder import list_runs, read_config, summary
+from halfbyte.run.run import resume, run
+from halfbyte.train.checkpoint import list_checkpoints
+from halfbyte.train.events import read_events
+from tests.run.conftest import rows, write_rows
+
+
+class Events(list[dict[str, Any]]):
+    """Records what is told; raises KeyboardInterrupt, as a second Ctrl-C would, after a given step's checkpoint."""
+
+    def __init__(self, interrupt_at: int | None = None) -> None:
+        super().__init__()
+        self.interrupt_at = interrupt_at
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        self.append(event)
+        if event["event"] == "checkpoint" and event["step"] == self.interrupt_at:
+            raise KeyboardInterrupt
+
+    @property
+    def kinds(self) -> list[str]:
+        return [event["event"] for event in self]
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def test_a_run_from_config_to_result(tiny_config: RunConfig) -> None:
+    assert tiny_config.output_dir is not None
+    path = tiny_config.output_dir
+    there_at_the_start: list[str] = []
+    events = Events()
+
+    def listen(event: dict[str, Any]) -> None:
+        events(event)
+        if event["event"] == "start":
+            there_at_the_start.extend(p.name for p in path.iterdir())
+
+    result = run(tiny_config, listen)
+    assert {"run.yaml", "plan.json", "events.jsonl", "run.lock"} <= set(there_at_the_start)
+    assert events.kinds[:4] == ["prepared", "planned", "loaded", "start"]
+    assert events.kinds[-1] == "finished"
+    names = {p.name for p in path.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md", "result.json"} <= names
+    assert "run.lock" not in names
+    on_disk = json.loads((path / "result.json").read_text())
+    assert on_disk == result.result
+    assert on_disk["status"] == "completed"
+    assert on_disk["step"] == 6
+    assert on_disk["method"] == "qlora"
+    assert on_disk["eval_loss"] < on_disk["base_eval_loss"] - 1
+    assert on_disk["eval_loss"] == on_disk["metrics"]["loss"]
+    assert on_disk["eval_loss"] == pytest.approx(read_events(path / "events.jsonl")[-1]["eval_loss"], rel=1e-5)
+    assert on_disk["peak_memory_bytes"] > 1e8
+    plan = json.loads((path / "plan.json").read_text())
+    assert on_disk["predicted"] == {key: plan[key] for key in ("peak_memory_bytes", "seconds")}
+    for key in ("peak_memory_bytes", "seconds"):
+        assert 0 < plan[key]["p50"] <= plan[key]["p95"]
+    for file in ("run.yaml", "plan.json", "result.json"):
+        assert "schema_version" in (path / file).read_text()
+    card = (path / "README.md").read_text()
+    assert f"{on_disk['eval_loss']:.4f}" in card
+    assert card.startswith("---\nbase_model: ")
+
+
+def test_run_yaml_repeats_the_run(tiny_config: RunConfig, tmp_path: Path) -> None:
+    first = run(tiny_config)
+    again = run(load_config(first.path / "run.yaml", {"output_dir": str(tmp_path / "again")}))
+    assert again.result["train_loss"] == first.result["train_loss"]
+    mine, theirs = adapter(first.path), adapter(again.path)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    resolved, record = read_config(first.path)
+    assert resolved.method == "qlora"
+    assert None not in (resolved.learning_rate, resolved.per_device_train_batch_size, resolved.gradient_checkpointing)
+    assert {"base_model", "data", "chat_template", "versions", "backend", "schema_version"} <= record.keys()
+
+
+def test_an_interrupted_run_resumes_bit_for_bit(tiny_config: RunConfig, tmp_path: Path) -> None:
+    straight = run(tiny_config.replace(output_dir=tmp_path / "straight", lora_dropout=0.1))
+    stopped = tmp_path / "stopped"
+    with pytest.raises(Interrupted, match=f"halfbyte resume {stopped}") as caught:
+        run(tiny_config.replace(output_dir=stopped, lora_dropout=0.1, save_steps=3), Events(interrupt_at=3))
+    assert caught.value.exit_code == 4
+    assert summary(stopped).status == "interrupted"
+    resumed = resume(stopped)
+    mine, theirs = adapter(straight.path), adapter(resumed.path)
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert resumed.result["train_loss"] == straight.result["train_loss"]
+    steps = [e["step"] for e in read_events(stopped / "events.jsonl") if e["event"] == "step"]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_resume_from_another_folder(tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths of a config mean the folder where the run was started."""
+    folder = Path(tiny_config.model).parent
+    monkeypatch.chdir(folder)
+    relative = tiny_config.replace(model=Path(tiny_config.model).name, save_steps=2)
+    with pytest.raises(Interrupted):
+        run(relative, Events(interrupt_at=2))
+    monkeypatch.chdir(tmp_path)
+    assert resume(tiny_config.output_dir or Path()).result["status"] == "completed"
+
+
+def test_a_complete_run_is_returned_or_extended(tiny_config: RunConfig) -> None:
+    done = run(tiny_config)
+    events = Events()
+    assert resume(done.path, events).result == done.result
+    assert events == []
+    with pytest.raises(UsageError, match="already at step 6: --max-steps must be more than that, not 6"):
+        resume(done.path, max_steps=6)
+    more = resume(done.path, max_steps=8)
+    assert more.result["step"] == 8
+    assert read_config(done.path)[0].max_steps == 8
+
+
+def test_resume_refuses_another_base_or_other_data(tiny_config: RunConfig, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "own.jsonl", rows(40))
+    config = tiny_config.replace(data=str(data), save_steps=2)
+    with pytest.raises(Interrupted):
+        run(config, Events(interrupt_at=2))
+    path = config.output_dir or Path()
+    before = snapshot(path)
+    write_rows(data, [{**row, "completion": " other"} for row in rows(40)])
+    with pytest.raises(UsageError, match="the data changed since the run was started"):
+        resume(path)
+    write_rows(data, rows(40))
+    text = (path / "run.yaml").read_text()
+    (path / "run.yaml").write_text(text.replace("fingerprint: sha256:", "fingerprint: sha256:00"))
+    with pytest.raises(UsageError, match="the base model's weights changed"):
+        resume(path)
+    (path / "run.yaml").write_text(text)
+    assert snapshot(path) == before
+    assert resume(path).result["step"] == 6
+
+
+def test_starting_over_an_existing_run(tiny_config: RunConfig) -> None:
+    first = run(tiny_config)
+    before = snapshot(first.path)
+    with pytest.raises(UsageError, match=r"halfbyte resume .* --overwrite") as caught:
+        run(tiny_config.replace(seed=7))
+    assert caught.value.exit_code == 2
+    assert snapshot(first.path) == before
+    second = run(tiny_config.replace(seed=7), overwrite=True)
+    assert second.path == first.path
+    assert adapter(second.path).keys() == set(adapter(first.path))
+    assert read_config(second.path)[0].seed == 7
+    assert len(list_checkpoints(second.path)) <= 2
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_other_methods(tiny_config: RunConfig, method: str) -> None:
+    result = run(tiny_config.replace(method=method, learning_rate=5e-3)).result
+    assert result["method"] == method
+    assert result["eval_loss"] < result["base_eval_loss"]
+
+
+def test_a_fully_tuned_run_is_a_model_that_transformers_loads(tiny_config: RunConfig) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from halfbyte.run.target import load
+
+    done = run(tiny_config.replace(method="full", learning_rate=5e-3))
+    ids = torch.arange(40, 60)
+    theirs = AutoModelForCausalLM.from_pretrained(done.path, dtype=torch.float32)(ids[None]).logits[0]
+    ours: Any = load(str(done.path))
+    torch.testing.assert_close(ours.logits(ids), theirs.detach(), rtol=1e-4, atol=1e-4)
+    assert resume(done.path, max_steps=7).result["base_eval_loss"] == done.result["base_eval_loss"]
+
+
+def test_an_adapter_can_be_continued(tiny_config: RunConfig, tmp_path: Path) -> None:
+    first = run(tiny_config)
+    more = tiny_config.replace(adapter_path=str(first.path), output_dir=tmp_path / "more", max_steps=2)
+    events = Events()
+    second = run(more.replace(lora_r=16), events)
+    start = next(event for event in events if event["event"] == "step")
+    assert start["loss"] < first.result["base_eval_loss"] - 1
+    assert read_config(second.path)[0].lora_r == 4, "the adapter's own rank"
+    with pytest.raises(UsageError, match=r"lora_r is 8, and the adapter in .* has 4: leave it out"):
+        run(more.replace(lora_r=8, output_dir=tmp_path / "other"))
+    with pytest.raises(UsageError, match="method full has none"):
+        run(more.replace(method="full", output_dir=tmp_path / "other"))
+
+
+def test_conversations_keep_their_template(tiny_config: RunConfig, tmp_path: Path) -> None:
+    said = [{"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": f"{i}"}]}
+            for i in range(30)]  # fmt: skip
+    done = run(tiny_config.replace(data=str(write_rows(tmp_path / "chat.jsonl", said)), max_steps=2))
+    template = (done.path / "chat_template.jinja").read_text()
+    assert "messages" in template
+    assert read_config(done.path)[1]["chat_template"]["name"] == "plain"
+
+
+# -- bad input --------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_that_nothing_fits_writes_nothing(tiny_config: RunConfig) -> None:
+    for method in ("auto", "qlora", "full"):
+        with pytest.raises(DoesNotFit, match=r"the budget is 0.01 GB \(--memory\)") as caught:
+            run(tiny_config.replace(memory="10MB", method=method))
+        assert caught.value.exit_code == 3
+        assert "\n" not in str(caught.value)
+    assert not (tiny_config.output_dir or Path()).exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": None}, "no data: give --data"),
+        ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"model": "./nowhere"}, "nowhere"),
+        ({"adapter_path": "./nowhere"}, "nowhere has no adapter_config.json"),
+        ({"target_modules": ["q_porj"]}, "q_porj.*did you mean q_proj"),
+        ({"eval_split": 60}, "eval_split: cannot hold out 60 of 60 rows"),
+        ({"revision": "main"}, "revision 'main' is for Hub models"),
+        ({"report_to": ["wandb"]}, "report_to: wandb is not installed"),
+    ],
+)
+def test_wrong_input_is_one_line_and_writes_nothing(
+    tiny_config: RunConfig, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        run(tiny_config.replace(**change))
+    assert "\n" not in str(caught.value)
+    assert not (tiny_config.output_dir or Path()).exists()
+
+
+def test_broken_rows_are_named_and_too_many_stop_the_run(tiny_config: RunConfig, tmp_path: Path) -> None:
+    good = [json.dumps(row) for row in rows(60)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join([*good[:10], '{"prompt": "half', *good[10:]]) + "\n")
+    events = Events()
+    run(tiny_config.replace(data=str(file), max_steps=1), events)
+    assert next(str(bad) for bad in events[0]["audit"].bad).startswith(f"{file}:11:")
+    file.write_text("\n".join(good[:10] + ["{broken"] * 10) + "\n")
+    with pytest.raises(UsageError, match=rf"10 of 20 rows are unusable .*{file}:11"):
+        run(tiny_config.replace(data=str(file), output_dir=tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: os.truncate(folder / "model.safetensors", 5000), "model.safetensors"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "safetensors"),
+        (lambda folder: (folder / "config.json").write_text("{half"), "config.json"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
+        (lambda folder: (folder / "tokenizer.json").write_text("{}"), "tokenizer"),
+    ],
+)
+def test_half_written_models(tiny_config: RunConfig, tmp_path: Path, damage: Any, message: str) -> None:
+    import shutil
+
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_config.model, folder)
+    damage(folder)
+    with pytest.raises(UsageError, match=message) as caught:
+        run(tiny_config.replace(model=str(folder)))
+    assert "\n" not in str(caught.value)
+    assert not (tiny_config.output_dir or Path()).exists()
+
+
+# -- the folder as a database -----------------------------------------------------------------------------------------
+
+
+def test_runs_are_listed_with_their_status(tiny_config: RunConfig, tmp_path: Path) -> None:
+    done = run(tiny_config)
+    with pytest.raises(Interrupted):
+        run(tiny_config.replace(output_dir=tmp_path / "stopped", save_steps=2), Events(interrupt_at=2))
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "run.yaml").write_text("model: [")
+    found = {entry.path.name: entry for entry in list_runs(tmp_path)}
+    assert {name: entry.status for name, entry in found.items()} == {
+        "run": "completed", "stopped": "interrupted", "odd": "damaged",
+    }  # fmt: skip
+    assert found["run"].step == 6
+    assert found["run"].eval_loss == pytest.approx(done.result["eval_loss"], rel=1e-5)
+    assert found["stopped"].step == 2
+    assert json.dumps([entry.as_dict() for entry in found.values()])
+    assert list_runs(tmp_path / "nothing") == []
+
+
+def test_not_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="is not a folder"):
+        resume(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"holds no run: it has no run.yaml"):
+        resume(tmp_path)
+    (tmp_path / "run.yaml").write_text("model: m\n")
+    with pytest.raises(UsageError, match=r"has no record: it is a config, not a run's own file"):
+        resume(tmp_path)

@@ -1,0 +1,158 @@
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import halfbyte as hb
+from halfbyte.adapters import disabled
+from halfbyte.batch import Batch
+from halfbyte.errors import Interrupted, UsageError
+from halfbyte.evaluate.evaluate import BaseAndTuned, EvaluateOptions, EvaluateResult
+from halfbyte.evaluate.sampling import GenerateOptions
+from halfbyte.export.merge import MergeOptions
+from halfbyte.run import target
+from halfbyte.run.config import RunConfig
+from halfbyte.run.run import run
+from tests.run.test_run import Events
+
+SHORT = GenerateOptions(max_new_tokens=6)
+
+
+@pytest.fixture(scope="module")
+def done(model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished QLoRA run."""
+    config = hb.load_config(
+        model=str(model_folder), data=str(data_file), output_dir=tmp_path_factory.mktemp("done") / "run", lora_r=4,
+        dtype="float32", max_steps=12, eval_split=0.1, learning_rate=2e-2, max_seq_length=64,
+    )  # fmt: skip
+    return run(config).path
+
+
+def ids(model: Any) -> torch.Tensor:
+    logits: torch.Tensor = model.logits(torch.arange(60, 80))
+    return logits
+
+
+def test_a_run_loads_as_it_was_trained(done: Path) -> None:
+    model: Any = target.load(str(done))
+    assert model.spec.family == "llama"
+    assert model.tokenizer.decode([65])
+    result = json.loads((done / "result.json").read_text())
+    again = target.evaluate_target(target.rows_from(target.find(str(done)), None))
+    assert isinstance(again, BaseAndTuned)
+    assert again.tuned.loss == pytest.approx(result["eval_loss"], rel=1e-6)
+    assert again.base.loss == pytest.approx(result["base_eval_loss"], rel=1e-6)
+
+
+def test_an_adapters_folder_is_a_target_with_its_own_base(done: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(done / name, folder)
+    found = target.find(str(folder), dtype="float32")
+    assert found.quant is None
+    of_adapter: Any = target.open_target(found).model
+    base: Any = target.load(found.config.model, dtype="float32")
+    with disabled(of_adapter):
+        assert torch.equal(ids(of_adapter), ids(base))
+    assert not torch.equal(ids(of_adapter), ids(base))
+    named: Any = target.load(found.config.model, adapter=str(folder), dtype="float32")
+    assert torch.equal(ids(named), ids(of_adapter))
+    quantized: Any = target.load(str(folder), dtype="float32", method="qlora")
+    run_model: Any = target.load(str(done))
+    assert torch.equal(ids(quantized), ids(run_model))
+
+
+def test_an_unfinished_run_is_read_from_its_last_checkpoint(tiny_config: RunConfig) -> None:
+    with pytest.raises(Interrupted):
+        run(tiny_config.replace(save_steps=2), Events(interrupt_at=2))
+    path = tiny_config.output_dir or Path()
+    assert target.find(str(path)).adapter == path / "checkpoint-2"
+    target.load(str(path))
+
+
+def test_wrong_targets(done: Path, model_folder: Path, tmp_path: Path, tiny_config: RunConfig) -> None:
+    with pytest.raises(UsageError, match="is a run and has an adapter of its own"):
+        target.find(str(done), adapter=str(done))
+    with pytest.raises(UsageError, match="has no adapter yet"):
+        target.find(str(model_folder), adapter=str(tmp_path))
+    with pytest.raises(UsageError, match="nothing to merge"):
+        target.merge_target(target.find(str(model_folder)), tmp_path / "out", MergeOptions())
+    with pytest.raises(UsageError, match="no rows to evaluate on"):
+        target.rows_from(target.find(str(model_folder)), None)
+    with pytest.raises(UsageError, match="nowhere"):
+        target.load("./nowhere")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(UsageError, match="does not name its base model"):
+        target.find(str(tmp_path))
+    with pytest.raises(Interrupted):
+        run(tiny_config.replace(method="full", save_steps=2), Events(interrupt_at=2))
+    with pytest.raises(UsageError, match="is not finished, so it has no weights yet"):
+        target.find(str(tiny_config.output_dir))
+
+
+def test_evaluating_on_other_rows_and_a_bare_model(done: Path, data_file: Path, model_folder: Path) -> None:
+    everything = target.evaluate_target(target.rows_from(target.find(str(done)), str(data_file)))
+    assert isinstance(everything, BaseAndTuned)
+    assert len(everything.tuned.rows) == 60
+    assert everything.gains["loss"] < 0
+    alone = target.evaluate_target(
+        target.rows_from(target.find(str(model_folder), dtype="float32"), str(data_file)),
+        EvaluateOptions(metrics=("exact_match",), max_new_tokens=4),
+    )
+    assert isinstance(alone, EvaluateResult)
+    assert alone.metrics["exact_match"] == 0
+
+
+def test_generating(done: Path, model_folder: Path) -> None:
+    opened = target.open_target(target.find(str(done)))
+    assert opened.raw, "the run's rows were prompts and completions"
+    (tuned,) = target.generate_texts(opened, ["say 3:"], SHORT)
+    (base,) = target.generate_texts(opened, ["say 3:"], SHORT, base=True)
+    assert tuned.text.startswith(" ")
+    assert tuned.tokens != base.tokens
+    assert len(target.generate_texts(opened, ["a", "b"], SHORT, raw=False)) == 2
+    with pytest.raises(UsageError, match="nothing to answer"):
+        target.generate_texts(opened, [], SHORT)
+
+
+def test_prompts_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("one\n\ntwo\n")
+    assert target.read_prompts(tmp_path / "p.txt") == ["one", "two"]
+    with pytest.raises(UsageError, match="cannot be read"):
+        target.read_prompts(tmp_path / "q.txt")
+
+
+def test_chatting(done: Path) -> None:
+    session = target.chat_session(target.open_target(target.find(str(done))), SHORT, "be short")
+    heard: list[str] = []
+    session.send("hello", heard.append)
+    assert [message["role"] for message in session.messages] == ["system", "user", "assistant"]
+
+
+def test_merging_a_run(done: Path, tmp_path: Path) -> None:
+    report = target.merge_target(target.find(str(done)), tmp_path / "merged", MergeOptions(merge_dtype="float32"))
+    merged: Any = target.load(str(tmp_path / "merged"), dtype="float32")
+    tuned: Any = target.load(str(done))
+    torch.testing.assert_close(ids(merged), ids(tuned), rtol=1e-4, atol=1e-4)
+    assert "trained" in report.base
+
+
+@pytest.mark.parametrize("method", ["qlora", "lora", "full"])
+def test_a_model_for_ones_own_loop(model_folder: Path, method: str) -> None:
+    model: Any = hb.load(model_folder, trainable=True, method=method, lora_r=4, dtype="float32")
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    tokens = torch.arange(50, 70)
+    batch = Batch(tokens, torch.arange(20), tokens.roll(-1), (20,))
+    losses = []
+    for _ in range(4):
+        nll, count = model.loss(batch)
+        (nll / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(nll.detach()) / count)
+    assert losses[-1] < losses[0]
