@@ -197,8 +197,9 @@ def phases(spec: ModelSpec, job: Job) -> dict[str, dict[str, int]]:
         "loss": loss_bytes(spec, job),
         "workspace": workspace_bytes(spec, job),
     }
-    # No layer is kept for a backward pass: one layer's worth, of a batch of its own size.
-    forward_only = EVALUATION_TOKENS * 2 * layer_activations(spec, job)
+    # Nothing is kept for a backward pass: gate, up and their product, the residual, and float32 temporaries of a norm.
+    d, size = spec.hidden_size, DTYPE_BYTES[job.dtype]
+    forward_only = EVALUATION_TOKENS * ((3 * spec.intermediate_size + 3 * d) * size + 2 * 4 * d)
     evaluate = {k: v for k, v in train.items() if k != "gradients"} | {"activations": forward_only}
     return {
         "load": {**held, "adapters": 0, "loading": loading_bytes(spec, job)},
