@@ -122,7 +122,7 @@ def _rounded_up(batch: Batch) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     kernels (2 MB each), and activations of ever new sizes fragment the heap. Measured: docs/experiments.md.
     """
     tokens = batch.tokens
-    granule = max(16, 1 << (tokens.bit_length() - 4)) if tokens else 1
+    granule = max(16, 1 << max(0, tokens.bit_length() - 4))
     extra = -tokens % granule
     if extra == 0:
         return batch.input_ids, batch.position_ids, batch.lengths
