@@ -146,7 +146,7 @@ def _metavar(field: FieldInfo, kind: str) -> str:
     """What `--help` shows for the value: the allowed words, or the kind."""
     if kind == "dict":
         return "KEY=VALUE"
-    if any(getattr(item, "func", None) is parse_bytes for item in field.metadata):
+    if parse_bytes.__name__ in repr(field.annotation):
         return "SIZE"
     annotation = field.annotation
     words = [str(w) for m in _members(annotation) if get_origin(m) is Literal for w in get_args(m)]

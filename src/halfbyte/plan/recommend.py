@@ -68,7 +68,7 @@ class Request:
     method         auto, or one of METHODS
     batches        (rows at once, accumulation) that are allowed, largest first
     checkpointing  None: only if memory asks for it
-    evaluations    passes over the held-out rows, the base's included
+    evaluations    passes over the held-out rows, base against tuned at the end included
     """
 
     method: str

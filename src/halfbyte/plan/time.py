@@ -14,12 +14,12 @@ from halfbyte.models.spec import ModelSpec
 from halfbyte.plan.hardware import Rates
 from halfbyte.plan.memory import Job, adapter_parameters, base_bytes, layer_activations
 
-GEMM_EFFICIENCY = 0.75
+GEMM_EFFICIENCY = 0.55
 """Share of the measured rate that a step's products reach: their shapes are smaller than the one measured."""
-TRAFFIC = 5.0
+TRAFFIC = 10.0
 """Times that a layer's activations cross the memory bus in forward and backward together, in units of what is kept."""
 LOAD_BYTES_A_SECOND = 400e6
-STARTUP_SECONDS = 4.0
+STARTUP_SECONDS = 2.0
 
 
 @dataclass(frozen=True)

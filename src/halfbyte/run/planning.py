@@ -135,8 +135,8 @@ def request(config: RunConfig, found: Survey) -> Request:
         checkpointing=config.gradient_checkpointing,
         epochs=config.num_train_epochs,
         max_steps=config.max_steps,
-        # The base, then every epoch or `eval_steps`.
-        evaluations=1 + max(1, steps // (config.eval_steps or per_epoch)),
+        # Every epoch or `eval_steps`, then base and tuned at the end.
+        evaluations=2 + max(1, steps // (config.eval_steps or per_epoch)),
     )
 
 
