@@ -11,11 +11,11 @@ from torch import Tensor
 from halfbyte.adapters import save_adapter
 from halfbyte.adapters.lora import LoraOptions
 from halfbyte.evaluate.evaluate import BaseAndTuned
+from halfbyte.export.card import model_card
 from halfbyte.export.model_files import write_model_files
 from halfbyte.export.safetensors_file import INDEX, Planned, plan_shards, shard_index, write_file
 from halfbyte.files import require_free_space, write_atomic
 from halfbyte.models.load import LoadedModel
-from halfbyte.run.card import model_card
 from halfbyte.run.config import RunConfig
 from halfbyte.run.planning import Survey
 from halfbyte.train.memory import process_memory
@@ -31,6 +31,7 @@ TEMPLATE = "chat_template.jinja"
 def write(
     path: Path,
     config: RunConfig,
+    record: dict[str, Any],
     found: Survey,
     loaded: LoadedModel,
     trained: TrainResult,
@@ -44,7 +45,7 @@ def write(
         write_adapter(path, config, loaded)
     write_tokenizer(path, found, loaded)
     result = result_of(path, config, trained, scores, other_seconds)
-    write_atomic(path / CARD, model_card(config, found, result))
+    write_atomic(path / CARD, model_card(config.model_dump(mode="json"), record, result, found.source))
     write_atomic(path / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return result
 

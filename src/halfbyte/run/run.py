@@ -30,6 +30,7 @@ from halfbyte.evaluate.evaluate import BaseAndTuned, EvaluateResult, against, ev
 from halfbyte.files import write_atomic
 from halfbyte.models.load import LoadedModel, load_model
 from halfbyte.models.options import ModelOptions
+from halfbyte.models.source import ModelSource
 from halfbyte.optim.options import OptimOptions
 from halfbyte.plan.recommend import check_fits
 from halfbyte.quant.options import QuantOptions
@@ -93,7 +94,7 @@ def run(config: RunConfig, on_event: Listener = silent, overwrite: bool = False)
         write_atomic(directory.path / CONFIG, to_yaml(resolved, record))
         if plan is not None:
             write_atomic(directory.path / PLAN, json.dumps(plan.as_dict(), indent=2) + "\n")
-        return _interruptible(directory, partial(_train, directory, resolved, found, on_event))
+        return _interruptible(directory, partial(_train, directory, resolved, record, found, on_event))
 
 
 def resume(path: Path, on_event: Listener = silent, max_steps: int | None = None) -> RunResult:
@@ -118,7 +119,7 @@ def resume(path: Path, on_event: Listener = silent, max_steps: int | None = None
     with RunDirectory.resume(path) as directory:
         write_atomic(path / CONFIG, to_yaml(config, record))
         (path / RESULT).unlink(missing_ok=True)
-        return _interruptible(directory, partial(_train, directory, config, found, on_event))
+        return _interruptible(directory, partial(_train, directory, config, record, found, on_event))
 
 
 def require_sinks(names: Sequence[str]) -> None:
@@ -165,13 +166,13 @@ def _interruptible(directory: RunDirectory, work: Callable[[], RunResult]) -> Ru
         raise Interrupted(f"stopped; go on with `halfbyte resume {directory.path}`") from None
 
 
-def _train(directory: RunDirectory, config: RunConfig, found: Survey, on_event: Listener) -> RunResult:
+def _train(directory: RunDirectory, config: RunConfig, record: Event, found: Survey, on_event: Listener) -> RunResult:
     """Everything between the first file of a run and its last."""
     clock = time.perf_counter
     started = clock()
     prepared = found.prepared
     assert prepared is not None
-    loaded = load(config)
+    loaded = load(config, found.source)
     trainable, report = make_trainable(loaded, config)
     on_event(
         {
@@ -195,15 +196,15 @@ def _train(directory: RunDirectory, config: RunConfig, found: Survey, on_event: 
     after = clock()
     scores = _scores(config, loaded, prepared, base)
     beside = (before - started) + (clock() - after)
-    result = outputs.write(directory.path, config, found, loaded, trained, scores, beside)
+    result = outputs.write(directory.path, config, record, found, loaded, trained, scores, beside)
     on_event({"event": "finished", "path": directory.path, "result": result})
     return RunResult(directory.path, config, result)
 
 
-def load(config: RunConfig) -> LoadedModel:
+def load(config: RunConfig, source: ModelSource | None = None) -> LoadedModel:
     """The base model as the run's method holds it: quantized linears for QLoRA, the compute dtype for the others."""
     quant = config.pick(QuantOptions) if config.method == "qlora" else None
-    return load_model(config.pick(ModelOptions), quant)
+    return load_model(config.pick(ModelOptions), quant, source=source)
 
 
 def make_trainable(loaded: LoadedModel, config: RunConfig) -> tuple[dict[str, nn.Parameter], AttachReport]:

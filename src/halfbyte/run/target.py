@@ -32,6 +32,7 @@ from halfbyte.evaluate.sampling import GenerateOptions
 from halfbyte.export.merge import MergeOptions, MergeReport, merge
 from halfbyte.models.load import LoadedModel, load_model
 from halfbyte.models.options import ModelOptions
+from halfbyte.models.source import ModelSource
 from halfbyte.quant.options import QuantOptions
 from halfbyte.run import folder, planning
 from halfbyte.run.config import RunConfig, load_config
@@ -124,10 +125,10 @@ def _adapter_folder(path: Path) -> Path:
     raise UsageError(f"{path} has no adapter yet (no {ADAPTER_CONFIG}, and no checkpoint with one)")
 
 
-def open_target(target: Target) -> Opened:
-    """Load the model, put the adapter on, find the template."""
+def open_target(target: Target, source: ModelSource | None = None) -> Opened:
+    """Load the model (from `source`, where it is open already), put the adapter on, find the template."""
     config = target.config
-    loaded = load_model(config.pick(ModelOptions), target.quant)
+    loaded = load_model(config.pick(ModelOptions), target.quant, source=source)
     if target.adapter is not None:
         load_adapter(loaded.model, target.adapter)
     loaded.model.eval()
@@ -169,7 +170,7 @@ def evaluate_target(
         raise UsageError("no rows to evaluate on: give --data with a file")
     found = planning.survey(config)
     assert found.prepared is not None
-    opened = open_target(target)
+    opened = open_target(target, found.source)
     rows, labels, stops = found.prepared.eval, found.prepared.labels, opened.end_ids | set(found.prepared.stop_ids)
 
     def measure(model: Any, both: bool) -> Any:
