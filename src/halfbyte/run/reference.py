@@ -11,8 +11,8 @@ HEAD = """\
 # The config
 
 One YAML file and flags carry the same fields; flags win. `halfbyte init` writes a commented file with all of them, and
-`--lora-r 8` on the command line is `lora_r: 8` in the file. A key that halfbyte does not know is refused with the nearest
-one that it does; a value that a field does not take is named with its file and line.
+`--lora-r 8` on the command line is `lora_r: 8` in the file. A key that halfbyte does not know is refused with the
+nearest one that it does; a value that a field does not take is named with its file and line.
 
 ```sh
 halfbyte init my.yaml --model my-model --data rows.jsonl --lora-r 8
@@ -36,7 +36,7 @@ understood too, in files and as flags. Two that disagree are an error.
 """
 
 METHOD = """
-`method` also follows from {names}, which other tools combine: `adapter: lora` with `load_in_4bit: true` is `qlora` here.
+`method` also follows from {names}, which other tools combine: `adapter: lora` with `load_in_4bit: true` is `qlora`.
 """
 
 
@@ -57,10 +57,7 @@ def page() -> str:
 def _table(options: type[Options]) -> str:
     lines = ["| field | default | what it does |", "|---|---|---|"]
     for name, field in options.model_fields.items():
-        if field.is_required():
-            default = "needed"
-        else:
-            default = _default(field.get_default(call_default_factory=True))
+        default = "needed" if field.is_required() else _default(field.get_default(call_default_factory=True))
         text = str(field.description).rstrip(".").replace("|", "\\|")
         lines.append(f"| `{name}` | {default} | {text[0].upper()}{text[1:]} |")
     return "\n".join(lines) + "\n"
