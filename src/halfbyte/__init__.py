@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from halfbyte.run.api import load, resume
+    from halfbyte.run.api import evaluate, load, plan, resume, train
     from halfbyte.run.config import RunConfig, load_config
     from halfbyte.run.run import RunResult
 

@@ -47,18 +47,18 @@ def test_unknown_names() -> None:
 
 def test_the_way_through_in_python(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     config = hb.RunConfig(model=str(model_folder), data=str(data_file), output_dir=tmp_path / "run", max_steps=2)
-    plan: Any = hb.plan(config)  # type: ignore[operator]
+    plan: Any = hb.plan(config)
     assert plan.method == "qlora"
-    result: hb.RunResult = hb.train(config)  # type: ignore[operator]
+    result: hb.RunResult = hb.train(config)
     assert result.eval_loss is not None
     assert result.train_loss is not None
-    scores: Any = hb.evaluate(result.path)  # type: ignore[operator]
+    scores: Any = hb.evaluate(result.path)
     assert scores.tuned.loss == pytest.approx(result.eval_loss, rel=1e-3)
     assert hb.resume(result.path, max_steps=3).result["step"] == 3
     model: Any = hb.load(result.path)
     assert inspect.ismethod(model.loss)
     with pytest.raises(UsageError, match="already holds a run"):
-        hb.train(config)  # type: ignore[operator]
+        hb.train(config)
 
 
 def test_keywords_win_over_a_config(model_folder: Path, tmp_path: Path) -> None:
