@@ -77,6 +77,9 @@ class Reporter:
         result = event["result"]
         if result["base_eval_loss"] is not None:
             self._line(f"held-out loss: {result['base_eval_loss']:.4f} before, {result['eval_loss']:.4f} after")
+        if "accuracy" in result["metrics"]:
+            before, after = result["metrics"]["base"]["accuracy"], result["metrics"]["accuracy"]
+            self._line(f"held-out accuracy: {before:.1%} before, {after:.1%} after")
         predicted = result["predicted"]
         if predicted:
             self._line(

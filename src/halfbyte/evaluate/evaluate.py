@@ -36,7 +36,8 @@ class EvaluateOptions(GenerateOptions):
 
     metrics: tuple[str, ...] = Field(
         default=(),
-        description=f"beside the loss: {', '.join(BUILT_IN)}, {ACCURACY} (classification), or file.py:function",
+        description=f"beside the loss: {', '.join(BUILT_IN)}, {ACCURACY} (the default for classification), "
+        "or file.py:function",
     )
     max_rows: int | None = Field(default=None, ge=1, description="use only the first rows")
     eval_batch_size: int = Field(default=32, ge=1, description="answers generated at once")
@@ -118,12 +119,15 @@ def evaluate(
 ) -> EvaluateResult:
     """Measure `model`, with whatever adapters are switched on, on `examples`.
 
-    labels, stop_ids   of the `data.Prepared` that the examples come from
+    labels, stop_ids   of the `data.Prepared` that the examples come from; with labels and no metric asked for, the
+                       metric is accuracy
 
     Raises UsageError where there are no rows or a metric cannot be computed on them, HalfbyteError for a loss that
     is not finite.
     """
     options = options or EvaluateOptions()
+    if labels and not options.metrics:
+        options = options.model_copy(update={"metrics": (ACCURACY,)})
     examples = list(examples)[: options.max_rows]
     if not examples:
         raise UsageError("there are no rows to evaluate on: give --eval-data, or set eval_split above 0")

@@ -276,7 +276,7 @@ def _base_of_full(path: Path, config: RunConfig, loaded: LoadedModel, prepared: 
         return None
     kept = folder.read_base(path)
     if kept is None:
-        kept = evaluate(loaded.model, loaded.tokenizer, prepared.eval)  # type: ignore[arg-type]
+        kept = evaluate(loaded.model, loaded.tokenizer, prepared.eval, labels=prepared.labels)  # type: ignore[arg-type]
         folder.write_base(path, kept)
     return kept
 
@@ -284,9 +284,10 @@ def _base_of_full(path: Path, config: RunConfig, loaded: LoadedModel, prepared: 
 def _scores(
     config: RunConfig, loaded: LoadedModel, prepared: Prepared, base: EvaluateResult | None
 ) -> BaseAndTuned | None:
-    """The loss on the held-out rows, base against tuned; None without held-out rows."""
+    """The loss (and the accuracy of labels) on the held-out rows, base against tuned; None without held-out rows."""
     if not prepared.eval:
         return None
+    model, tokenizer, rows, labels = loaded.model, loaded.tokenizer, prepared.eval, prepared.labels
     if base is not None:
-        return against(base, evaluate(loaded.model, loaded.tokenizer, prepared.eval))  # type: ignore[arg-type]
-    return evaluate_base_and_tuned(loaded.model, loaded.tokenizer, prepared.eval)  # type: ignore[arg-type]
+        return against(base, evaluate(model, tokenizer, rows, labels=labels))  # type: ignore[arg-type]
+    return evaluate_base_and_tuned(model, tokenizer, rows, labels=labels)  # type: ignore[arg-type]
