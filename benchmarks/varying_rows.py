@@ -12,6 +12,7 @@ import random
 import time
 
 import torch
+
 from halfbyte.adapters import LoraOptions, attach, parameters
 from halfbyte.batch import IGNORE, Batch
 from halfbyte.models.load import load_model
