@@ -7,9 +7,10 @@ AMSGrad, sparse gradients.
 A bfloat16 parameter is trained without losing small updates: its float32 value is the bfloat16 that the model sees plus
 the 16 bits below it, which the optimizer keeps (2 bytes an element, where a float32 copy takes 4).
 
-The step runs over chunks, many small tensors or a piece of a large one, with `torch._foreach` operators: little overhead
-for 500 adapter matrices, no temporaries of the size of the model, and on a CPU what one chunk touches stays in the cache
-(measured on 2 cores: 9 ms for 5 million parameters in 252 tensors, 0.13 s for 168 million; torch's fused kernel 0.24 s).
+The step runs over chunks, many small tensors or a piece of a large one, with `torch._foreach` operators: little
+overhead for 500 adapter matrices, no temporaries of the size of the model, and on a CPU what one chunk touches stays in
+the cache (measured on 2 cores: 9 ms for 5 million parameters in 252 tensors, 0.13 s for 168 million; torch's fused
+kernel 0.24 s).
 """
 
 from collections.abc import Mapping
