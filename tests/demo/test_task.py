@@ -33,7 +33,16 @@ def answer(row: Row) -> dict[str, Any]:
 
 def phrases(side: Phrasing) -> set[str]:
     """Every sentence and phrase of a side, without case, punctuation and slots."""
-    groups = [side.due, side.opening, side.closing, side.greeting, side.urgent, side.calm, *side.bodies.values()]
+    groups = [
+        side.due,
+        side.opening,
+        side.closing,
+        side.greeting,
+        side.urgent,
+        side.calm,
+        side.neutral,
+        *side.bodies.values(),
+    ]
     plain = str.maketrans("", "", string.punctuation.replace("'", ""))
     return {re.sub(r"\{\w+\}", "_", text).lower().translate(plain).strip() for group in groups for text in group}
 
@@ -64,6 +73,12 @@ def test_names_and_items_are_disjoint_also_word_by_word() -> None:
     assert not set(TRAIN.names) & set(HELD_OUT.names)
     words = [{word for item in side.items for word in item.split()} for side in (TRAIN, HELD_OUT)]
     assert not words[0] & words[1]
+
+
+def test_an_s_makes_every_item_plural() -> None:
+    assert not [
+        item for side in (TRAIN, HELD_OUT) for item in side.items if re.search(r"(s|x|z|ch|sh|[^aeo]y|f)$", item)
+    ]
 
 
 def test_dates_are_disjoint() -> None:

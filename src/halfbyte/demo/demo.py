@@ -124,6 +124,8 @@ def demo_config(model: str, data: Path, held_out: Path, output_dir: Path) -> Run
         method="auto",
         memory=min(MEMORY, detect().usable),
         num_train_epochs=1,
+        # Above the default: with a hundred-odd updates the default has not finished learning.
+        learning_rate=3e-4,
         max_seq_length=256,
         output_dir=str(output_dir),
     )

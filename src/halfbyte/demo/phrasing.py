@@ -15,13 +15,15 @@ def _list(text: str) -> tuple[str, ...]:
 class Phrasing:
     """One side's surface forms. `{what}` is the quantity with the item, `{due}` a day, `{name}` the writer.
 
-    `due` reads on after any body. `urgent` and `calm` are remarks: `calm` ones say that there is no hurry, or nothing.
+    `due` reads on after any body. The remarks say that the matter is `urgent`, that there is no hurry (`calm`), or
+    something else (`neutral`).
     """
 
     bodies: dict[str, tuple[str, ...]]
     due: tuple[str, ...]
     urgent: tuple[str, ...]
     calm: tuple[str, ...]
+    neutral: tuple[str, ...]
     opening: tuple[str, ...]
     closing: tuple[str, ...]
     greeting: tuple[str, ...]
@@ -45,6 +47,14 @@ TRAIN = Phrasing(
             "I am missing {what}, please order",
             "we would like {what}",
             "is it possible to order {what}",
+            "deliver {what} to us, please",
+            "get me {what}, please",
+            "I want {what}",
+            "could we get {what}",
+            "{what} for our office, please",
+            "my colleague wants to order {what}",
+            "please add {what} to our order",
+            "can you provide {what}",
         ),
         "return": (
             "I want to return {what}",
@@ -59,6 +69,14 @@ TRAIN = Phrasing(
             "we received {what} by mistake and want to return it all",
             "I am returning {what}",
             "please arrange the return of {what}",
+            "I would like to give {what} back",
+            "take {what} back, please",
+            "{what} can go back to you",
+            "please refund {what}, I am sending it all back",
+            "I do not want to keep {what}",
+            "we are done with {what} and want to return it all",
+            "you will get back {what} from us",
+            "we must return {what}",
         ),
         "repair": (
             "please repair {what}",
@@ -73,6 +91,14 @@ TRAIN = Phrasing(
             "there is a fault in {what}",
             "{what} fell down and got damaged, please repair",
             "nobody can use {what} any more, please fix",
+            "{what} must be fixed",
+            "please look at {what}, something broke",
+            "{what} refused to start",
+            "could you mend {what}",
+            "there was smoke coming out of {what}",
+            "{what} got broken",
+            "I need help with {what} that broke",
+            "is it possible to repair {what}",
         ),
         "cancel": (
             "please cancel {what}",
@@ -87,6 +113,14 @@ TRAIN = Phrasing(
             "I have to cancel the delivery of {what}",
             "do not deliver {what}, the order is cancelled",
             "we ordered {what} twice, please cancel",
+            "I do not want {what} any more, please cancel",
+            "please call off the order of {what}",
+            "cancel {what}, please",
+            "stop the delivery of {what}",
+            "{what} can be cancelled",
+            "my order of {what} is no longer needed",
+            "I would like to cancel {what}",
+            "is it possible to cancel {what}",
         ),
     },
     due=(
@@ -159,6 +193,26 @@ TRAIN = Phrasing(
         "This has the lowest priority.",
         "No hurry, please.",
         "It does not have to be soon.",
+        "Nothing pressing.",
+        "Not important.",
+        "It may wait.",
+        "That can wait until you have time.",
+        "You can take as long as you like.",
+        "Hurrying is not necessary.",
+        "Urgent it is not.",
+        "This is not an emergency.",
+        "It does not matter when.",
+        "A later day is fine too.",
+        "There is no need to be quick.",
+        "We will not need it soon.",
+        "I can wait.",
+        "Do not hurry.",
+        "Please do not rush.",
+        "It is of low urgency.",
+        "This has no priority.",
+        "Not so urgent at all.",
+    ),
+    neutral=(
         "We are on the second floor.",
         "The door is open.",
         "Please call me first.",
@@ -171,6 +225,18 @@ TRAIN = Phrasing(
         "Let me know if you have questions.",
         "The other team is happy too.",
         "We talked about it last time.",
+        "Please ring the bell.",
+        "Please knock first.",
+        "Please write me an email about it.",
+        "Please use the back door.",
+        "Please ask for me at the front.",
+        "Please keep the receipt.",
+        "Please mind the steps.",
+        "Please be careful with the carpet.",
+        "Please say hello to the team.",
+        "Please tell my boss too.",
+        "We have moved to the fourth floor.",
+        "My email is on the form.",
     ),
     opening=(
         "This is {name}.",
@@ -191,7 +257,13 @@ TRAIN = Phrasing(
         "Felix, Grace, Andrei, Leila, Simon, Vera, Siobhan, Thandiwe, Giacomo, Anneliese, Bogdan, Xiomara, "
         "Oluwaseun, Ludmila, Torvald, Zuzanna, Mireille, Nikhil, Radomir, Ghislaine, Takumi, Yevgenia, Kwabena, "
         "Fredrika, Iolanda, Bjarne, Chidi, Svetlana, Jorunn, Eszter, Gwendolyn, Rukmini, Sandor, Tomasz, "
-        "Wilhelmina, Jacinto"
+        "Wilhelmina, Jacinto, Abimbola, Agnieszka, Alejandro, Anselm, Beatriz, Berenike, Casimira, Catalina, "
+        "Cosmin, Dariusz, Delphine, Dunja, Edwina, Efrain, Eleftheria, Emeka, Fiorella, Florin, Genoveva, "
+        "Gunther, Halima, Hortense, Ibrahim, Ignacio, Ilse, Jaroslav, Jamila, Kasimira, Keziah, Klemens, Larissa, "
+        "Leopold, Lisandro, Magdalena, Marcelo, Mbali, Miroslav, Nadezhda, Natsuki, Norbert, Octavia, Orhan, "
+        "Pasquale, Philippa, Rodrigo, Roswitha, Rustam, Sigrid, Soledad, Stanislav, Tatsuya, Thorsten, Ursula, "
+        "Valentina, Vasily, Wojciech, Yasmin, Yolanda, Zacharias, Zeynep, Matthew, Rachel, Andrew, Charlotte, "
+        "Benjamin, Victoria, Nathan, Hannah, Oliver, Margaret"
     ),
     items=_list(
         "chair, desk lamp, monitor, printer, keyboard, projector, headset, laptop, webcam, phone, router, "
@@ -199,9 +271,15 @@ TRAIN = Phrasing(
         "table, sofa, mirror, office chair, battery pack, power strip, door lock, paper tray, screen, drill, "
         "ladder, window blind, light bulb, hard drive, calculator, radio, ticket printer, coat rack, thermostat, "
         "dehumidifier, doorbell, lampshade, corkboard, bookend, wheelbarrow, hand dryer, flipchart, loudspeaker, "
-        "turnstile, teapot, tripod, lightbox, smoke detector, pencil sharpener, ergonomic mousepad, soldering iron, "
-        "laminator, doormat, umbrella stand, parasol, pinboard, pedestal, rucksack, saucepan, typewriter, "
-        "wristband, bottle opener, hairdryer"
+        "turnstile, teapot, tripod, lantern, smoke detector, pencil sharpener, ergonomic mousepad, soldering "
+        "iron, laminator, doormat, umbrella stand, parasol, pinboard, pedestal, rucksack, saucepan, typewriter, "
+        "wristband, bottle opener, hairdryer, accordion, aquarium, barometer, bathtub, blackboard, bucket, "
+        "candlestick, ceiling lamp, chandelier, clarinet, coaster, compressor, cupboard, dustbin, earphone, "
+        "envelope opener, extinguisher, filing tray, flashlight, floor mat, flower pot, fountain pen, frying pan, "
+        "grill, hammer, handcart, inkwell, jacket, jug, lectern, magnifier, megaphone, mixer, oscilloscope, "
+        "padlock, pencil case, pillow, plotter, raincoat, saxophone, shovel, sleeping bag, spatula, spotlight, "
+        "stopwatch timer, stretcher, teaspoon, thermometer, tumbler, ukulele, voltmeter, waffle iron, walking "
+        "stick, watering can, wheelchair, xylophone"
     ),
     even_dates=True,
 )
@@ -209,9 +287,9 @@ TRAIN = Phrasing(
 HELD_OUT = Phrasing(
     bodies={
         "order": (
-            "would you order {what} for me",
-            "we are in need of {what}",
-            "I'd like to have {what}",
+            "could you please order {what}",
+            "I'm writing to order {what}",
+            "we'd love to get {what}",
             "please bring us {what}",
             "my department requires {what}",
             "we want to buy {what}",
@@ -219,26 +297,26 @@ HELD_OUT = Phrasing(
         "return": (
             "we would like to return {what}",
             "I'd like to send back {what}",
-            "please pick up {what}, we are giving the whole lot back",
-            "I am bringing back {what}",
             "{what} should be taken back",
-            "we have decided to return {what}",
+            "may I return {what}",
+            "please fetch {what}, it all goes back",
+            "I'm giving back {what}",
         ),
         "repair": (
-            "we would like to have {what} repaired",
             "would you fix {what} for us",
-            "we noticed a problem with {what}",
             "could a technician repair {what}",
             "I broke {what}, can you fix the damage",
-            "{what} failed and should be fixed",
+            "{what} just broke",
+            "who can repair {what}",
+            "please have {what} repaired",
         ),
         "cancel": (
             "I'd like to cancel {what}",
             "our order for {what} should be cancelled",
             "could you cancel the purchase of {what}",
-            "we changed our mind about {what}, so please cancel",
-            "forget about {what}, cancel everything",
-            "kindly cancel the request for {what}",
+            "please cancel our request for {what}",
+            "we have to cancel {what}",
+            "never mind {what}, cancel everything",
         ),
     },
     due=(
@@ -250,22 +328,24 @@ HELD_OUT = Phrasing(
         "by {due} if at all possible",
     ),
     urgent=(
-        "We need this urgently.",
-        "Please do it quickly!",
+        "This is really urgent!",
+        "Please deal with it immediately.",
+        "We need it as fast as possible.",
         "High priority.",
-        "Please act fast.",
         "I am in a hurry.",
-        "Very urgent, please.",
+        "Urgently, please.",
     ),
     calm=(
         "No rush at all.",
         "It can wait.",
         "Not urgent.",
-        "Please take all the time you need.",
-        "We are in the building next door.",
-        "Please put it into the kitchen.",
-        "The receipt is in my desk.",
-        "Please tell me when it is done.",
+        "There is no deadline.",
+    ),
+    neutral=(
+        "Our lift works again.",
+        "Please leave the key at the gate.",
+        "The invoice goes to accounting.",
+        "You can park in the yard.",
     ),
     opening=(
         "My name is {name}.",
@@ -276,14 +356,14 @@ HELD_OUT = Phrasing(
     closing=("Many thanks, {name}", "Kind regards, {name}", "Cheers, {name}"),
     greeting=("Good afternoon,", "Hello there,", "Good day,"),
     names=_list(
-        "Elena, Mateo, Ingrid, Karim, Alice, Boris, Chiara, Daniel, Esther, Farid, Georg, Hana, Isabel, Jakob, "
-        "Katya, Leon, Mona, Nils, Oscar, Petra, Quentin, Rosa, Stefan, Tanja, Umar, Kasimir, Ottilie, Babajide, "
-        "Marisol, Henrik"
+        "Elena, Mateo, Ingrid, Karim, Alice, Boris, Chiara, Daniel, Esther, Farid, Hana, Isabel, Jakob, Leon, "
+        "Mona, Oscar, Petra, Quentin, Rosa, Umar, Aurelia, Casper, Dagmar, Emil, Frida, Gustav, Hedda, Imran, "
+        "Jelena, Kaito, Lorenz, Malik"
     ),
     items=_list(
-        "kettle, step stool, docking station, shredder, label maker, air purifier, fridge, toaster, water cooler, "
-        "trolley, stapler, vacuum cleaner, clock, footrest, cabinet, locker, television, freezer, suitcase, "
-        "helmet, guitar, bicycle, badge reader, blender, telescope, wire cutter, humidity sensor"
+        "kettle, trolley, freezer, helmet, guitar, suitcase, telescope, wardrobe, oven, violin, skateboard, "
+        "notebook, shredder, label maker, air purifier, toaster, stapler, vacuum cleaner, locker, television, "
+        "bicycle, badge reader, blender, wire cutter, humidity sensor, lawn mower, sewing kit, tractor"
     ),
     even_dates=False,
 )

@@ -95,13 +95,10 @@ class Screen:
 
     def _pairs(self, lines: Sequence[tuple[str, str, str]]) -> None:
         """(name, text, style) under each other. A base model runs on over many lines; here it is one text."""
-        grid = Table.grid(padding=(0, 2))
-        grid.add_column(style="dim")
-        grid.add_column(overflow="fold")
         for name, text, style in lines:
             shown = escape(" ".join(text.split()) or "(nothing)")
-            grid.add_row(name, f"[{style}]{shown}[/]" if style else shown)
-        self._console.print(grid)
+            body = f"[{style}]{shown}[/]" if style else shown
+            self._console.print(f"[dim]{name:<5}[/]  {body}", highlight=False, soft_wrap=True)
 
 
 def _table(*columns: str) -> Table:

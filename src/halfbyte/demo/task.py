@@ -23,7 +23,7 @@ from typing import Any
 from halfbyte.demo.phrasing import HELD_OUT, TRAIN, Phrasing
 from halfbyte.files import write_atomic
 
-TRAIN_ROWS = 1600
+TRAIN_ROWS = 2000
 HELD_OUT_ROWS = 120
 SEED = 42
 
@@ -76,20 +76,22 @@ def _pair(phrasing: Phrasing, index: int, rng: random.Random) -> tuple[str, dict
     intent = tuple(phrasing.bodies)[index % len(phrasing.bodies)]
     item, quantity = rng.choice(phrasing.items), rng.randint(1, 12)
     due = rng.choice((None, rng.choice(DAYS), rng.choice(DAYS), _date(phrasing, rng)))
-    urgent = rng.random() < 0.4
+    kind = rng.choice(("urgent", "calm", "neutral", "none"))
     name = rng.choice((None, *[rng.choice(phrasing.names)] * 3))
 
     body = rng.choice(phrasing.bodies[intent]).format(what=_counted(quantity, item, rng))
     if due is not None:
         body += " " + rng.choice(phrasing.due).format(due=due)
-    remark = rng.choice(phrasing.urgent) if urgent else rng.choice((rng.choice(phrasing.calm), ""))
+    remark = rng.choice(
+        {"urgent": phrasing.urgent, "calm": phrasing.calm, "neutral": phrasing.neutral}.get(kind, ("",))
+    )
     prompt = _arrange(phrasing, body, remark, name, rng)
     return prompt, {
         "intent": intent,
         "item": item,
         "quantity": quantity,
         "due": due,
-        "urgent": urgent,
+        "urgent": kind == "urgent",
         "name": name,
     }
 
