@@ -8,7 +8,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import typer
@@ -84,8 +84,19 @@ def make_app() -> typer.Typer:
     return app
 
 
+def wait_without_spinning(environment: MutableMapping[str, str]) -> None:
+    """Let OpenMP's threads sleep while they wait, unless the user said otherwise. Must come before torch is loaded.
+
+    libgomp's default is to spin, and on a machine that does anything else beside us a spinning thread holds the core
+    that the thread it waits for needs: one busy neighbour made a step 3 to 30 times slower (docs/experiments.md).
+    """
+    if not environment.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}:
+        environment["OMP_WAIT_POLICY"] = "PASSIVE"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave with its exit code; what a user did wrong is one line on stderr."""
+    wait_without_spinning(os.environ)
     try:
         make_app()(args=None if arguments is None else list(arguments))
     except HalfbyteError as error:
