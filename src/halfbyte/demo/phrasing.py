@@ -4,11 +4,26 @@ The two tables share no phrase, name or item (`tests/demo/test_task.py` holds th
 the model has learnt to read, not what it remembers. Verbs agree with "a kettle" as well as with "four kettles".
 """
 
+import random
 from dataclasses import dataclass
 
 
 def _list(text: str) -> tuple[str, ...]:
     return tuple(text.split(", "))
+
+
+def _made_up_names(count: int) -> tuple[str, ...]:
+    """Names that nobody has: a model that has seen a few hundred different ones copies, where it would else guess."""
+    rng = random.Random("names")
+    starts, middles, ends = (
+        _list("Al, An, Be, Ca, Da, El, Fa, Ga, He, Is, Jo, Ka, Li, Ma, No, Or, Pe, Ra, Sa, Ta, Ul, Va, Wi, Za"),
+        _list("bi, da, fre, go, li, lo, mi, na, ne, ri, ro, sa, se, ti, va, ve"),
+        _list("a, as, e, el, en, i, ia, in, is, o, on, us"),
+    )
+    names: dict[str, None] = {}
+    while len(names) < count:
+        names[rng.choice(starts) + rng.choice(middles) + rng.choice(ends)] = None
+    return tuple(names)
 
 
 @dataclass(frozen=True)
@@ -55,6 +70,10 @@ TRAIN = Phrasing(
             "my colleague wants to order {what}",
             "please add {what} to our order",
             "can you provide {what}",
+            "please purchase {what}",
+            "my department would like to have {what}",
+            "we require {what}",
+            "please bring {what} to my room",
         ),
         "return": (
             "I want to return {what}",
@@ -77,6 +96,10 @@ TRAIN = Phrasing(
             "we are done with {what} and want to return it all",
             "you will get back {what} from us",
             "we must return {what}",
+            "please accept our return of {what}",
+            "I decided to give back {what}",
+            "we brought {what} back",
+            "please let us return {what}",
         ),
         "repair": (
             "please repair {what}",
@@ -99,6 +122,10 @@ TRAIN = Phrasing(
             "{what} got broken",
             "I need help with {what} that broke",
             "is it possible to repair {what}",
+            "{what} failed and must be repaired",
+            "we found a defect in {what}",
+            "please send a technician for {what}",
+            "{what} should be repaired by a technician",
         ),
         "cancel": (
             "please cancel {what}",
@@ -121,6 +148,10 @@ TRAIN = Phrasing(
             "my order of {what} is no longer needed",
             "I would like to cancel {what}",
             "is it possible to cancel {what}",
+            "drop {what} from our order",
+            "scrap the order of {what}",
+            "please do not process my order of {what}",
+            "you may forget my order of {what}",
         ),
     },
     due=(
@@ -264,7 +295,8 @@ TRAIN = Phrasing(
         "Pasquale, Philippa, Rodrigo, Roswitha, Rustam, Sigrid, Soledad, Stanislav, Tatsuya, Thorsten, Ursula, "
         "Valentina, Vasily, Wojciech, Yasmin, Yolanda, Zacharias, Zeynep, Matthew, Rachel, Andrew, Charlotte, "
         "Benjamin, Victoria, Nathan, Hannah, Oliver, Margaret"
-    ),
+    )
+    + _made_up_names(150),
     items=_list(
         "chair, desk lamp, monitor, printer, keyboard, projector, headset, laptop, webcam, phone, router, "
         "scanner, heater, fan, whiteboard, coffee machine, microphone, speaker, cable, charger, tablet, camera, "
@@ -279,7 +311,12 @@ TRAIN = Phrasing(
         "grill, hammer, handcart, inkwell, jacket, jug, lectern, magnifier, megaphone, mixer, oscilloscope, "
         "padlock, pencil case, pillow, plotter, raincoat, saxophone, shovel, sleeping bag, spatula, spotlight, "
         "stopwatch timer, stretcher, teaspoon, thermometer, tumbler, ukulele, voltmeter, waffle iron, walking "
-        "stick, watering can, wheelchair, xylophone"
+        "stick, watering can, wheelchair, xylophone, backpack, bagpipe, birdcage, bulldozer, candelabra, "
+        "cauldron, chainsaw, chalkboard, cocktail shaker, corkscrew, dartboard, deckchair, dollhouse, dustpan, "
+        "espresso maker, fishing rod, floodlight, footstool, gramophone, greenhouse, harmonica, headlamp, jigsaw, "
+        "kaleidoscope, lawnchair, mandolin, mousetrap, nightstand, parachute, periscope, pressure cooker, "
+        "projector mount, raft, roundtable, sandwich grill, seesaw, snowplough, sprinkler, surfboard, tambourine, "
+        "toolbelt, trampoline, turntable, typewriter case, whistle, windmill, yardstick, zipline"
     ),
     even_dates=True,
 )
@@ -290,33 +327,33 @@ HELD_OUT = Phrasing(
             "could you please order {what}",
             "I'm writing to order {what}",
             "we'd love to get {what}",
-            "please bring us {what}",
-            "my department requires {what}",
-            "we want to buy {what}",
+            "please purchase {what} for us",
+            "I'd need {what}",
+            "may we order {what}",
         ),
         "return": (
-            "we would like to return {what}",
-            "I'd like to send back {what}",
-            "{what} should be taken back",
             "may I return {what}",
-            "please fetch {what}, it all goes back",
             "I'm giving back {what}",
+            "we have {what} to return",
+            "please accept {what} back",
+            "I've decided to return {what}",
+            "{what} should be taken back",
         ),
         "repair": (
-            "would you fix {what} for us",
-            "could a technician repair {what}",
-            "I broke {what}, can you fix the damage",
             "{what} just broke",
             "who can repair {what}",
             "please have {what} repaired",
+            "we've got a defect in {what}",
+            "can a technician fix {what}",
+            "{what} suddenly failed, please repair",
         ),
         "cancel": (
-            "I'd like to cancel {what}",
-            "our order for {what} should be cancelled",
-            "could you cancel the purchase of {what}",
             "please cancel our request for {what}",
             "we have to cancel {what}",
-            "never mind {what}, cancel everything",
+            "could you cancel the purchase of {what}",
+            "please drop my order of {what}",
+            "I'm cancelling {what}",
+            "our order for {what} should be cancelled",
         ),
     },
     due=(
@@ -328,42 +365,51 @@ HELD_OUT = Phrasing(
         "by {due} if at all possible",
     ),
     urgent=(
-        "This is really urgent!",
-        "Please deal with it immediately.",
-        "We need it as fast as possible.",
+        "We need this immediately!",
+        "Please act right now.",
+        "This is extremely urgent.",
         "High priority.",
         "I am in a hurry.",
-        "Urgently, please.",
+        "Please be fast.",
     ),
     calm=(
-        "No rush at all.",
+        "There is no deadline.",
         "It can wait.",
         "Not urgent.",
-        "There is no deadline.",
+        "You have lots of time.",
     ),
     neutral=(
-        "Our lift works again.",
-        "Please leave the key at the gate.",
+        "Our office has a new address.",
         "The invoice goes to accounting.",
         "You can park in the yard.",
+        "It is raining here.",
     ),
     opening=(
         "My name is {name}.",
         "{name} speaking.",
         "Here is {name}.",
-        "{name} from the third floor here.",
+        "{name} from the warehouse.",
     ),
-    closing=("Many thanks, {name}", "Kind regards, {name}", "Cheers, {name}"),
-    greeting=("Good afternoon,", "Hello there,", "Good day,"),
+    closing=(
+        "Many thanks, {name}",
+        "Kind regards, {name}",
+        "Cheers, {name}",
+        "Yours, {name}",
+    ),
+    greeting=(
+        "Good afternoon,",
+        "Hello there,",
+        "Good day,",
+    ),
     names=_list(
-        "Elena, Mateo, Ingrid, Karim, Alice, Boris, Chiara, Daniel, Esther, Farid, Hana, Isabel, Jakob, Leon, "
-        "Mona, Oscar, Petra, Quentin, Rosa, Umar, Aurelia, Casper, Dagmar, Emil, Frida, Gustav, Hedda, Imran, "
-        "Jelena, Kaito, Lorenz, Malik"
+        "Adela, Basil, Caroline, Derek, Elise, Fabian, Greta, Harold, Irina, Jasper, Karolina, Lukas, Martina, "
+        "Nelson, Ophelia, Patrick, Renata, Sebastian, Tamara, Ulrich, Vanessa, Walter, Xavier, Yvonne, Zoltan, "
+        "Alina, Bernard, Celine"
     ),
     items=_list(
-        "kettle, trolley, freezer, helmet, guitar, suitcase, telescope, wardrobe, oven, violin, skateboard, "
-        "notebook, shredder, label maker, air purifier, toaster, stapler, vacuum cleaner, locker, television, "
-        "bicycle, badge reader, blender, wire cutter, humidity sensor, lawn mower, sewing kit, tractor"
+        "barrel, blanket, broom, canoe, crate, curtain, dresser, drone, easel, generator, globe, hammock, juicer, "
+        "lawn mower, motor, napkin holder, oven, pump, rug, safe, scooter, sewing kit, sieve, tent, trumpet, "
+        "vase, violin, wire cutter"
     ),
     even_dates=False,
 )
