@@ -65,6 +65,11 @@ def test_text_of_rows_and_models_is_no_markup() -> None:
     assert shown("say", "[red]a[/]") == "[red]a[/]\n"
 
 
+def test_a_model_cannot_send_control_sequences_to_the_terminal() -> None:
+    hostile = row("a", "b", "x\x1b[2J\x07\x9b31m\x00y", False)
+    assert "tuned  x\ufffd[2J\ufffd\ufffd31m\ufffdy\n" in shown("rows", [hostile], [hostile], "m")
+
+
 def test_rows_show_an_error_of_the_tuned_model_with_the_right_answer() -> None:
     lines = shown("rows", [EMPTY] * 9, [RIGHT] * 8 + [WRONG], "m").splitlines()
     assert sum(line.startswith("asked") for line in lines) == 4

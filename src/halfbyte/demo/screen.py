@@ -96,7 +96,7 @@ class Screen:
     def _pairs(self, lines: Sequence[tuple[str, str, str]]) -> None:
         """(name, text, style) under each other. A base model runs on over many lines; here it is one text."""
         for name, text, style in lines:
-            shown = escape(" ".join(text.split()) or "(nothing)")
+            shown = escape(_printable(" ".join(text.split())) or "(nothing)")
             body = f"[{style}]{shown}[/]" if style else shown
             self._console.print(f"[dim]{name:<5}[/]  {body}", highlight=False, soft_wrap=True)
 
@@ -106,6 +106,11 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
     return table
+
+
+def _printable(text: str) -> str:
+    """A model can say anything, control sequences of the terminal too."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
 def _gb(count: float) -> str:
