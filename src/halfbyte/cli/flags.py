@@ -179,7 +179,7 @@ def _value(name: str, value: Any, fields: Mapping[str, Any]) -> Any:
         if wrong:
             raise UsageError(f"--{name.replace('_', '-')} {wrong[0]}: write it as KEY=VALUE")
         return {key: text for key, _, text in pairs}
-    if field not in ("data", "eval_data", "stop", "metrics"):  # the name of a file, or a text, may hold a comma
+    if field not in ("data", "eval_data", "stop"):  # the name of a file, or a text, may hold a comma
         items = [part.strip() for item in items for part in item.split(",")]
     takes_text = any(member is str for member in _members(fields[field]))
     return items[0] if takes_text and len(items) == 1 else items
