@@ -351,7 +351,7 @@ HELD_OUT = Phrasing(
             "please cancel our request for {what}",
             "we have to cancel {what}",
             "could you cancel the purchase of {what}",
-            "please drop my order of {what}",
+            "I wish to cancel {what}",
             "I'm cancelling {what}",
             "our order for {what} should be cancelled",
         ),
