@@ -90,7 +90,7 @@ def test_dates_are_disjoint() -> None:
 def test_rows_contain_only_their_own_side() -> None:
     """The generator draws from the side that it was given: checked on the rows, not on the tables."""
     for rows, own, other in ((TRAINING, TRAIN, HELD_OUT), (HELD, HELD_OUT, TRAIN)):
-        assert {answer(row)["item"] for row in rows} <= {text for item in own.items for text in (item, f"{item}s")}
+        assert {answer(row)["item"] for row in rows} <= set(own.items)
         assert {answer(row)["name"] for row in rows} <= {None, *own.names}
         foreign = {*other.names, *other.items}
         assert not [word for row in rows for word in foreign if re.search(rf"\b{word}s?\b", prompt(row))]
@@ -114,7 +114,7 @@ def test_the_answer_can_be_read_from_the_request() -> None:
     for row in TRAINING + HELD:
         request, fields = prompt(row), answer(row)
         assert list(fields) == ["intent", "item", "quantity", "due", "urgent", "name"]
-        assert re.search(rf"\b{fields['item']}\b", request)
+        assert re.search(rf"\b{fields['item']}s?\b", request)
         assert fields["due"] is None or re.search(rf"\b{fields['due']}\b", request)
         assert fields["name"] is None or re.search(rf"\b{fields['name']}\b", request)
         names = {*TRAIN.names, *HELD_OUT.names} - {fields["name"]}

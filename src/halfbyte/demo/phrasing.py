@@ -316,7 +316,13 @@ TRAIN = Phrasing(
         "espresso maker, fishing rod, floodlight, footstool, gramophone, greenhouse, harmonica, headlamp, jigsaw, "
         "kaleidoscope, lawnchair, mandolin, mousetrap, nightstand, parachute, periscope, pressure cooker, "
         "projector mount, raft, roundtable, sandwich grill, seesaw, snowplough, sprinkler, surfboard, tambourine, "
-        "toolbelt, trampoline, turntable, typewriter case, whistle, windmill, yardstick, zipline"
+        "toolbelt, trampoline, turntable, typewriter case, whistle, windmill, yardstick, zipline, apron, "
+        "armchair, basket, beam, bell, bolt, bowl, bulb, canister, cap, clamp, cloak, coat, cork, cradle, "
+        "cushion, dial, drawer, drum, duvet, fence, flag, flask, fork, funnel, gate, glove, hatch cover, hinge, "
+        "hook, hose, kite, knife block, lamp, latch key, lid, lens cap, magnet, mat, mop, mug, net, pan, pedal, "
+        "pipe, plank, plate, plug, pot, quilt, rack, rake, razor, robe, rope, saddle, sail, saw, scarf ring, "
+        "scale, sink, sled, spade, spoon, stamp, stool, stove, tap, tile, tool, towel, tray, tub, tube, valve, "
+        "vest, wagon, wheel, wig, wrench set"
     ),
     even_dates=True,
 )
@@ -407,9 +413,9 @@ HELD_OUT = Phrasing(
         "Alina, Bernard, Celine"
     ),
     items=_list(
-        "barrel, blanket, broom, canoe, crate, curtain, dresser, drone, easel, generator, globe, hammock, juicer, "
-        "lawn mower, motor, napkin holder, oven, pump, rug, safe, scooter, sewing kit, sieve, tent, trumpet, "
-        "vase, violin, wire cutter"
+        "barrel, blanket, broom, canoe, crate, curtain, dresser, drone, easel, generator, trolley, hammock, toaster, "
+        "lawn mower, motor, napkin holder, oven, wardrobe, safe, scooter, sewing kit, trumpet, violin, wire cutter, "
+        "kettle, bicycle, guitar, telescope"
     ),
     even_dates=False,
 )

@@ -1,7 +1,7 @@
 """The demo's task: an office service desk that turns a colleague's sentence into one line of strict JSON.
 
     Maria here. We need 3 desk lamps by Friday, it is urgent.
-    {"intent":"order","item":"desk lamps","quantity":3,"due":"Friday","urgent":true,"name":"Maria"}
+    {"intent":"order","item":"desk lamp","quantity":3,"due":"Friday","urgent":true,"name":"Maria"}
 
 Every row is made by code from a fixed seed, in OpenAI's `messages` form. So that a model cannot score by remembering,
 the training rows (made from `phrasing.TRAIN`) and the held-out rows (`phrasing.HELD_OUT`) do not share:
@@ -79,8 +79,7 @@ def _pair(phrasing: Phrasing, index: int, rng: random.Random) -> tuple[str, dict
     kind = rng.choice(("urgent", "calm", "neutral", "none"))
     name = rng.choice((None, *[rng.choice(phrasing.names)] * 3))
 
-    number, item = _counted(quantity, item, rng)
-    body = rng.choice(phrasing.bodies[intent]).format(what=f"{number} {item}")
+    body = rng.choice(phrasing.bodies[intent]).format(what=_counted(quantity, item, rng))
     if due is not None:
         body += " " + rng.choice(phrasing.due).format(due=due)
     remark = rng.choice(
@@ -112,12 +111,12 @@ def _arrange(phrasing: Phrasing, body: str, remark: str, name: str | None, rng: 
     return " ".join(part for part in (first, *middle, last) if part)
 
 
-def _counted(quantity: int, item: str, rng: random.Random) -> tuple[str, str]:
-    """The quantity as it is said, and the item in singular or plural: the answer copies it as it stands."""
+def _counted(quantity: int, item: str, rng: random.Random) -> str:
+    """The quantity, as a digit or a word, with the item in singular or plural; the answer has the singular."""
     if quantity == 1:
         article = "an" if item[0] in "aeiou" else "a"
-        return rng.choice((article, article, "one", "1")), item
-    return rng.choice((str(quantity), NUMBER_WORDS[quantity - 1])), f"{item}s"
+        return f"{rng.choice((article, article, 'one', '1'))} {item}"
+    return f"{rng.choice((str(quantity), NUMBER_WORDS[quantity - 1]))} {item}s"
 
 
 def _date(phrasing: Phrasing, rng: random.Random) -> str:
