@@ -229,7 +229,7 @@ def test_a_budget_that_nothing_fits_writes_nothing(tiny_config: RunConfig) -> No
         ({"target_modules": ["q_porj"]}, "q_porj.*did you mean q_proj"),
         ({"eval_split": 60}, "eval_split: cannot hold out 60 of 60 rows"),
         ({"revision": "main"}, "revision 'main' is for Hub models"),
-        ({"report_to": ["wandb"]}, "report_to: wandb is not installed"),
+        ({"report_to": ["trackio"]}, "report_to: trackio is not installed"),
     ],
 )
 def test_wrong_input_is_one_line_and_writes_nothing(
