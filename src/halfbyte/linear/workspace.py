@@ -26,8 +26,3 @@ def scratch(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, sl
             buffer = torch.empty(numel, dtype=dtype, device=device)
         buffers[key] = buffer
     return buffer[:numel].view(shape)
-
-
-def release() -> None:
-    """Give all scratch of this thread back (after training, before a merge)."""
-    _local.__dict__.pop("buffers", None)
