@@ -2,8 +2,7 @@
 //
 // No header of torch: the thread pool comes in as a function pointer (`torch_parallel_for` of torch's stable C
 // interface), because a second pool would spin against torch's own.
-#include <algorithm>
-
+#include "engine/engine.h"
 #include "scalar.h"
 
 #if defined(_WIN32)
@@ -13,26 +12,22 @@
 #endif
 
 namespace hb {
-namespace {
 
-using Body = void (*)(int64_t begin, int64_t end, void* context);
-using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
+ParallelFor parallel_for = nullptr;
+ThreadCount thread_count = nullptr;
+const Engine* engine = &portable_engine;
+
+namespace {
 
 // Written at start, by `hb_use`, before any other call.
 const Kernels* kernels = &portable_kernels;
-ParallelFor parallel_for = nullptr;
 
 // A thread's share is at least this many values: some 5 µs of work, against 2 to wake a thread.
 constexpr int64_t values_per_thread = 1 << 15;
 
 template <class Function>
 void over_blocks(int64_t blocks, int64_t blocksize, const Function& function) {
-  int64_t grain = std::max<int64_t>(values_per_thread / blocksize, 1);
-  auto body = [](int64_t begin, int64_t end, void* context) { (*static_cast<const Function*>(context))(begin, end); };
-  if (blocks <= grain || !parallel_for ||
-      parallel_for(0, blocks, grain, body, const_cast<Function*>(&function)) != 0) {
-    function(0, blocks);
-  }
+  over_range(blocks, std::max<int64_t>(values_per_thread / blocksize, 1), function);
 }
 
 template <class Function>
@@ -118,24 +113,36 @@ void encode_tail(const T* x, int64_t count, float* absmax, const Encode& encode)
 using namespace hb;
 
 // Choose the kernels by name; 0 if this processor or this build has none of that name.
-EXPORT int hb_use(const char* isa, void* torch_parallel_for) {
+EXPORT int hb_use(const char* isa, void* torch_parallel_for, void* torch_get_num_threads) {
   parallel_for = reinterpret_cast<ParallelFor>(torch_parallel_for);
-  const Kernels* chosen = std::strcmp(isa, "portable") == 0 ? &portable_kernels : nullptr;
-#ifdef HB_AVX2
-  if (std::strcmp(isa, "avx2") == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"))
-    chosen = &avx2_kernels;
+  thread_count = reinterpret_cast<ThreadCount>(torch_get_num_threads);
+  const Engine* chosen = std::strcmp(isa, "portable") == 0 ? &portable_engine : nullptr;
+#ifdef HB_ENGINE_AVX2
+  if (std::strcmp(isa, "avx2") == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
+    chosen = &avx2_engine;
 #endif
-#ifdef HB_AVX512
-  if (std::strcmp(isa, "avx512") == 0 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    chosen = &avx512_kernels;
+#ifdef HB_ENGINE_AVX512
+  const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (std::strcmp(isa, "avx512") == 0 && avx512) chosen = &avx512_engine;
+#ifdef HB_ENGINE_AVX512BF16
+  if (std::strcmp(isa, "avx512bf16") == 0 && avx512 && __builtin_cpu_supports("avx512bf16"))
+    chosen = &avx512bf16_engine;
 #endif
-  if (chosen) kernels = chosen;
+#endif
+  if (chosen) {
+    engine = chosen;
+    kernels = chosen->codec;
+  }
   return chosen != nullptr;
 }
 
+// Whether the engine in use multiplies this type itself (0: bfloat16, 2: float32).
+EXPORT int hb_multiplies(int dtype) { return engine->block[dtype] != nullptr; }
+
 // Raised whenever a signature below changes, so that a stale library is refused rather than called wrongly.
-EXPORT int hb_version() { return 2; }
+EXPORT int hb_version() { return 3; }
 
 EXPORT void hb_dequantize(const uint8_t* codes, const void* absmax, const float* table, int64_t blocksize,
                           int64_t start, int64_t count, void* out, int dtype, const float* nested_absmax,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey
 
-from halfbyte.ops import cpu
+from halfbyte.ops import native
 
 
 class BitsAndBytes:
@@ -57,17 +57,17 @@ def bnb() -> BitsAndBytes:
 def keep_choice() -> Iterator[None]:
     """Put the automatic choice of kernels back after the test."""
     yield
-    cpu.use(None)
+    native.use(None)
 
 
 def available() -> list[str]:
     """The instruction sets that this machine and this build have, and the reference."""
     found = ["reference"]
-    for isa in cpu.ISAS:
+    for isa in native.ISAS:
         try:
-            cpu.use(isa)
+            native.use(isa)
         except Exception:
             continue
         found.append(isa)
-    cpu.use(None)
+    native.use(None)
     return found

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from halfbyte import ops
 from halfbyte.errors import UsageError
-from halfbyte.ops import cpu, levels, reference
+from halfbyte.ops import levels, native, reference
 from tests.ops.conftest import available
 
 NATIVE = [isa for isa in available() if isa != "reference"]
@@ -49,7 +49,7 @@ QUIET = settings(deadline=None, max_examples=60, suppress_health_check=list(Heal
 @QUIET
 @given(x=tensors(), quant_type=st.sampled_from(levels.QUANT_TYPES), blocksize=st.sampled_from(ops.BLOCKSIZES))
 def test_quantize_equals_the_reference(isa, x, quant_type, blocksize):
-    cpu.use(isa)
+    native.use(isa)
     codes, absmax = ops.quantize_blockwise(x, quant_type, blocksize)
     expected_codes, expected_absmax = reference.quantize_blockwise(x, quant_type, blocksize)
     assert same(absmax, expected_absmax)
@@ -68,7 +68,7 @@ def test_quantize_equals_the_reference(isa, x, quant_type, blocksize):
     data=st.data(),
 )
 def test_dequantize_equals_the_reference(isa, x, quant_type, blocksize, dtype, nested, own_table, data):
-    cpu.use(isa)
+    native.use(isa)
     codes, absmax = reference.quantize_blockwise(x, quant_type, blocksize)
     start = data.draw(st.integers(0, x.numel()))
     count = data.draw(st.integers(0, x.numel() - start))
@@ -89,7 +89,7 @@ def test_dequantize_equals_the_reference(isa, x, quant_type, blocksize, dtype, n
 @QUIET
 @given(x=tensors(), signed=st.booleans(), blocksize=st.sampled_from(ops.BLOCKSIZES))
 def test_dynamic_equals_the_reference(isa, x, signed, blocksize):
-    cpu.use(isa)
+    native.use(isa)
     codes, absmax = ops.quantize_dynamic(x, blocksize, signed)
     expected_codes, expected_absmax = reference.quantize_dynamic(x, blocksize, signed)
     assert same(absmax, expected_absmax)
@@ -104,7 +104,7 @@ def test_dynamic_equals_the_reference(isa, x, signed, blocksize):
 @pytest.mark.parametrize("isa", NATIVE)
 def test_every_half_is_read_and_written_as_torch_does(isa):
     # All finite 16-bit patterns through INT8 blocks, where decoding goes through every kind of rounding.
-    cpu.use(isa)
+    native.use(isa)
     patterns = torch.arange(1 << 16).to(torch.int16)
     for dtype in (torch.float16, torch.bfloat16):
         x = patterns.view(dtype)
@@ -120,7 +120,7 @@ def test_every_half_is_read_and_written_as_torch_does(isa):
 
 @pytest.mark.parametrize("isa", NATIVE)
 def test_threads_do_not_show(isa):
-    cpu.use(isa)
+    native.use(isa)
     assert ops.backend().threaded
     x = torch.randn(1111, 733, dtype=torch.bfloat16)
     before = torch.get_num_threads()
@@ -142,7 +142,7 @@ def test_threads_do_not_show(isa):
 
 @pytest.mark.parametrize("isa", NATIVE)
 def test_views_and_transposed_input(isa):
-    cpu.use(isa)
+    native.use(isa)
     x = torch.randn(130, 70)
     for view in (x.T, x[3:, 5:], x[::2]):
         ours, expected = ops.quantize_blockwise(view, "nf4", 64), reference.quantize_blockwise(view, "nf4", 64)
@@ -154,7 +154,7 @@ def test_views_and_transposed_input(isa):
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
 @pytest.mark.parametrize("place", [0, 700, 999])
 def test_non_finite_weights_are_an_error(isa, bad, place):
-    cpu.use(isa)
+    native.use(isa)
     for dtype in DTYPES:
         x = torch.randn(10, 100, dtype=dtype)
         x.view(-1)[place] = bad
@@ -178,31 +178,31 @@ def test_the_choice_is_told_and_can_be_asked_for():
     assert _tell().stdout.strip() == f"{NATIVE[0]} (the best of this processor)"
     refused = _tell(HALFBYTE_ISA="mmx")
     assert refused.returncode != 0
-    assert "HALFBYTE_ISA=mmx is not one of avx512, avx2, portable" in refused.stderr
+    assert "HALFBYTE_ISA=mmx is not one of avx512bf16, avx512, avx2, portable" in refused.stderr
 
 
 def test_without_the_library_the_reference_runs_and_says_so(monkeypatch):
-    monkeypatch.setattr(cpu, "_candidates", lambda: iter(()))
-    assert cpu.use(None).name == "reference"
+    monkeypatch.setattr(native, "_candidates", lambda: iter(()))
+    assert native.use(None).name == "reference"
     assert "without its native library" in str(ops.backend())
     codes, absmax = ops.quantize_blockwise(torch.randn(100), "nf4", 64)
     assert ops.dequantize_blockwise(codes, absmax, "nf4", 64, (100,), torch.float32).shape == (100,)
     with pytest.raises(UsageError, match="HALFBYTE_ISA=avx2: halfbyte was installed without"):
-        cpu.use("avx2")
+        native.use("avx2")
 
 
 def test_a_stale_or_broken_library_is_refused(monkeypatch, tmp_path):
     broken = tmp_path / "libhalfbyte_native.so"
     broken.write_bytes(b"not a library")
-    monkeypatch.setattr(cpu, "_candidates", lambda: iter([broken]))
-    assert "cannot be loaded" in cpu.use(None).reason
+    monkeypatch.setattr(native, "_candidates", lambda: iter([broken]))
+    assert "cannot be loaded" in native.use(None).reason
     monkeypatch.undo()
-    monkeypatch.setattr(cpu, "_VERSION", -1)
-    assert "another version" in cpu.use(None).reason
+    monkeypatch.setattr(native, "_VERSION", -1)
+    assert "another version" in native.use(None).reason
 
 
 def test_without_torchs_pool_one_thread_works(monkeypatch):
-    monkeypatch.setattr(cpu, "_torch_parallel_for", lambda: None)
-    assert "on one thread" in cpu.use(None).reason
+    monkeypatch.setattr(native, "_torch_symbols", lambda: (None, None))
+    assert "on one thread" in native.use(None).reason
     x = torch.randn(300, 512)
     assert same(ops.quantize_blockwise(x, "nf4", 64)[0], reference.quantize_blockwise(x, "nf4", 64)[0])

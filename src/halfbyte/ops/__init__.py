@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from halfbyte.ops import cpu, cuda, levels
-from halfbyte.ops.cpu import Backend
+from halfbyte.ops import cpu as _cpu  # noqa: F401 - registers the CPU kernels
+from halfbyte.ops import cuda, levels, native
+from halfbyte.ops.native import Backend
 from halfbyte.ops.schema import BLOCKSIZES
 
 __all__ = [
@@ -28,7 +29,7 @@ __all__ = [
 
 def backend(device: str = "cpu") -> Backend:
     """What runs the operators on `device` (cpu or cuda), and why; said once at the start of a run."""
-    return cuda.backend() if device.startswith("cuda") else cpu.backend()
+    return cuda.backend() if device.startswith("cuda") else native.backend()
 
 
 def quantize_blockwise(x: Tensor, quant_type: str, blocksize: int = 64) -> tuple[Tensor, Tensor]:

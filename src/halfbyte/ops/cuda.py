@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor
 
 from halfbyte.errors import UsageError
 from halfbyte.ops import levels, reference, schema
-from halfbyte.ops.cpu import Backend
+from halfbyte.ops.native import Backend
 
 _KNOWN = ("nf4", "fp4")
 _maps: dict[torch.device, Tensor] = {}

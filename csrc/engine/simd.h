@@ -1,0 +1,128 @@
+// Vectors of float for whatever instruction set this file is compiled for, with the conversions and functions that the
+// engine needs. Written with the vector extensions of GCC and Clang; intrinsics only where those have no word for it.
+//
+// Included inside `namespace hb::HB_ISA`, so that no two instruction sets share a function.
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * W)));
+typedef int32_t vi __attribute__((vector_size(4 * W)));
+typedef uint32_t vu __attribute__((vector_size(4 * W)));
+typedef uint16_t vh __attribute__((vector_size(2 * W)));
+
+#define HB_INLINE static inline __attribute__((always_inline))
+
+HB_INLINE vf broadcast(float value) { return vf{} + value; }
+HB_INLINE vf as_float(vi bits) { return (vf)bits; }
+HB_INLINE vi as_int(vf value) { return (vi)value; }
+
+// Storage types. `load` and `store` take any alignment; `load_some` and `store_some` only the first `count` (0 … W).
+HB_INLINE vf load(const float* from) {
+  vf value;
+  __builtin_memcpy(&value, from, sizeof value);
+  return value;
+}
+
+HB_INLINE void store(float* to, vf value) { __builtin_memcpy(to, &value, sizeof value); }
+
+HB_INLINE vf load(const BFloat16* from) {
+  vh raw;
+  __builtin_memcpy(&raw, from, sizeof raw);
+  return (vf)(__builtin_convertvector(raw, vu) << 16);
+}
+
+// Rounds half to even; a NaN stays one.
+HB_INLINE vh round_to_bf16(vf value) {
+#if defined(__AVX512BF16__)
+  __m256bh rounded = _mm512_cvtneps_pbh((__m512)value);
+  vh raw;
+  __builtin_memcpy(&raw, &rounded, sizeof raw);
+  return raw;
+#else
+  vu bits = (vu)value;
+  vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  vi nan = value != value;
+  rounded = ((vu)nan & 0x7fc0) | (~(vu)nan & rounded);
+#if defined(__AVX512F__)
+  __m256i narrow = _mm512_cvtepi32_epi16((__m512i)rounded);
+  vh raw;
+  __builtin_memcpy(&raw, &narrow, sizeof raw);
+  return raw;
+#else
+  return __builtin_convertvector(rounded, vh);
+#endif
+#endif
+}
+
+HB_INLINE void store(BFloat16* to, vf value) {
+  vh raw = round_to_bf16(value);
+  __builtin_memcpy(to, &raw, sizeof raw);
+}
+
+template <class T>
+HB_INLINE vf load_some(const T* from, int64_t count) {
+  T part[W] = {};
+  __builtin_memcpy(part, from, count * sizeof(T));
+  return load(part);
+}
+
+template <class T>
+HB_INLINE void store_some(T* to, vf value, int64_t count) {
+  T part[W];
+  store(part, value);
+  __builtin_memcpy(to, part, count * sizeof(T));
+}
+
+HB_INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
+HB_INLINE vf minimum(vf a, vf b) { return a < b ? a : b; }
+HB_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
+
+HB_INLINE float sum_of(vf value) {
+  float total = 0;
+  for (int i = 0; i < W; i++) total += value[i];
+  return total;
+}
+
+HB_INLINE float largest_of(vf value) {
+  float top = value[0];
+  for (int i = 1; i < W; i++) top = value[i] > top ? value[i] : top;
+  return top;
+}
+
+// e^x within 2 units in the last place: x = n ln 2 + r, a polynomial of r in [-ln 2 / 2, ln 2 / 2] (Cephes' expf), n
+// added to the exponent. Below -87 the result is 0, above 88 it stays at e^88; NaN gives a finite number.
+HB_INLINE vf exp_of(vf x) {
+  vi tiny = x < broadcast(-87.0f);
+  x = maximum(minimum(x, broadcast(88.0f)), broadcast(-87.0f));
+  const vf magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
+  vf n = (x * 1.44269504088896341f + magic) - magic;
+  vf r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  vf p = broadcast(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
+  vf result = p * as_float(exponent);
+  return select(tiny, vf{}, result);
+}
+
+HB_INLINE vf sigmoid_of(vf x) { return 1.0f / (1.0f + exp_of(-x)); }
+
+// tanh through e^2x; near 0, where that would cancel, the start of its series (error below 3e-7 relative).
+HB_INLINE vf tanh_of(vf x) {
+  vf square = x * x;
+  vf near = x * (1.0f + square * (-0.333333333f + square * (0.133333333f + square * -0.0539682540f)));
+  vf far = 1.0f - 2.0f / (exp_of(x + x) + 1.0f);
+  vi small = square < broadcast(0.01f);
+  return select(small, near, far);
+}
