@@ -6,6 +6,7 @@
 
 #include "../kernels.h"
 #include "../parallel.h"
+#include "linear.h"
 
 namespace hb {
 
@@ -20,7 +21,9 @@ using Block = void (*)(int64_t M, int64_t N, int64_t K, const void* A, int64_t l
 struct Engine {
   const char* name;
   const Kernels* codec;  // the block formats: what they cost differs less between instruction sets
-  Block block[dtypes];   // by Dtype; null where products of that type are better left to torch
+  // By Dtype; null where products of that type are better left to torch.
+  Block block[dtypes];
+  const LinearKernels* linear[dtypes];
 };
 
 extern const Engine portable_engine;

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from halfbyte.linear.lora import LoraAdapter
 from halfbyte.linear.workspace import scratch
+from halfbyte.ops.linear import LinearSegment, available, linear_backward, linear_forward
 from halfbyte.quant import Weight
 
 
@@ -61,6 +62,24 @@ class _Call:
     def sizes(self) -> list[int]:
         return [weight.shape[0] for weight in self.weights]
 
+    def native(self, x: Tensor, tensors: Sequence[Tensor | None]) -> list[LinearSegment] | None:
+        """The call as the native engine takes it; None where PyTorch runs it (a GPU, a trained base, odd sizes)."""
+        if not available(x) or any(t is not None and t.requires_grad for i in (0, 1) for t in tensors[i::4]):
+            return None
+        segments = []
+        for i, (weight, scaling) in enumerate(zip(self.weights, self.scalings, strict=True)):
+            view, bias = weight.native_view(), tensors[4 * i + 1]
+            if view is None:
+                return None
+            bias = None if bias is None else bias.detach().float()
+            if scaling is None:
+                segments.append(LinearSegment(view, bias))
+                continue
+            a_RI, b_OR = tensors[4 * i + 2], tensors[4 * i + 3]
+            assert a_RI is not None and b_OR is not None
+            segments.append(LinearSegment(view, bias, a_RI.detach(), b_OR.detach(), scaling))
+        return segments
+
 
 def _dense(weight: Weight, like: Tensor) -> Tensor:
     """The weight in the compute dtype: itself if it is held so, else dequantized into this thread's scratch."""
@@ -79,6 +98,12 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, x_TI: Tensor, *tensors: Tensor | None) -> Tensor:
+        ctx.call = call
+        ctx.native = call.native(x_TI, tensors)
+        if ctx.native is not None:
+            y_TS, low_TR = linear_forward(x_TI, ctx.native)
+            ctx.save_for_backward(x_TI, low_TR, *tensors)
+            return y_TS
         sizes = call.sizes
         y_TS = x_TI.new_empty(x_TI.shape[0], sum(sizes))
         factors = [(i, tensors[4 * i + 2]) for i, s in enumerate(call.scalings) if s is not None]
@@ -93,7 +118,6 @@ class _Grouped(torch.autograd.Function):
             scaling = call.scalings[i]
             if scaling is not None and b_OR is not None:
                 y_TO.addmm_(low_parts[i], (b_OR * scaling).to(x_TI.dtype).t())
-        ctx.call = call
         ctx.save_for_backward(x_TI, low_TR, a_RI, *tensors)
         return y_TS
 
@@ -102,6 +126,11 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy_TS,) = grads
         call: _Call = ctx.call
+        if ctx.native is not None:
+            x_TI, low_TR, *_ = ctx.saved_tensors
+            dx_TI, factors_grads = linear_backward(dy_TS, x_TI, low_TR, ctx.native, ctx.needs_input_grad[1])
+            pairs = zip(factors_grads[::2], factors_grads[1::2], strict=True)
+            return (None, dx_TI, *(g for da, db in pairs for g in (None, None, da, db)))
         x_TI, low_TR, a_RI, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
         dx_TI: Tensor | None = x_TI.new_empty(x_TI.shape) if ctx.needs_input_grad[1] else None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from halfbyte import ops
 from halfbyte.errors import UsageError
+from halfbyte.ops.linear import WeightView, block_view, dense_view
 from halfbyte.quant import bnb_format
 from halfbyte.quant.options import QuantOptions
 
@@ -50,6 +51,10 @@ class Weight(nn.Module):
 
     def trainable_tensor(self) -> Tensor | None:
         """The parameter that full fine-tuning trains; None for a frozen weight."""
+        return None
+
+    def native_view(self) -> WeightView | None:
+        """What the native engine needs to read the weight in place, None where it cannot; valid while the tensors are."""
         return None
 
     def look_up(self, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,6 +103,9 @@ class DenseWeight(Weight):
 
     def trainable_tensor(self) -> Tensor | None:
         return self.tensor if isinstance(self.tensor, nn.Parameter) else None
+
+    def native_view(self) -> WeightView | None:
+        return dense_view(self.tensor)
 
     def look_up(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         return nn.functional.embedding(index, self.tensor).to(dtype)
@@ -150,6 +158,7 @@ class BlockWeight(Weight):
         super().__init__()
         self.shape, self.quant_type, self.blocksize = (shape[0], shape[1]), quant_type, blocksize
         self.nested_blocksize, self.dtype = nested_blocksize, dtype
+        self._view: tuple[int, WeightView | None] | None = None
         self.register_buffer("codes", codes)
         self.register_buffer("absmax", absmax)
         self.register_buffer("nested_absmax", nested_absmax)
@@ -188,6 +197,25 @@ class BlockWeight(Weight):
             held["nested_table"],
             self.nested_blocksize,
         )
+
+    def native_view(self) -> WeightView | None:
+        held: Any = self._buffers
+        key = held["codes"].data_ptr()
+        if self._view is None or self._view[0] != key:
+            view = block_view(
+                held["codes"],
+                held["absmax"],
+                self.quant_type,
+                self.blocksize,
+                self.shape,
+                held["table"],
+                held["nested_absmax"],
+                held["nested_offset"],
+                held["nested_table"],
+                self.nested_blocksize,
+            )
+            self._view = key, view
+        return self._view[1]
 
     def look_up(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         out = torch.empty(index.numel(), self.shape[1], dtype=dtype, device=self.codes.device)
@@ -238,6 +266,7 @@ class BlockWeight(Weight):
         return cls(**vars(bnb_format.unpack(tensors, prefix)))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._view = None
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 moved = fn(buffer)

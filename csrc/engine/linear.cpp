@@ -1,0 +1,23 @@
+// The C interface of linear.h, called by halfbyte/ops/linear.py.
+#include "linear.h"
+
+#include "engine.h"
+
+#if defined(_WIN32)
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+using namespace hb;
+
+// dtype is one that `hb_multiplies`; sizes and types have been checked. Every weight has as many columns as x.
+EXPORT void hb_linear_forward(int dtype, int64_t tokens, const void* x, int64_t ldx, const SegmentView* segments,
+                              int64_t count, void* y, int64_t ldy, void* low) {
+  if (tokens) engine->linear[dtype]->forward(tokens, x, ldx, segments, count, y, ldy, low);
+}
+
+EXPORT void hb_linear_backward(int dtype, int64_t tokens, const void* dy, int64_t ldy, const void* x, int64_t ldx,
+                               const void* low, const SegmentView* segments, int64_t count, void* dx, int64_t lddx) {
+  engine->linear[dtype]->backward(tokens, dy, ldy, x, ldx, low, segments, count, dx, lddx);
+}
