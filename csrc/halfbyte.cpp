@@ -3,13 +3,8 @@
 // No header of torch: the thread pool comes in as a function pointer (`torch_parallel_for` of torch's stable C
 // interface), because a second pool would spin against torch's own.
 #include "engine/engine.h"
+#include "engine/export.h"
 #include "scalar.h"
-
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
 
 namespace hb {
 

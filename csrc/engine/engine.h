@@ -7,6 +7,7 @@
 #include "../kernels.h"
 #include "../parallel.h"
 #include "linear.h"
+#include "loss.h"
 
 namespace hb {
 
@@ -24,6 +25,7 @@ struct Engine {
   // By Dtype; null where products of that type are better left to torch.
   Block block[dtypes];
   const LinearKernels* linear[dtypes];
+  const LossKernels* loss[dtypes];
 };
 
 extern const Engine portable_engine;

@@ -2,12 +2,7 @@
 #include "linear.h"
 
 #include "engine.h"
-
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
+#include "export.h"
 
 using namespace hb;
 

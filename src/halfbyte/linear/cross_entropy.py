@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from halfbyte.linear.workspace import scratch
+from halfbyte.ops import loss
+from halfbyte.ops.linear import available
 from halfbyte.quant import Weight
 
 LOGITS_BYTES = 134_217_728  # of one chunk, in float32
@@ -83,6 +85,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         needs_hidden = ctx.needs_input_grad[0]
         needs_head = trainable_VD is not None and ctx.needs_input_grad[1]
+        view = head.native_view() if available(hidden_ND) and not needs_head else None
+        if view is not None:
+            nll_N, grad_ND = loss.linear_cross_entropy(hidden_ND, view, targets_N, cap, needs_hidden)
+            ctx.save_for_backward(grad_ND, None)
+            ctx.head_dtype = None
+            return nll_N
         nll_N = torch.empty(hidden_ND.shape[0], dtype=torch.float32, device=hidden_ND.device)
         grad_ND = torch.empty_like(hidden_ND) if needs_hidden else None
         grad_VD = torch.zeros(head.shape, dtype=torch.float32, device=hidden_ND.device) if needs_head else None

@@ -68,15 +68,16 @@ class _Call:
             return None
         segments = []
         for i, (weight, scaling) in enumerate(zip(self.weights, self.scalings, strict=True)):
-            view, bias = weight.native_view(), tensors[4 * i + 1]
+            view, held_bias = weight.native_view(), tensors[4 * i + 1]
             if view is None:
                 return None
-            bias = None if bias is None else bias.detach().float()
+            bias = None if held_bias is None else held_bias.detach().float()
             if scaling is None:
                 segments.append(LinearSegment(view, bias))
                 continue
             a_RI, b_OR = tensors[4 * i + 2], tensors[4 * i + 3]
-            assert a_RI is not None and b_OR is not None
+            assert a_RI is not None
+            assert b_OR is not None
             segments.append(LinearSegment(view, bias, a_RI.detach(), b_OR.detach(), scaling))
         return segments
 
@@ -128,9 +129,9 @@ class _Grouped(torch.autograd.Function):
         call: _Call = ctx.call
         if ctx.native is not None:
             x_TI, low_TR, *_ = ctx.saved_tensors
-            dx_TI, factors_grads = linear_backward(dy_TS, x_TI, low_TR, ctx.native, ctx.needs_input_grad[1])
-            pairs = zip(factors_grads[::2], factors_grads[1::2], strict=True)
-            return (None, dx_TI, *(g for da, db in pairs for g in (None, None, da, db)))
+            dx, of_factors = linear_backward(dy_TS, x_TI, low_TR, ctx.native, ctx.needs_input_grad[1])
+            pairs = zip(of_factors[::2], of_factors[1::2], strict=True)
+            return (None, dx, *(grad for da, db in pairs for grad in (None, None, da, db)))
         x_TI, low_TR, a_RI, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
         dx_TI: Tensor | None = x_TI.new_empty(x_TI.shape) if ctx.needs_input_grad[1] else None

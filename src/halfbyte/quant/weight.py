@@ -54,7 +54,7 @@ class Weight(nn.Module):
         return None
 
     def native_view(self) -> WeightView | None:
-        """What the native engine needs to read the weight in place, None where it cannot; valid while the tensors are."""
+        """What the native engine needs to read the weight in place; None where it cannot. It holds addresses only."""
         return None
 
     def look_up(self, index: Tensor, dtype: torch.dtype) -> Tensor:

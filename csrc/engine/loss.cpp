@@ -1,0 +1,13 @@
+// The C interface of loss.h, called by halfbyte/ops/loss.py.
+#include "loss.h"
+
+#include "engine.h"
+#include "export.h"
+
+using namespace hb;
+
+// dtype is one that `hb_multiplies`; every target lies in the vocabulary.
+EXPORT void hb_loss(int dtype, int64_t rows, const void* hidden, int64_t ldh, const WeightView* head,
+                    const int64_t* targets, double softcap, int64_t rows_at_once, float* nll, void* grad) {
+  if (rows) engine->loss[dtype]->forward(rows, hidden, ldh, head, targets, softcap, rows_at_once, nll, grad);
+}
