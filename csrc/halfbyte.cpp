@@ -2,6 +2,12 @@
 //
 // No header of torch: the thread pool comes in as a function pointer (`torch_parallel_for` of torch's stable C
 // interface), because a second pool would spin against torch's own.
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "engine/engine.h"
 #include "engine/export.h"
 #include "scalar.h"
@@ -107,25 +113,51 @@ void encode_tail(const T* x, int64_t count, float* absmax, const Encode& encode)
 
 using namespace hb;
 
-// Choose the kernels by name; 0 if this processor or this build has none of that name.
-EXPORT int hb_use(const char* isa, void* torch_parallel_for, void* torch_get_num_threads) {
-  parallel_for = reinterpret_cast<ParallelFor>(torch_parallel_for);
-  thread_count = reinterpret_cast<ThreadCount>(torch_get_num_threads);
-  const Engine* chosen = std::strcmp(isa, "portable") == 0 ? &portable_engine : nullptr;
+#ifdef HB_ENGINE_AMX
+// Whether the processor has tiles of bfloat16 and the kernel lets this process use them.
+static bool amx_allowed() {
+#if defined(__linux__) && defined(__x86_64__)
+  unsigned a, b, c, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1)) return false;
+  constexpr long request = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, request, tile_data) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+// The engine of that name if this build has it and this processor runs it.
+static const Engine* engine_named(const char* name) {
+  auto is = [&](const char* other) { return std::strcmp(name, other) == 0; };
+  if (is("portable")) return &portable_engine;
 #ifdef HB_ENGINE_AVX2
-  if (std::strcmp(isa, "avx2") == 0 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c"))
-    chosen = &avx2_engine;
+  if (is("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    return &avx2_engine;
 #endif
 #ifdef HB_ENGINE_AVX512
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (std::strcmp(isa, "avx512") == 0 && avx512) chosen = &avx512_engine;
+  if (is("avx512") && avx512) return &avx512_engine;
+#endif
 #ifdef HB_ENGINE_AVX512BF16
-  if (std::strcmp(isa, "avx512bf16") == 0 && avx512 && __builtin_cpu_supports("avx512bf16"))
-    chosen = &avx512bf16_engine;
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (is("avx512bf16") && bf16) return &avx512bf16_engine;
 #endif
+#ifdef HB_ENGINE_AMX
+  if (is("amx") && bf16 && amx_allowed()) return &amx_engine;
 #endif
+#ifdef HB_ENGINE_AMX_EMULATED
+  if (is("amx_emulated") && bf16) return &amx_emulated_engine;
+#endif
+  return nullptr;
+}
+
+// Choose the kernels by name; 0 if this processor or this build has none of that name.
+EXPORT int hb_use(const char* isa, void* torch_parallel_for, void* torch_get_num_threads) {
+  parallel_for = reinterpret_cast<ParallelFor>(torch_parallel_for);
+  thread_count = reinterpret_cast<ThreadCount>(torch_get_num_threads);
+  const Engine* chosen = engine_named(isa);
   if (chosen) {
     engine = chosen;
     kernels = chosen->codec;
@@ -137,7 +169,7 @@ EXPORT int hb_use(const char* isa, void* torch_parallel_for, void* torch_get_num
 EXPORT int hb_multiplies(int dtype) { return engine->block[dtype] != nullptr; }
 
 // Raised whenever a signature below changes, so that a stale library is refused rather than called wrongly.
-EXPORT int hb_version() { return 3; }
+EXPORT int hb_version() { return 4; }
 
 EXPORT void hb_dequantize(const uint8_t* codes, const void* absmax, const float* table, int64_t blocksize,
                           int64_t start, int64_t count, void* out, int dtype, const float* nested_absmax,

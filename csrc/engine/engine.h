@@ -41,6 +41,9 @@ extern const Engine avx512bf16_engine;
 #ifdef HB_ENGINE_AMX
 extern const Engine amx_engine;
 #endif
+#ifdef HB_ENGINE_AMX_EMULATED
+extern const Engine amx_emulated_engine;
+#endif
 
 // The one in use, chosen by `hb_use`.
 extern const Engine* engine;

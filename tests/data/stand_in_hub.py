@@ -60,7 +60,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         else:
             self.answer(404, b"no", X_Error_Code="EntryNotFound")
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_GET
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers.get("Content-Length", 0)))

@@ -63,7 +63,7 @@ def keep_choice() -> Iterator[None]:
 def available() -> list[str]:
     """The instruction sets that this machine and this build have, and the reference."""
     found = ["reference"]
-    for isa in native.ISAS:
+    for isa in (*native.ISAS, native.EMULATED):
         try:
             native.use(isa)
         except Exception:

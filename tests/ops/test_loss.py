@@ -1,7 +1,5 @@
 """The native projection with cross-entropy against float64."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,13 +8,11 @@ from halfbyte.ops import loss, native
 from halfbyte.quant import DenseWeight, QuantOptions, quantize
 from tests.ops.test_linear import CASES
 
-pytestmark = pytest.mark.skipif(not CASES, reason="no instruction set of this machine multiplies natively")
+pytestmark = [
+    pytest.mark.skipif(not CASES, reason="no instruction set of this machine multiplies natively"),
+    pytest.mark.usefixtures("keep_choice"),
+]
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float32: 5e-5}  # of the worst row's gradient
-
-
-@pytest.fixture(autouse=True)
-def _keep(keep_choice: None) -> Iterator[None]:
-    yield
 
 
 def check(rows, width, vocab, dtype, cap=None, sharpness=1.0, quantized=False):

@@ -1,7 +1,7 @@
 """The native library of `csrc/`: loaded with ctypes, its instruction set chosen at the first call.
 
 Modules that call it say at import which functions they need (`declare`); `library()` gives it, or None for the
-reference. HALFBYTE_NATIVE=0 asks for the reference; HALFBYTE_ISA=avx512bf16|avx512|avx2|portable for one instruction
+reference. HALFBYTE_NATIVE=0 asks for the reference; HALFBYTE_ISA=amx|avx512bf16|avx512|avx2|portable for one instruction
 set. Everything native runs on torch's own threads: a second pool would spin against torch's.
 """
 
@@ -18,8 +18,10 @@ from torch import Tensor
 
 from halfbyte.errors import UsageError
 
-ISAS = ("avx512bf16", "avx512", "avx2", "portable")
-_VERSION = 3
+ISAS = ("amx", "avx512bf16", "avx512", "avx2", "portable")
+EMULATED = "amx_emulated"
+"""amx with its instructions in plain C++: for tests on machines without them."""
+_VERSION = 4
 DTYPE = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -97,7 +99,7 @@ class _Choice:
 
     def choose(self, isa: str | None = None) -> Backend:
         """Take the best instruction set, or the asked one; UsageError where this machine lacks it."""
-        if isa is not None and isa not in (*ISAS, "reference"):
+        if isa is not None and isa not in (*ISAS, EMULATED, "reference"):
             raise UsageError(f"HALFBYTE_ISA={isa} is not one of {', '.join(ISAS)}")
         self.library = None
         if isa == "reference":
