@@ -80,8 +80,8 @@ EXPORT void hb_gate_backward(int dtype, int64_t rows, int64_t width, const void*
 EXPORT void hb_heads(int dtype, int64_t tokens, int64_t heads, int64_t features, int64_t half, const void* from,
                      int64_t from_token, int64_t from_head, const void* cosine, const void* sine, int float_tables,
                      int inverse, const float* weight, float eps, float* rstd, void* to, int64_t to_token) {
-  const Heads work = {heads,  features, half,       from,         from_token, from_head, cosine,  sine,
-                      float_tables != 0, inverse != 0, weight, eps, rstd, to, to_token};
+  const Heads work = {heads, features, half, from, from_token, from_head, cosine, sine, float_tables != 0,
+                      inverse != 0, weight, eps, rstd, to, to_token};
   over_range(tokens, grain_of(heads * features),
              [&](int64_t begin, int64_t end) { engine->elementwise[dtype].heads(work, begin, end); });
 }
@@ -91,8 +91,8 @@ EXPORT void hb_heads_backward(int dtype, int64_t tokens, int64_t heads, int64_t 
                               int64_t dy_token, int64_t dy_head, const void* cosine, const void* sine,
                               int float_tables, const float* weight, const void* x, int64_t x_token, const float* rstd,
                               void* dx, int64_t dx_token, float* dweight) {
-  const HeadsBackward work = {heads,  features, half, dy,      dy_token, dy_head, cosine,  sine,
-                              float_tables != 0, weight, x, x_token, rstd, dx, dx_token};
+  const HeadsBackward work = {heads, features, half, dy, dy_token, dy_head, cosine, sine, float_tables != 0,
+                              weight, x, x_token, rstd, dx, dx_token};
   const auto run = engine->elementwise[dtype].heads_backward;
   if (dweight) {
     over_rows_with_sums(tokens, heads * features, features, dweight, [&](int64_t begin, int64_t end, float* sums) {

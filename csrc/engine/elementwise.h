@@ -8,9 +8,9 @@
 
 namespace hb {
 
-// s = x + norm(h) * post, y = norm(s) * pre, with norm(v) = v / sqrt(mean(v^2) + eps) over `width` features. What is null
-// falls away: without h, s is x and not written; without post, h is added as it is; without pre there is no y. y is the
-// norm of the rounded s, which is what backward sees.
+// s = x + norm(h) * post, y = norm(s) * pre, with norm(v) = v / sqrt(mean(v^2) + eps) over `width` features. What is
+// null falls away: without h, s is x and not written; without post, h is added as it is; without pre there is no y. The
+// norm of the rounded s is taken, which is what backward sees.
 // Rows of x: `inner` of them `x_inner` apart, and such groups `x_outer` apart. All others are contiguous.
 struct Norm {
   int64_t width, inner, x_outer, x_inner;

@@ -79,8 +79,14 @@ HB_INLINE void store_some(T* to, vf value, int64_t count) {
   __builtin_memcpy(to, part, count * sizeof(T));
 }
 
+// GCC makes a comparison and a blend of `a < b ? a : b` where one is constant.
+#if defined(__AVX512F__)
+HB_INLINE vf maximum(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+HB_INLINE vf minimum(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 HB_INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
 HB_INLINE vf minimum(vf a, vf b) { return a < b ? a : b; }
+#endif
 HB_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 
 HB_INLINE float sum_of(vf value) {
@@ -100,8 +106,12 @@ HB_INLINE float largest_of(vf value) {
 HB_INLINE vf exp_of(vf x) {
   vi tiny = x < broadcast(-87.0f);
   x = maximum(minimum(x, broadcast(88.0f)), broadcast(-87.0f));
+#if defined(__AVX512F__)
+  vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
   const vf magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
   vf n = (x * 1.44269504088896341f + magic) - magic;
+#endif
   vf r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
   vf p = broadcast(1.9875691500e-4f);
@@ -111,8 +121,12 @@ HB_INLINE vf exp_of(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+  vf result = (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
   vf result = p * as_float(exponent);
+#endif
   return select(tiny, vf{}, result);
 }
 

@@ -1,7 +1,9 @@
 """The elementwise pieces of a decoder layer, with hand-written gradients that save little.
 
 Statistics in float32, one rounding at the end. On the CPU native kernels do each in one pass over memory
-(`ops.elementwise`); elsewhere, and in float16, torch does. Shape letters: T tokens, D features, I intermediate features.
+(`ops.elementwise`); elsewhere, and in float16, torch does.
+
+Shape letters: T tokens, D features, I intermediate features.
 """
 
 from typing import Any
@@ -46,8 +48,8 @@ class _RmsNorm(torch.autograd.Function):
         x, weight, rstd = ctx.saved_tensors
         scale, sums = norm_scale(weight, ctx.plus_one), ctx.needs_input_grad[1]
         if rstd.ndim < x.ndim:  # forward was native
-            dx, dscale = elementwise.rms_norm_backward(grads[0].contiguous(), x, scale, rstd, sums=sums)
-            return dx, None if dscale is None else dscale.to(weight.dtype), None, None
+            grad, dscale = elementwise.rms_norm_backward(grads[0].contiguous(), x, scale, rstd, sums=sums)
+            return grad, None if dscale is None else dscale.to(weight.dtype), None, None
         dy = grads[0].float()
         normed = x.float() * rstd  # not in place: in float32, .float() is the saved tensor itself
         dweight = None

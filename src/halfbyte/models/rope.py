@@ -172,12 +172,12 @@ class _Heads(torch.autograd.Function):
         eps: float,
         plus_one: bool,
         overwrite: bool,
+        in_place: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.sizes, ctx.plus_one, ctx.overwrite = sizes, plus_one, overwrite
-        fused = _split(qkv_TS.detach(), sizes)
-        q, k, v = fused
+        q, k, v = _split(qkv_TS.detach(), sizes)
         out = (q, k)
-        if not overwrite or (q_norm_E is not None and any(ctx.needs_input_grad)):
+        if not in_place:
             both = qkv_TS.new_empty(q.shape[0], q.shape[1] + k.shape[1], q.shape[2])
             out = both[:, : q.shape[1]], both[:, q.shape[1] :]
         elif not qkv_TS.is_inference():
@@ -214,7 +214,7 @@ class _Heads(torch.autograd.Function):
             dweights[i] = None if dweight is None else dweight.to(weight.dtype)
         if out_v.data_ptr() != dv.data_ptr():
             out_v.copy_(dv)
-        return (dqkv_TS, *dweights, *[None] * 6)
+        return (dqkv_TS, *dweights, *[None] * 7)
 
 
 def _split(qkv_TS: Tensor, sizes: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -256,8 +256,10 @@ def heads(
     """
     if qkv_TS.is_contiguous() and elementwise.available(qkv_TS):
         q_norm, k_norm = norms or (None, None)
+        recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (qkv_TS, q_norm, k_norm))
+        in_place = overwrite and (norms is None or not recorded)  # the norms' gradients need what was there
         result: tuple[Tensor, Tensor, Tensor] = _Heads.apply(  # type: ignore[no-untyped-call]
-            qkv_TS, q_norm, k_norm, *tables, sizes, eps, plus_one, overwrite
+            qkv_TS, q_norm, k_norm, *tables, sizes, eps, plus_one, overwrite, in_place
         )
         return result
     q, k, v = _split(qkv_TS, sizes)

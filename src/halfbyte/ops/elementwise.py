@@ -26,14 +26,18 @@ native.declare(
         "hb_gate": [INT, INT64, INT64, POINTER, INT64, INT, POINTER],
         # dtype, rows, width, gate_up, stride, dout, activation, dgate_up
         "hb_gate_backward": [INT, INT64, INT64, POINTER, INT64, POINTER, INT, POINTER],
-        # dtype, tokens, heads, features, half, from, token stride, head stride, cos, sin, float tables, inverse,
-        # weight, eps, rstd, to, token stride
-        "hb_heads": [INT, *[INT64] * 4, POINTER, INT64, INT64, POINTER, POINTER, INT, INT]
-        + [POINTER, FLOAT, POINTER, POINTER, INT64],
-        # dtype, tokens, heads, features, half, dy, token stride, head stride, cos, sin, float tables, weight, x, token
-        # stride, rstd, dx, token stride, dweight
-        "hb_heads_backward": [INT, *[INT64] * 4, POINTER, INT64, INT64, POINTER, POINTER, INT]
-        + [POINTER, POINTER, INT64, POINTER, POINTER, INT64, POINTER],
+        # dtype, tokens, heads, features, half, from, its token and head stride, cos, sin, float tables, inverse,
+        # weight, eps, rstd, to, its token stride
+        "hb_heads": [
+            *[INT, *[INT64] * 4, POINTER, INT64, INT64, POINTER, POINTER, INT, INT, POINTER, FLOAT],
+            *[POINTER, POINTER, INT64],
+        ],
+        # dtype, tokens, heads, features, half, dy, its token and head stride, cos, sin, float tables, weight, x, its
+        # token stride, rstd, dx, its token stride, dweight
+        "hb_heads_backward": [
+            *[INT, *[INT64] * 4, POINTER, INT64, INT64, POINTER, POINTER, INT, POINTER, POINTER, INT64],
+            *[POINTER, POINTER, INT64, POINTER],
+        ],
     }
 )
 
