@@ -90,9 +90,13 @@ HB_INLINE vf minimum(vf a, vf b) { return a < b ? a : b; }
 HB_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 
 HB_INLINE float sum_of(vf value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)value);
+#else
   float total = 0;
   for (int i = 0; i < W; i++) total += value[i];
   return total;
+#endif
 }
 
 HB_INLINE float largest_of(vf value) {

@@ -112,5 +112,5 @@ def test_a_second_backward_over_the_same_memory_is_refused(backend: str) -> None
     grads = [g.clone() for g in grads]
     out = rope.heads(leaf * 1, SIZES, tables, norms, 1e-6, overwrite=True)
     torch.autograd.backward(out, grads, retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified .*inplace"):
+    with pytest.raises(RuntimeError, match=r"modified .*inplace"):
         torch.autograd.backward(out, grads)
