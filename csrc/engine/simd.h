@@ -31,10 +31,18 @@ HB_INLINE vf load(const float* from) {
 
 HB_INLINE void store(float* to, vf value) { __builtin_memcpy(to, &value, sizeof value); }
 
+HB_INLINE vf widen(vh raw) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (vf)((vu)_mm256_cvtepu16_epi32((__m128i)raw) << 16);  // GCC 12 converts halves
+#else
+  return (vf)(__builtin_convertvector(raw, vu) << 16);
+#endif
+}
+
 HB_INLINE vf load(const BFloat16* from) {
   vh raw;
   __builtin_memcpy(&raw, from, sizeof raw);
-  return (vf)(__builtin_convertvector(raw, vu) << 16);
+  return widen(raw);
 }
 
 // Rounds half to even; a NaN stays one.
@@ -54,6 +62,9 @@ HB_INLINE vh round_to_bf16(vf value) {
   vh raw;
   __builtin_memcpy(&raw, &narrow, sizeof raw);
   return raw;
+#elif defined(__AVX2__)
+  __m256i wide = (__m256i)rounded;
+  return (vh)_mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
 #else
   return __builtin_convertvector(rounded, vh);
 #endif
@@ -83,6 +94,9 @@ HB_INLINE void store_some(T* to, vf value, int64_t count) {
 #if defined(__AVX512F__)
 HB_INLINE vf maximum(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 HB_INLINE vf minimum(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+HB_INLINE vf maximum(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+HB_INLINE vf minimum(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
 #else
 HB_INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
 HB_INLINE vf minimum(vf a, vf b) { return a < b ? a : b; }
