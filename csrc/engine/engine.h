@@ -6,6 +6,7 @@
 
 #include "../kernels.h"
 #include "../parallel.h"
+#include "elementwise.h"
 #include "linear.h"
 #include "loss.h"
 
@@ -26,6 +27,7 @@ struct Engine {
   Block block[dtypes];
   const LinearKernels* linear[dtypes];
   const LossKernels* loss[dtypes];
+  const Elementwise* elementwise;  // by Dtype; none of float16
 };
 
 extern const Engine portable_engine;

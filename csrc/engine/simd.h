@@ -31,10 +31,18 @@ HB_INLINE vf load(const float* from) {
 
 HB_INLINE void store(float* to, vf value) { __builtin_memcpy(to, &value, sizeof value); }
 
+HB_INLINE vf widen(vh raw) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (vf)((vu)_mm256_cvtepu16_epi32((__m128i)raw) << 16);  // GCC 12 converts halves
+#else
+  return (vf)(__builtin_convertvector(raw, vu) << 16);
+#endif
+}
+
 HB_INLINE vf load(const BFloat16* from) {
   vh raw;
   __builtin_memcpy(&raw, from, sizeof raw);
-  return (vf)(__builtin_convertvector(raw, vu) << 16);
+  return widen(raw);
 }
 
 // Rounds half to even; a NaN stays one.
@@ -54,6 +62,9 @@ HB_INLINE vh round_to_bf16(vf value) {
   vh raw;
   __builtin_memcpy(&raw, &narrow, sizeof raw);
   return raw;
+#elif defined(__AVX2__)
+  __m256i wide = (__m256i)rounded;
+  return (vh)_mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
 #else
   return __builtin_convertvector(rounded, vh);
 #endif
@@ -79,14 +90,27 @@ HB_INLINE void store_some(T* to, vf value, int64_t count) {
   __builtin_memcpy(to, part, count * sizeof(T));
 }
 
+// GCC makes a comparison and a blend of `a < b ? a : b` where one is constant.
+#if defined(__AVX512F__)
+HB_INLINE vf maximum(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+HB_INLINE vf minimum(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX2__)
+HB_INLINE vf maximum(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+HB_INLINE vf minimum(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 HB_INLINE vf maximum(vf a, vf b) { return a > b ? a : b; }
 HB_INLINE vf minimum(vf a, vf b) { return a < b ? a : b; }
+#endif
 HB_INLINE vf select(vi mask, vf yes, vf no) { return mask ? yes : no; }
 
 HB_INLINE float sum_of(vf value) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)value);
+#else
   float total = 0;
   for (int i = 0; i < W; i++) total += value[i];
   return total;
+#endif
 }
 
 HB_INLINE float largest_of(vf value) {
@@ -100,8 +124,12 @@ HB_INLINE float largest_of(vf value) {
 HB_INLINE vf exp_of(vf x) {
   vi tiny = x < broadcast(-87.0f);
   x = maximum(minimum(x, broadcast(88.0f)), broadcast(-87.0f));
+#if defined(__AVX512F__)
+  vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504088896341f), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
   const vf magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to a whole number
   vf n = (x * 1.44269504088896341f + magic) - magic;
+#endif
   vf r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
   vf p = broadcast(1.9875691500e-4f);
@@ -111,8 +139,12 @@ HB_INLINE vf exp_of(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
+#if defined(__AVX512F__)
+  vf result = (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
   vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
   vf result = p * as_float(exponent);
+#endif
   return select(tiny, vf{}, result);
 }
 

@@ -24,7 +24,7 @@ from halfbyte.errors import UsageError
 from halfbyte.linear import GroupedLinear, Segment, linear_cross_entropy, linear_logits
 from halfbyte.models import rope
 from halfbyte.models.attention import KVCache, attend, attend_cached
-from halfbyte.models.blocks import gated_unit, rms_norm
+from halfbyte.models.blocks import gated_unit, residual_add, residual_norm, rms_norm
 from halfbyte.models.spec import LinearSpec, ModelSpec, RopeSpec
 from halfbyte.quant import DenseWeight, Weight
 
@@ -53,6 +53,11 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, self.plus_one)
+
+    def of_sum(self, x: Tensor, h: Tensor | None = None, after: "Norm | None" = None) -> tuple[Tensor, Tensor]:
+        """(s = x + h, or x + after(h); its norm): the residual stream where a block ends and the next begins."""
+        post = None if after is None else after.weight
+        return residual_norm(x, h, post, self.weight, self.eps, self.plus_one)
 
 
 class Layer(nn.Module):
@@ -84,21 +89,20 @@ class Layer(nn.Module):
         self.k_norm = norm("self_attn.k_norm") if spec.qk_norm else None
 
     def forward(self, x_TD: Tensor, context: _Context) -> Tensor:
-        h = self._attention(self.input_norm(x_TD), context)
-        x_TD = x_TD + (h if self.after_attention is None else self.after_attention(h))
-        h = self.down(gated_unit(self.gate_up(self.before_mlp(x_TD)), self.spec.activation))
-        result: Tensor = x_TD + (h if self.after_mlp is None else self.after_mlp(h))
-        return result
+        x_TD, y_TD = self.input_norm.of_sum(x_TD)
+        x_TD, y_TD = self.before_mlp.of_sum(x_TD, self._attention(y_TD, context), self.after_attention)
+        h = self.down(gated_unit(self.gate_up(y_TD), self.spec.activation, overwrite=True))
+        after = None if self.after_mlp is None else self.after_mlp.weight
+        return residual_add(x_TD, h, after, self.spec.norm_eps, self.spec.norm_plus_one)
 
     def _attention(self, x_TD: Tensor, context: _Context) -> Tensor:
         spec = self.spec
-        heads, kv = spec.num_heads, spec.num_kv_heads
-        qkv = self.qkv(x_TD).unflatten(1, (heads + 2 * kv, spec.head_dim))
-        q, k, v = qkv.split((heads, kv, kv), 1)
+        norms = None
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        cos, sin = context.tables[self.rope]
-        q, k = rope.apply_rope(q, cos, sin), rope.apply_rope(k, cos, sin)
+            norms = self.q_norm.weight, self.k_norm.weight
+        sizes, tables = (spec.num_heads, spec.num_kv_heads), context.tables[self.rope]
+        qkv = self.qkv(x_TD)
+        q, k, v = rope.heads(qkv, sizes, tables, norms, spec.norm_eps, spec.norm_plus_one, overwrite=True)
         scale, cap = spec.attention_scale, spec.attention_softcap
         if context.cache is None:
             out = attend(q, k, v, context.lengths, scale, self.window, cap)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from halfbyte.ops import cpu as _cpu  # noqa: F401 - registers the CPU kernels
 from halfbyte.ops import cuda, levels, native
+from halfbyte.ops import elementwise as _elementwise  # noqa: F401 - declares its functions before the library is loaded
 from halfbyte.ops.native import Backend
 from halfbyte.ops.schema import BLOCKSIZES
 
