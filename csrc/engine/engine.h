@@ -6,6 +6,7 @@
 
 #include "../kernels.h"
 #include "../parallel.h"
+#include "attention.h"
 
 namespace hb {
 
@@ -21,6 +22,7 @@ struct Engine {
   const char* name;
   const Kernels* codec;  // the block formats: what they cost differs less between instruction sets
   Block block[dtypes];   // by Dtype; null where products of that type are better left to torch
+  const AttentionKernels* attention[dtypes];  // by Dtype; null: torch's
 };
 
 extern const Engine portable_engine;
