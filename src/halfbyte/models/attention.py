@@ -73,7 +73,8 @@ def attend(
     softcap  Gemma 2's capping of the scores, c * tanh(s / c), before the mask
     """
     if native.available(q_THE):
-        result: Tensor = _Attention.apply(q_THE, k_TKE, v_TKE, lengths, scale, window, softcap)  # type: ignore[no-untyped-call]
+        arguments = (q_THE, k_TKE, v_TKE, lengths, scale, window, softcap)
+        result: Tensor = _Attention.apply(*arguments)  # type: ignore[no-untyped-call]
         return result
     if len(lengths) > 1 and len(set(lengths)) == 1:
         batched = (len(lengths), lengths[0])
@@ -95,9 +96,10 @@ def attend_packed(
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """`attend` of queries, keys and values side by side, [T, H + 2K, E] -> [T, H, E]; the gradient is one tensor too."""
+    """`attend` of queries, keys and values side by side, [T, H + 2K, E] -> [T, H, E]; so is the gradient."""
     if native.available(qkv):
-        result: Tensor = _PackedAttention.apply(qkv, kv_heads, lengths, scale, window, softcap)  # type: ignore[no-untyped-call]
+        arguments = (qkv, kv_heads, lengths, scale, window, softcap)
+        result: Tensor = _PackedAttention.apply(*arguments)  # type: ignore[no-untyped-call]
         return result
     return attend(*_parts(qkv, kv_heads), lengths, scale, window, softcap)
 
@@ -111,10 +113,10 @@ class _Attention(torch.autograd.Function):
     """The native attention. Saves its inputs, its output and one number a query and head."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, lengths: tuple[int, ...], *options: Any) -> Tensor:
-        out, lse = native.attention(q, k, v, lengths, *options)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
+        out, lse = native.attention(q, k, v, *options)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options = (lengths, *options)
+        ctx.options = options
         return out
 
     @staticmethod
@@ -128,10 +130,10 @@ class _PackedAttention(torch.autograd.Function):
     """The same over one tensor."""
 
     @staticmethod
-    def forward(ctx: Any, qkv: Tensor, kv_heads: int, lengths: tuple[int, ...], *options: Any) -> Tensor:
-        out, lse = native.attention(*_parts(qkv, kv_heads), lengths, *options)
+    def forward(ctx: Any, qkv: Tensor, kv_heads: int, *options: Any) -> Tensor:
+        out, lse = native.attention(*_parts(qkv, kv_heads), *options)
         ctx.save_for_backward(qkv, out, lse)
-        ctx.kv_heads, ctx.options = kv_heads, (lengths, *options)
+        ctx.kv_heads, ctx.options = kv_heads, options
         return out
 
     @staticmethod
@@ -139,8 +141,9 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, lse = ctx.saved_tensors
         dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
-        into = _parts(dqkv, ctx.kv_heads)
-        native.attention_backward(grads[0], *_parts(qkv, ctx.kv_heads), out, lse, *ctx.options, into=into)
+        inputs, into = _parts(qkv, ctx.kv_heads), _parts(dqkv, ctx.kv_heads)
+        lengths, scale, window, softcap = ctx.options
+        native.attention_backward(grads[0], *inputs, out, lse, lengths, scale, window, softcap, into)
         return dqkv, None, None, None, None, None
 
 

@@ -1,8 +1,8 @@
 """Causal attention over documents laid end to end on the CPU: the C++ of `csrc/engine/attention.*`, both directions.
 
-FlashAttention-2 (arXiv 2307.08691) over blocks of queries and keys: nothing of the size of the scores is ever held, keys
-that nobody sees are never read, and the result does not depend on the number of threads. Callers ask `available`; there
-is no reference here, torch's own attention is that (`models.attention`).
+FlashAttention-2 (arXiv 2307.08691) over blocks of queries and keys: nothing of the size of the scores is ever held,
+keys that nobody sees are never read, and the result does not depend on the number of threads. Callers ask `available`;
+there is no reference here, torch's own attention is that (`models.attention`).
 
 Shape letters: T tokens, H query heads, K key-value heads, E head features. The last dimension must be contiguous, the
 others may be strided: slices of one fused query-key-value tensor will do.
@@ -122,7 +122,7 @@ def attention_backward(
     softcap: float | None = None,
     into: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from the output's, written to `into` (views of one fused tensor, say) or to new tensors."""
+    """Gradients of q, k and v from the output's, written to `into` (views of one tensor, say) or to new tensors."""
     _check(q_THE, k_TKE, v_TKE, lengths, scale, window, softcap)
     if dout_THE.shape != q_THE.shape or dout_THE.dtype != q_THE.dtype or out_THE.shape != q_THE.shape:
         raise ValueError(f"a gradient {dout_THE.dtype} {list(dout_THE.shape)} for queries {list(q_THE.shape)}")
