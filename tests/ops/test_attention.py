@@ -11,7 +11,7 @@ ISAS = [name for name in available() if name != "reference"]
 DTYPES = [torch.bfloat16, torch.float32]
 # Of the output, of gradients, of any one row; bfloat16 rounds weights and results to 9 bits: 2^-9 is 0.002. Torch's
 # own attention has the same errors.
-BOUNDS = {torch.bfloat16: (4e-3, 8e-3, 8e-2), torch.float32: (1e-6, 1e-5, 1e-4)}
+BOUNDS = {torch.bfloat16: (4e-3, 8e-3, 8e-2), torch.float32: (1e-6, 2e-6, 2e-5)}
 # heads, kv heads, features, window, softcap, lengths: tiles that are cut, whole and skipped, documents of any length
 CASES = [
     (2, 1, 64, None, None, (1, 2, 65, 200)),
@@ -68,8 +68,8 @@ def inputs(tokens: int, heads: int, kv_heads: int, features: int, dtype: torch.d
 
 
 def size(exact: Tensor) -> float:
-    """Root mean square of a row. Scores of a single key have no gradient: the floor is for those."""
-    return max(float(exact.norm(dim=-1).square().mean().sqrt()), 0.3)
+    """Root mean square of a row. The scores of a single key have no gradient: two equal numbers of this size cancel."""
+    return float(exact.norm(dim=-1).square().mean().sqrt()) if exact.any() else exact.shape[-1] ** 0.5
 
 
 def error(ours: Tensor, exact: Tensor) -> float:
