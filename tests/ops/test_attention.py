@@ -156,13 +156,13 @@ def test_large_scores_do_not_overflow(isa):
     qkv, grad = inputs(150, 2, 1, 32, torch.float32)
     if not attention.available(qkv[0]):
         pytest.skip(f"{isa} has no attention")
-    qkv = [qkv[0] * 40, qkv[1] * 40, qkv[2]]
+    qkv = [qkv[0] * 10, qkv[1] * 10, qkv[2]]
     out, lse = attention.attention(*qkv, (150,), 1.0)
     grads = attention.attention_backward(grad, *qkv, out, lse, (150,), 1.0)
     expected, exact_grads = exact(qkv, grad, (150,), 1.0, None, None)
-    # Scores of 10^4 in float32 are known to 10^-3, and so are the weights where two keys compete.
-    assert error(out, expected) < 3e-3
-    assert all(error(a, b) < 3e-2 for a, b in zip(grads, exact_grads, strict=True))
+    # Scores of several hundred in float32 are known to 10^-4, and so are the weights where two keys compete.
+    assert error(out, expected) < 1e-4
+    assert all(error(a, b) < 1e-3 for a, b in zip(grads, exact_grads, strict=True))
 
 
 def test_gradients_can_be_written_into_one_tensor(isa):
