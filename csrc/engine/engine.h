@@ -6,6 +6,7 @@
 
 #include "../kernels.h"
 #include "../parallel.h"
+#include "attention.h"
 #include "elementwise.h"
 #include "linear.h"
 #include "loss.h"
@@ -27,6 +28,7 @@ struct Engine {
   Block block[dtypes];
   const LinearKernels* linear[dtypes];
   const LossKernels* loss[dtypes];
+  const AttentionKernels* attention[dtypes];
   const Elementwise* elementwise;  // by Dtype; none of float16
 };
 

@@ -1,10 +1,13 @@
 """Attention over documents laid end to end, against a dense float64 softmax for each."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
 
-from halfbyte.models.attention import KVCache, attend, attend_cached
+from halfbyte.models.attention import KVCache, attend, attend_cached, attend_packed
+from halfbyte.ops import native
 
 H, K, E = 6, 2, 8
 CASES = [(None, None), (5, None), (None, 2.0), (5, 2.0)]
@@ -28,6 +31,7 @@ def qkv(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(tokens, H, E), torch.randn(tokens, K, E), torch.randn(tokens, K, E)
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("window", "softcap"), CASES)
 @pytest.mark.parametrize("lengths", [(17,), (6, 6, 6), (3, 14, 1, 5)])
 def test_documents_are_attended_apart(lengths: tuple[int, ...], window: int | None, softcap: float | None) -> None:
@@ -42,6 +46,30 @@ def test_documents_are_attended_apart(lengths: tuple[int, ...], window: int | No
     expected.backward(grad.double())
     for mine, theirs in zip(ours, exact, strict=True):
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(params=[None, "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The native attention where there is one, and torch's."""
+    native.use(request.param)
+    yield
+    native.use(None)
+
+
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize(("window", "softcap"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_is_the_same_with_one_gradient(dtype: torch.dtype, window: int | None, softcap: float | None) -> None:
+    lengths = (3, 14, 1, 5)
+    packed = torch.cat(qkv(sum(lengths)), 1).to(dtype).requires_grad_()
+    apart = [x.detach().requires_grad_() for x in packed.split((H, K, K), 1)]
+    out = attend_packed(packed, K, lengths, 0.3, window, softcap)
+    expected = attend(*apart, lengths, 0.3, window, softcap)
+    assert torch.equal(out, expected)
+    grad = torch.randn_like(out)
+    out.backward(grad)
+    expected.backward(grad)
+    torch.testing.assert_close(packed.grad, torch.cat([x.grad for x in apart], 1), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(("window", "softcap"), CASES)

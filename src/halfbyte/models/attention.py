@@ -6,9 +6,14 @@ query blocks that look at the keys they can see and no others.
 Shape letters: T tokens, B documents, L tokens of one document, H query heads, K key-value heads, E head features.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from halfbyte.ops import attention as native
 
 SOFTCAP_BLOCK = 256  # query rows of a block where scores are written out
 
@@ -67,6 +72,10 @@ def attend(
     window   keys a query sees, itself included (transformers' convention); None: all before it
     softcap  Gemma 2's capping of the scores, c * tanh(s / c), before the mask
     """
+    if native.available(q_THE):
+        arguments = (q_THE, k_TKE, v_TKE, lengths, scale, window, softcap)
+        result: Tensor = _Attention.apply(*arguments)  # type: ignore[no-untyped-call]
+        return result
     if len(lengths) > 1 and len(set(lengths)) == 1:
         batched = (len(lengths), lengths[0])
         q, k, v = q_THE.unflatten(0, batched), k_TKE.unflatten(0, batched), v_TKE.unflatten(0, batched)
@@ -77,6 +86,65 @@ def attend(
         for q, k, v in zip(q_THE.split(sizes), k_TKE.split(sizes), v_TKE.split(sizes), strict=True)
     ]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def attend_packed(
+    qkv: Tensor,
+    kv_heads: int,
+    lengths: tuple[int, ...],
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """`attend` of queries, keys and values side by side, [T, H + 2K, E] -> [T, H, E]; so is the gradient."""
+    if native.available(qkv):
+        arguments = (qkv, kv_heads, lengths, scale, window, softcap)
+        result: Tensor = _PackedAttention.apply(*arguments)  # type: ignore[no-untyped-call]
+        return result
+    return attend(*_parts(qkv, kv_heads), lengths, scale, window, softcap)
+
+
+def _parts(qkv: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), 1)
+    return q, k, v
+
+
+class _Attention(torch.autograd.Function):
+    """The native attention. Saves its inputs, its output and one number a query and head."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
+        out, lse = native.attention(q, k, v, *options)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.options = options
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse = ctx.saved_tensors
+        return *native.attention_backward(grads[0], q, k, v, out, lse, *ctx.options), None, None, None, None
+
+
+class _PackedAttention(torch.autograd.Function):
+    """The same over one tensor."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, kv_heads: int, *options: Any) -> Tensor:
+        out, lse = native.attention(*_parts(qkv, kv_heads), *options)
+        ctx.save_for_backward(qkv, out, lse)
+        ctx.kv_heads, ctx.options = kv_heads, options
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, out, lse = ctx.saved_tensors
+        dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+        inputs, into = _parts(qkv, ctx.kv_heads), _parts(dqkv, ctx.kv_heads)
+        lengths, scale, window, softcap = ctx.options
+        native.attention_backward(grads[0], *inputs, out, lse, lengths, scale, window, softcap, into)
+        return dqkv, None, None, None, None, None
 
 
 def _document(
