@@ -7,7 +7,7 @@ gradient of the input is accumulated in one buffer, and all the A factors are on
 Shape letters: T tokens, I input features, O output features of one segment, S their sum, R the summed ranks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,12 +99,6 @@ class _Grouped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, x_TI: Tensor, *tensors: Tensor | None) -> Tensor:
-        ctx.call = call
-        ctx.native = call.native(x_TI, tensors)
-        if ctx.native is not None:
-            y_TS, low_TR = linear_forward(x_TI, ctx.native)
-            ctx.save_for_backward(x_TI, low_TR, *tensors)
-            return y_TS
         sizes = call.sizes
         y_TS = x_TI.new_empty(x_TI.shape[0], sum(sizes))
         factors = [(i, tensors[4 * i + 2]) for i, s in enumerate(call.scalings) if s is not None]
@@ -119,6 +113,7 @@ class _Grouped(torch.autograd.Function):
             scaling = call.scalings[i]
             if scaling is not None and b_OR is not None:
                 y_TO.addmm_(low_parts[i], (b_OR * scaling).to(x_TI.dtype).t())
+        ctx.call = call
         ctx.save_for_backward(x_TI, low_TR, a_RI, *tensors)
         return y_TS
 
@@ -127,11 +122,6 @@ class _Grouped(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy_TS,) = grads
         call: _Call = ctx.call
-        if ctx.native is not None:
-            x_TI, low_TR, *_ = ctx.saved_tensors
-            dx, of_factors = linear_backward(dy_TS, x_TI, low_TR, ctx.native, ctx.needs_input_grad[1])
-            pairs = zip(of_factors[::2], of_factors[1::2], strict=True)
-            return (None, dx, *(grad for da, db in pairs for grad in (None, None, da, db)))
         x_TI, low_TR, a_RI, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[2:]
         dx_TI: Tensor | None = x_TI.new_empty(x_TI.shape) if ctx.needs_input_grad[1] else None
@@ -161,6 +151,47 @@ class _Grouped(torch.autograd.Function):
             for (i, _), da in zip(factors, da_RI.split(ranks), strict=True):
                 out[4 * i + 2] = da if needs[4 * i + 2] else None
         return (None, dx_TI, *(_like(g, t) for g, t in zip(out, tensors, strict=True)))
+
+
+@dataclass(frozen=True)
+class Remake:
+    """How to make an input of a linear again in the backward pass, from tensors that are kept anyway.
+
+    The normed residual stream and the gated unit's output are one pass over memory away from what their own gradients
+    keep; holding them too would be a fifth of a layer's activations.
+    """
+
+    make: Callable[..., Tensor]
+    tensors: tuple[Tensor, ...]
+
+
+class _NativeGrouped(torch.autograd.Function):
+    """`_Grouped` by the native engine, which reads the weights in their blocks: nothing of a weight's size is made.
+
+    Saved for backward: x, or what it is remade from, the low-rank activations x A^T, and the factors.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, native: list[LinearSegment], remake: Remake | None, x_TI: Tensor, *tensors: Tensor | None
+    ) -> Tensor:
+        y_TS, low_TR = linear_forward(x_TI, native)
+        ctx.native, ctx.make = native, None if remake is None else remake.make
+        inputs = (x_TI,) if remake is None else tuple(tensor.detach() for tensor in remake.tensors)
+        ctx.inputs = len(inputs)
+        # The factors are saved although `native` holds them: so autograd sees it when somebody writes to them.
+        ctx.save_for_backward(*inputs, low_TR, *tensors)
+        return y_TS
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # asked once: checkpointing refuses a second time
+        inputs, low_TR = saved[: ctx.inputs], saved[ctx.inputs]
+        x_TI = inputs[0] if ctx.make is None else ctx.make(*inputs)
+        dx_TI, factors = linear_backward(grads[0], x_TI, low_TR, ctx.native, ctx.needs_input_grad[2])
+        pairs = zip(factors[::2], factors[1::2], strict=True)
+        return (None, None, dx_TI, *(grad for da, db in pairs for grad in (None, None, da, db)))
 
 
 def _like(grad: Tensor | None, tensor: Tensor | None) -> Tensor | None:
@@ -193,7 +224,8 @@ class GroupedLinear(nn.Module):
     def sizes(self) -> list[int]:
         return [segment.out_features for segment in self.parts]
 
-    def forward(self, x_TI: Tensor) -> Tensor:
+    def forward(self, x_TI: Tensor, remake: Remake | None = None) -> Tensor:
+        """`remake`: how to make x again, so that it need not be kept for the gradients."""
         call_weights, scalings, tensors = [], [], []
         with_dropout: list[tuple[int, LoraAdapter]] = []
         for i, segment in enumerate(self.parts):
@@ -209,7 +241,13 @@ class GroupedLinear(nn.Module):
                 None if adapter is None else adapter.lora_A,
                 None if adapter is None else adapter.lora_B,
             ]
-        y_TS: Tensor = _Grouped.apply(_Call(tuple(call_weights), tuple(scalings)), x_TI, *tensors)  # type: ignore[no-untyped-call]
+        call = _Call(tuple(call_weights), tuple(scalings))
+        y_TS: Tensor
+        native = call.native(x_TI, tensors)
+        if native is not None:
+            y_TS = _NativeGrouped.apply(native, remake, x_TI, *tensors)  # type: ignore[no-untyped-call]
+        else:
+            y_TS = _Grouped.apply(call, x_TI, *tensors)  # type: ignore[no-untyped-call]
         if with_dropout:
             # Each adapter draws its own mask, as in PEFT, so the A products cannot be one.
             parts = list(y_TS.split(self.sizes, 1))

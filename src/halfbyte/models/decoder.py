@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from halfbyte.batch import IGNORE, Batch
 from halfbyte.errors import UsageError
-from halfbyte.linear import GroupedLinear, Segment, linear_cross_entropy, linear_logits
+from halfbyte.linear import GroupedLinear, Remake, Segment, linear_cross_entropy, linear_logits
 from halfbyte.models import rope
 from halfbyte.models.attention import KVCache, attend, attend_cached
 from halfbyte.models.blocks import gated_unit, residual_add, residual_norm, rms_norm
@@ -59,6 +59,11 @@ class Norm(nn.Module):
         post = None if after is None else after.weight
         return residual_norm(x, h, post, self.weight, self.eps, self.plus_one)
 
+    def remake(self, s: Tensor) -> Remake:
+        """The norm of s once more, for the linear that reads it: s is kept anyway."""
+        weight, eps, plus_one = self.weight.detach(), self.eps, self.plus_one
+        return Remake(lambda kept: rms_norm(kept, weight, eps, plus_one), (s,))
+
 
 class Layer(nn.Module):
     """Attention and gated unit, each behind a norm (Gemma 2 and 3: also before the residual add)."""
@@ -88,20 +93,25 @@ class Layer(nn.Module):
         self.q_norm = norm("self_attn.q_norm") if spec.qk_norm else None
         self.k_norm = norm("self_attn.k_norm") if spec.qk_norm else None
 
-    def forward(self, x_TD: Tensor, context: _Context) -> Tensor:
+    def forward(self, x_TD: Tensor, context: _Context, rows: Tensor | None = None) -> Tensor:
+        """The layer's output; only of `rows` (int64) where given: behind the attention, positions do not meet."""
         x_TD, y_TD = self.input_norm.of_sum(x_TD)
-        x_TD, y_TD = self.before_mlp.of_sum(x_TD, self._attention(y_TD, context), self.after_attention)
-        h = self.down(gated_unit(self.gate_up(y_TD), self.spec.activation, overwrite=True))
+        out_TS = self._attention(self.qkv(y_TD, self.input_norm.remake(x_TD)), context)
+        if rows is not None:
+            x_TD, out_TS = x_TD.index_select(0, rows), out_TS.index_select(0, rows)
+        x_TD, y_TD = self.before_mlp.of_sum(x_TD, self.o(out_TS), self.after_attention)
+        gate_up, kind = self.gate_up(y_TD, self.before_mlp.remake(x_TD)), self.spec.activation
+        unit = gated_unit(gate_up, kind, overwrite=True)
+        h = self.down(unit, Remake(lambda kept: gated_unit(kept, kind), (gate_up,)))
         after = None if self.after_mlp is None else self.after_mlp.weight
         return residual_add(x_TD, h, after, self.spec.norm_eps, self.spec.norm_plus_one)
 
-    def _attention(self, x_TD: Tensor, context: _Context) -> Tensor:
+    def _attention(self, qkv: Tensor, context: _Context) -> Tensor:
         spec = self.spec
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
             norms = self.q_norm.weight, self.k_norm.weight
         sizes, tables = (spec.num_heads, spec.num_kv_heads), context.tables[self.rope]
-        qkv = self.qkv(x_TD)
         q, k, v = rope.heads(qkv, sizes, tables, norms, spec.norm_eps, spec.norm_plus_one, overwrite=True)
         scale, cap = spec.attention_scale, spec.attention_softcap
         if context.cache is None:
@@ -110,8 +120,7 @@ class Layer(nn.Module):
             new = list(context.lengths)
             context.cache.append(self.index, k, v, new)
             out = attend_cached(q, context.cache, self.index, new, scale, self.window, cap)
-        result: Tensor = self.o(out.flatten(1))
-        return result
+        return out.flatten(1)
 
 
 def _segment(linear: LinearSpec, weight: WeightProvider, tensor: TensorProvider) -> Segment:
@@ -171,9 +180,14 @@ class Decoder(nn.Module):
     # -- forward --------------------------------------------------------------------------------------------------
 
     def hidden(
-        self, input_ids: Tensor, position_ids: Tensor, lengths: tuple[int, ...], cache: KVCache | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        lengths: tuple[int, ...],
+        cache: KVCache | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """Final hidden states after the last norm, [T, D], of documents laid end to end."""
+        """Final hidden states after the last norm, [T, D], of documents laid end to end; [N, D] of N `rows` only."""
         x = self._embed(input_ids)
         context = _Context(lengths, cache=cache)
         held = cache.lengths if cache is not None else [0] * len(lengths)
@@ -182,8 +196,9 @@ class Decoder(nn.Module):
             assert kind is not None
             context.tables[kind] = rope.table(kind, position_ids, totals, x.dtype, lengths)
         recompute = self.checkpointing and torch.is_grad_enabled() and cache is None
-        for layer in self.layers:
-            x = checkpoint(layer, x, context, use_reentrant=False) if recompute else layer(x, context)
+        for index, layer in enumerate(self.layers):
+            wanted = rows if index == len(self.layers) - 1 else None
+            x = checkpoint(layer, x, context, wanted, use_reentrant=False) if recompute else layer(x, context, wanted)
         if cache is not None:
             cache.advance(list(lengths))
         result: Tensor = self.norm(x)
@@ -211,11 +226,9 @@ class Decoder(nn.Module):
         return -self._token_nll(batch)
 
     def _token_nll(self, batch: Batch) -> Tensor:
-        hidden = self.hidden(*_rounded_up(batch))
         supervised = (batch.targets != IGNORE).nonzero()[:, 0]
-        return linear_cross_entropy(
-            hidden.index_select(0, supervised), self.head, batch.targets[supervised], self.spec.final_softcap
-        )
+        hidden = self.hidden(*_rounded_up(batch), rows=supervised)
+        return linear_cross_entropy(hidden, self.head, batch.targets[supervised], self.spec.final_softcap)
 
     @torch.no_grad()
     def logits(

@@ -1,8 +1,8 @@
 """The native library of `csrc/`: loaded with ctypes, its instruction set chosen at the first call.
 
 Modules that call it say at import which functions they need (`declare`); `library()` gives it, or None for the
-reference. HALFBYTE_NATIVE=0 asks for the reference; HALFBYTE_ISA=amx|avx512bf16|avx512|avx2|portable for one instruction
-set. Everything native runs on torch's own threads: a second pool would spin against torch's.
+reference. HALFBYTE_NATIVE=0 asks for the reference; HALFBYTE_ISA=amx|avx512bf16|avx512|avx2|portable for one
+instruction set. Everything native runs on torch's own threads: a second pool would spin against torch's.
 """
 
 import ctypes
