@@ -49,7 +49,7 @@ bench: $(VENV)/.dev-installed $(PEERS)/.installed
 	  --contenders halfbyte,loop,compile,trl,loop+halfbyte $(ARGS)
 
 bench-kernels: $(VENV)/.dev-installed
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/kernels.py $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/operators.py $(ARGS)
 
 sanitize: $(VENV)/.dev-installed
 	$(BIN)/python tests/sanitize.py $(ARGS)

@@ -26,7 +26,7 @@ from tests.models import families
     ],
 )
 def test_the_bytes_of_a_case(scripts: dict[str, ModuleType], name: str, expected: int) -> None:
-    cases: Any = scripts["kernels"].CASES
+    cases: Any = scripts["operators"].CASES
     work = cases[name](6400)
     work.call()
     # The nested case has 100 constants in one block of 256.
@@ -34,11 +34,11 @@ def test_the_bytes_of_a_case(scripts: dict[str, ModuleType], name: str, expected
 
 
 def test_every_case_is_measured_against_its_roof(scripts: dict[str, ModuleType], tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "kernels.py"), "--elements", "4160", "--seconds", "0.001"]
+    command = [sys.executable, str(BENCHMARKS / "operators.py"), "--elements", "4160", "--seconds", "0.001"]
     command += ["--threads", "1", "--json", str(tmp_path / "out.json")]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     figures = json.loads((tmp_path / "out.json").read_text())
-    cases: Any = scripts["kernels"].CASES
+    cases: Any = scripts["operators"].CASES
     assert [m["name"] for m in figures["operators"]] == list(cases)
     assert all(m["seconds"] > 0 and m["of_copy"] > 0 for m in figures["operators"])
     assert all(f"| {name} |" in done.stdout for name in cases)
@@ -50,15 +50,15 @@ def test_every_case_is_measured_against_its_roof(scripts: dict[str, ModuleType],
 def test_operations_are_measured_against_products(
     scripts: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    kernels: Any = scripts["kernels"]
+    operators: Any = scripts["operators"]
     a = torch.ones(64, 64)
     monkeypatch.setitem(
-        kernels.CASES, "product", lambda n: kernels.Work(lambda: a @ a, 3 * 4 * 64**2, operations=2 * 64**3)
+        operators.CASES, "product", lambda n: operators.Work(lambda: a @ a, 3 * 4 * 64**2, operations=2 * 64**3)
     )
-    measured = kernels.measure("product", 1, 0.001)
+    measured = operators.measure("product", 1, 0.001)
     assert measured.operations_per_second == pytest.approx(2 * 64**3 / measured.seconds)
     assert measured.of_products > 0
-    assert kernels.table([measured]).splitlines()[-1].count("%") == 2
+    assert operators.table([measured]).splitlines()[-1].count("%") == 2
 
 
 def test_the_gemm_rate_counts_every_weight_once(scripts: dict[str, ModuleType]) -> None:

@@ -1,6 +1,6 @@
 """Each native operator against the roof that bounds it: memory bandwidth or the rate of products.
 
-    python benchmarks/kernels.py [--elements 13762560] [--threads N] [--match nf4] [--seconds 0.3] [--json FILE]
+    python benchmarks/operators.py [--elements 13762560] [--threads N] [--match nf4] [--seconds 0.3] [--json FILE]
 
 An entry of `CASES` makes one operator's inputs and says which bytes it must move and how many operations it must do,
 whatever the implementation does. Time is the best of the calls that fit into --seconds, after one that warms up. The
@@ -9,6 +9,8 @@ are operations, torch's product of two square matrices that stay in cache, in th
 on a busy machine both fall, not always by the same factor.
 
 A new operator is one more entry: a name and a function of the number of elements that returns `Work`.
+
+(Not called kernels.py: transformers and bitsandbytes import a package of that name if they find one.)
 """
 
 import argparse
