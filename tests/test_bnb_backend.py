@@ -115,7 +115,7 @@ torch.save(compared, out)
 """
 
 
-@pytest.mark.parametrize("isa", ["", *native.ISAS])
+@pytest.mark.parametrize("isa", ["", *(pytest.param(isa, marks=pytest.mark.slow) for isa in native.ISAS)])
 def test_every_shape_and_format_equals_the_reference(tmp_path: Path, isa: str) -> None:
     if isa:
         try:
