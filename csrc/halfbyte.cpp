@@ -93,10 +93,14 @@ struct Dequantize {
     if (absmax) return whole(begin, end - begin, absmax + begin);
     constexpr int64_t at_once = 512;
     float constants[at_once];
-    for (; begin < end; begin += at_once) {
-      int64_t count = std::min(at_once, end - begin);
-      for (int64_t i = 0; i < count; i++) constants[i] = constant(begin + i);
+    while (begin < end) {
+      // Of one nested block, whose constant is read once.
+      const int64_t outer = begin / nested_blocksize;
+      const int64_t count = std::min({at_once, end - begin, (outer + 1) * nested_blocksize - begin});
+      const float factor = nested_absmax[outer];
+      for (int64_t i = 0; i < count; i++) constants[i] = nested_table[nested_codes[begin + i]] * factor + nested_offset;
       whole(begin, count, constants);
+      begin += count;
     }
   }
 };

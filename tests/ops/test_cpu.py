@@ -176,6 +176,9 @@ def test_the_choice_is_told_and_can_be_asked_for():
     assert _tell(HALFBYTE_NATIVE="0").stdout.strip() == "reference (asked for with HALFBYTE_NATIVE=0)"
     assert _tell(HALFBYTE_ISA="portable").stdout.strip() == "portable (asked for with HALFBYTE_ISA=portable)"
     assert _tell().stdout.strip() == f"{NATIVE[0]} (the best of this processor)"
+    missing = _tell(HALFBYTE_LIBRARY="/nowhere/lib.so")
+    assert missing.returncode != 0
+    assert "HALFBYTE_LIBRARY=/nowhere/lib.so is not a file" in missing.stderr
     refused = _tell(HALFBYTE_ISA="mmx")
     assert refused.returncode != 0
     assert "HALFBYTE_ISA=mmx is not one of amx, avx512bf16, avx512, avx2, portable" in refused.stderr

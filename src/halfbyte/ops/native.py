@@ -2,7 +2,8 @@
 
 Modules that call it say at import which functions they need (`declare`); `library()` gives it, or None for the
 reference. HALFBYTE_NATIVE=0 asks for the reference; HALFBYTE_ISA=amx|avx512bf16|avx512|avx2|portable for one
-instruction set. Everything native runs on torch's own threads: a second pool would spin against torch's.
+instruction set; HALFBYTE_LIBRARY=path for another build of the library (`make sanitize`). Everything native runs on
+torch's own threads: a second pool would spin against torch's.
 """
 
 import ctypes
@@ -51,8 +52,17 @@ class Backend:
 
 
 def _candidates() -> Iterator[Path]:
-    """Where the library may lie: beside this file, or, in an editable install, where its build was installed."""
+    """Where the library may lie: beside this file, or, in an editable install, where its build was installed.
+
+    Raises UsageError where HALFBYTE_LIBRARY names no file.
+    """
     import halfbyte.ops
+
+    if asked := os.environ.get("HALFBYTE_LIBRARY"):
+        if not Path(asked).is_file():
+            raise UsageError(f"HALFBYTE_LIBRARY={asked} is not a file")
+        yield Path(asked)
+        return
 
     suffix = "dll" if sys.platform == "win32" else "so"
     for folder in halfbyte.ops.__path__:
