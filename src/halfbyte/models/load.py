@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import UsageError
+from halfbyte.heap import give_back
 from halfbyte.models.decoder import Decoder
 from halfbyte.models.dtype import fast_dtype
 from halfbyte.models.options import ModelOptions
@@ -51,9 +52,12 @@ def load_model(
     target = resolve_device(options.device) if device is None else torch.device(device)
     kind = resolve_dtype(options.dtype if dtype is None else dtype, target)
     tokenizer = source.tokenizer()  # first: building one takes memory that is given back before the weights come
+    give_back()
     if ModelSpec.serves(source.config):
         spec = ModelSpec.from_config(source.config)
-        return LoadedModel(build_decoder(source, spec, quant, kind, target), tokenizer, spec, source)
+        decoder = build_decoder(source, spec, quant, kind, target)
+        give_back()
+        return LoadedModel(decoder, tokenizer, spec, source)
     from halfbyte.models.fallback import Fallback  # imports transformers' models: memory that the decoder does without
 
     model = Fallback.build(source, quant, kind, target, 1 - options.allow_unquantized_share)
