@@ -57,9 +57,10 @@ std::vector<Span> spans_of(const int64_t* lengths, int64_t documents, int64_t bl
   std::vector<Span> spans;
   int64_t start = 0, room = 0;
   for (int64_t d = 0; d < documents; d++) {
-    for (int64_t first = 0; first < lengths[d]; first += block) spans.push_back({start, lengths[d], first, room + first});
-    start += lengths[d];
-    room += round_up(lengths[d], 16);
+    const int64_t length = lengths[d];
+    for (int64_t first = 0; first < length; first += block) spans.push_back({start, length, first, room + first});
+    start += length;
+    room += round_up(length, 16);
   }
   return spans;
 }

@@ -39,7 +39,7 @@ struct Attention {
   void *packed_q, *packed_dout;
   float* dq_sums;
   float* delta;                    // [heads, room]: dout . out
-  float *dk_sums, *dv_sums;        // a query head's share, [heads, room, features rounded up to 16]; null: a task has all
+  float *dk_sums, *dv_sums;        // of one query head, [heads, room, features rounded up to 16], or null
   std::atomic<int32_t>* progress;  // [heads, room / 16]: key blocks that a query block's `dq_sums` hold
 };
 
