@@ -155,13 +155,13 @@ class _Grouped(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Remake:
-    """How to make an input of a linear again in the backward pass, from tensors that are kept anyway.
+    """How to make an operation's input (or inputs) again in the backward pass, from tensors that are kept anyway.
 
     The normed residual stream and the gated unit's output are one pass over memory away from what their own gradients
     keep; holding them too would be a fifth of a layer's activations.
     """
 
-    make: Callable[..., Tensor]
+    make: Callable[..., Any]
     tensors: tuple[Tensor, ...]
 
 

@@ -13,7 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from halfbyte.linear import Remake
 from halfbyte.ops import attention as native
+from halfbyte.ops import pool
 
 SOFTCAP_BLOCK = 256  # query rows of a block where scores are written out
 
@@ -66,14 +68,16 @@ def attend(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    remake: Remake | None = None,
 ) -> Tensor:
     """Causal attention inside each document, [T, H, E] -> [T, H, E]. Differentiable.
 
     window   keys a query sees, itself included (transformers' convention); None: all before it
     softcap  Gemma 2's capping of the scores, c * tanh(s / c), before the mask
+    remake   how to make (q, k, v) again, so that they need not be kept for the gradients
     """
     if native.available(q_THE):
-        arguments = (q_THE, k_TKE, v_TKE, lengths, scale, window, softcap)
+        arguments = (remake, q_THE, k_TKE, v_TKE, lengths, scale, window, softcap)
         result: Tensor = _Attention.apply(*arguments)  # type: ignore[no-untyped-call]
         return result
     if len(lengths) > 1 and len(set(lengths)) == 1:
@@ -110,20 +114,27 @@ def _parts(qkv: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Attention(torch.autograd.Function):
-    """The native attention. Saves its inputs, its output and one number a query and head."""
+    """The native attention. Saves its inputs, or what they are remade from, its output, a number a query and head."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
+    def forward(ctx: Any, remake: Remake | None, q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
         out, lse = native.attention(q, k, v, *options)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.options = options
+        inputs = (q, k, v) if remake is None else tuple(tensor.detach() for tensor in remake.tensors)
+        ctx.save_for_backward(out, lse, *inputs)
+        ctx.make, ctx.options = None if remake is None else remake.make, options
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse = ctx.saved_tensors
-        return *native.attention_backward(grads[0], q, k, v, out, lse, *ctx.options), None, None, None, None
+        out, lse, *inputs = ctx.saved_tensors
+        q, k, v = inputs if ctx.make is None else ctx.make(*inputs)
+        # Side by side, so that the node before, which had them so, can take them as they lie.
+        fused = pool.empty((q.shape[0], q.shape[1] + 2 * k.shape[1], q.shape[2]), q.dtype)
+        lengths, scale, window, softcap = ctx.options
+        into = _parts(fused, k.shape[1])
+        dq, dk, dv = native.attention_backward(grads[0], q, k, v, out, lse, lengths, scale, window, softcap, into)
+        return None, dq, dk, dv, None, None, None, None
 
 
 class _PackedAttention(torch.autograd.Function):
@@ -140,7 +151,7 @@ class _PackedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, lse = ctx.saved_tensors
-        dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
+        dqkv = pool.empty_like(qkv)
         inputs, into = _parts(qkv, ctx.kv_heads), _parts(dqkv, ctx.kv_heads)
         lengths, scale, window, softcap = ctx.options
         native.attention_backward(grads[0], *inputs, out, lse, lengths, scale, window, softcap, into)

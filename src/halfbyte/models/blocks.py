@@ -72,7 +72,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, plus_one: bool) -> Tensor:
 class _ResidualNorm(torch.autograd.Function):
     """(x, h) -> (s, y) of `residual_norm`, natively: the residual stream's gradient is summed where its norm's is made.
 
-    Saves s (which the next block holds anyway), h only where it has a norm of its own, and one number a row and norm.
+    Saves s (which the next block holds anyway); where h has a norm of its own h, and x instead of s, which is one pass
+    over both away; and one number a row and norm.
     """
 
     @staticmethod
@@ -80,7 +81,7 @@ class _ResidualNorm(torch.autograd.Function):
         ctx: Any, x: Tensor, h: Tensor | None, post: Tensor | None, pre: Tensor | None, eps: float, plus_one: bool
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        ctx.plus_one = plus_one
+        ctx.eps, ctx.plus_one = eps, plus_one
         post_scale, pre_scale = (None if w is None else norm_scale(w, plus_one) for w in (post, pre))
         if h is None:
             assert pre_scale is not None
@@ -88,7 +89,8 @@ class _ResidualNorm(torch.autograd.Function):
             ctx.save_for_backward(x, None, None, pre, None, rstd_s)
             return x, y
         s, y_or_none, rstd_h, rstd = elementwise.add_rms_norm(x, h.contiguous(), post_scale, pre_scale, eps)
-        ctx.save_for_backward(s if pre is not None else None, h if post is not None else None, post, pre, rstd_h, rstd)
+        kept = None if pre is None else s if post is None else x
+        ctx.save_for_backward(kept, h if post is not None else None, post, pre, rstd_h, rstd)
         return s, y_or_none
 
     @staticmethod
@@ -102,6 +104,8 @@ class _ResidualNorm(torch.autograd.Function):
         needs_post, needs_pre = ctx.needs_input_grad[2:4]
         dx, dh, dpre, dpost = ds, None, None, None
         if post_scale is not None:
+            if s is not None:
+                s = elementwise.add_rms_norm(s, h.contiguous(), post_scale, None, ctx.eps)[0]
             dx, dh, sums = elementwise.sandwich_backward(
                 ds, dy, h if s is None else s, h, post_scale, pre_scale, rstd_h, rstd_s, needs_post or needs_pre
             )

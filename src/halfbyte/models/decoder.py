@@ -59,10 +59,15 @@ class Norm(nn.Module):
         post = None if after is None else after.weight
         return residual_norm(x, h, post, self.weight, self.eps, self.plus_one)
 
-    def remake(self, s: Tensor) -> Remake:
-        """The norm of s once more, for the linear that reads it: s is kept anyway."""
+    def remake(
+        self, s: Tensor, x: Tensor | None = None, h: Tensor | None = None, after: "Norm | None" = None
+    ) -> Remake:
+        """The norm once more, for the linear that reads it: of s, or where h has a norm of its own of x and h."""
         weight, eps, plus_one = self.weight.detach(), self.eps, self.plus_one
-        return Remake(lambda kept: rms_norm(kept, weight, eps, plus_one), (s,))
+        if x is None or h is None or after is None:
+            return Remake(lambda kept: rms_norm(kept, weight, eps, plus_one), (s,))
+        post = after.weight.detach()
+        return Remake(lambda kept, of: residual_norm(kept, of, post, weight, eps, plus_one)[1], (x, h))
 
 
 class Layer(nn.Module):
@@ -99,12 +104,14 @@ class Layer(nn.Module):
         out_TS = self._attention(self.qkv(y_TD, self.input_norm.remake(x_TD)), context)
         if rows is not None:
             x_TD, out_TS = x_TD.index_select(0, rows), out_TS.index_select(0, rows)
-        x_TD, y_TD = self.before_mlp.of_sum(x_TD, self.o(out_TS), self.after_attention)
-        gate_up, kind = self.gate_up(y_TD, self.before_mlp.remake(x_TD)), self.spec.activation
+        h = self.o(out_TS)
+        s_TD, y_TD = self.before_mlp.of_sum(x_TD, h, self.after_attention)
+        remake = self.before_mlp.remake(s_TD, x_TD, h, self.after_attention)
+        gate_up, kind = self.gate_up(y_TD, remake), self.spec.activation
         unit = gated_unit(gate_up, kind, overwrite=True)
         h = self.down(unit, Remake(lambda kept: gated_unit(kept, kind), (gate_up,)))
         after = None if self.after_mlp is None else self.after_mlp.weight
-        return residual_add(x_TD, h, after, self.spec.norm_eps, self.spec.norm_plus_one)
+        return residual_add(s_TD, h, after, self.spec.norm_eps, self.spec.norm_plus_one)
 
     def _attention(self, qkv: Tensor, context: _Context) -> Tensor:
         spec = self.spec
@@ -112,10 +119,13 @@ class Layer(nn.Module):
         if self.q_norm is not None and self.k_norm is not None:
             norms = self.q_norm.weight, self.k_norm.weight
         sizes, tables = (spec.num_heads, spec.num_kv_heads), context.tables[self.rope]
-        q, k, v = rope.heads(qkv, sizes, tables, norms, spec.norm_eps, spec.norm_plus_one, overwrite=True)
+        options = sizes, tables, norms, spec.norm_eps, spec.norm_plus_one
+        q, k, v = rope.heads(qkv, *options, overwrite=True)
         scale, cap = spec.attention_scale, spec.attention_softcap
         if context.cache is None:
-            out = attend(q, k, v, context.lengths, scale, self.window, cap)
+            # With norms the projection is kept for their gradients; queries and keys are one pass over it away.
+            remake = None if norms is None else Remake(lambda kept: rope.heads(kept, *options), (qkv,))
+            out = attend(q, k, v, context.lengths, scale, self.window, cap, remake)
         else:
             new = list(context.lengths)
             context.cache.append(self.index, k, v, new)

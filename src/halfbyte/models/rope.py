@@ -19,7 +19,7 @@ from torch.autograd.graph import increment_version
 
 from halfbyte.models.blocks import norm_scale, rms_norm
 from halfbyte.models.spec import RopeSpec
-from halfbyte.ops import elementwise
+from halfbyte.ops import elementwise, pool
 
 
 def _base_frequencies(theta: float, dim: int) -> Tensor:
@@ -178,7 +178,7 @@ class _Heads(torch.autograd.Function):
         q, k, v = _split(qkv_TS.detach(), sizes)
         out = (q, k)
         if not in_place:
-            both = qkv_TS.new_empty(q.shape[0], q.shape[1] + k.shape[1], q.shape[2])
+            both = pool.empty((q.shape[0], q.shape[1] + k.shape[1], q.shape[2]), q.dtype)
             out = both[:, : q.shape[1]], both[:, q.shape[1] :]
         elif not qkv_TS.is_inference():
             increment_version(qkv_TS)
@@ -200,7 +200,7 @@ class _Heads(torch.autograd.Function):
             dqkv_TS = qkv_TS.detach()
             increment_version(qkv_TS)  # a second backward is refused instead of wrong
         if dqkv_TS is None:
-            dqkv_TS = dq.new_empty(dq.shape[0], (dq.shape[1] + 2 * dk.shape[1]) * dq.shape[2])
+            dqkv_TS = pool.empty((dq.shape[0], (dq.shape[1] + 2 * dk.shape[1]) * dq.shape[2]), dq.dtype)
         *out, out_v = _split(dqkv_TS, ctx.sizes)
         inputs = (None, None) if qkv_TS is None else _split(qkv_TS.detach(), ctx.sizes)[:2]
         dweights: list[Tensor | None] = [None, None]

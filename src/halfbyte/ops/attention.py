@@ -13,7 +13,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from halfbyte.ops import native
+from halfbyte.ops import native, pool
 from halfbyte.ops.native import INT, INT64, POINTER
 
 # dtype, shape, numbers, lengths, documents, data, strides, lse
@@ -103,7 +103,7 @@ def attention(
     ValueError where `available` says no, and for arguments that do not fit together.
     """
     _check(q_THE, k_TKE, v_TKE, lengths, scale, window, softcap)
-    out = torch.empty(q_THE.shape, dtype=q_THE.dtype)
+    out = pool.empty_like(q_THE)
     lse = torch.empty(q_THE.shape[1], q_THE.shape[0])
     _call("hb_attention", (_rows(q_THE), _rows(k_TKE), _rows(v_TKE), out), lse, lengths, scale, window, softcap)
     return out, lse
@@ -127,7 +127,7 @@ def attention_backward(
     if dout_THE.shape != q_THE.shape or dout_THE.dtype != q_THE.dtype or out_THE.shape != q_THE.shape:
         raise ValueError(f"a gradient {dout_THE.dtype} {list(dout_THE.shape)} for queries {list(q_THE.shape)}")
     if into is None:
-        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q_THE, k_TKE, v_TKE))
+        dq, dk, dv = (pool.empty_like(x) for x in (q_THE, k_TKE, v_TKE))
     else:
         dq, dk, dv = into
         for gradient, like in zip(into, (q_THE, k_TKE, v_TKE), strict=True):

@@ -12,7 +12,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from halfbyte.ops import native
+from halfbyte.ops import native, pool
 from halfbyte.ops.native import FLOAT, INT, INT64, POINTER, pointer
 
 native.declare(
@@ -93,7 +93,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """
     count, width, *strides = _rows(x)
     _check_float(weight_D, (width,), "weight")
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = pool.empty_like(x)
     rstd = torch.empty(x.shape[:-1], dtype=torch.float32)
     _library().hb_norm(
         native.DTYPE[x.dtype], count, width, x.data_ptr(), *strides, None, None, weight_D.data_ptr(), eps,
@@ -116,8 +116,8 @@ def add_rms_norm(
     for name, weight in (("post", post_D), ("pre", pre_D)):
         if weight is not None:
             _check_float(weight, (width,), name)
-    s = torch.empty_like(h_ND)
-    y = None if pre_D is None else torch.empty_like(h_ND)
+    s = pool.empty_like(h_ND)
+    y = None if pre_D is None else pool.empty_like(h_ND)
     rstd_h = None if post_D is None else torch.empty(count, dtype=torch.float32)
     rstd_s = None if pre_D is None else torch.empty(count, dtype=torch.float32)
     _library().hb_norm(
@@ -137,7 +137,7 @@ def rms_norm_backward(
     _check_float(rstd, tuple(x.shape[:-1]), "rstd")
     if ds is not None:
         _check(ds, tuple(x.shape), x, "ds")
-    dx = torch.empty(x.shape, dtype=x.dtype)
+    dx = pool.empty_like(x)
     dweights = torch.empty(2, width) if sums else None
     _library().hb_norm_backward(
         native.DTYPE[x.dtype], count, width, dy.data_ptr(), pointer(ds), x.data_ptr(), *strides, None,
@@ -173,7 +173,7 @@ def sandwich_backward(
     if dy_ND is not None and pre_D is not None and rstd_s is not None:
         _check_float(pre_D, (width,), "pre")
         _check_float(rstd_s, (count,), "rstd_s")
-    dx, dh = grads[0] if dy_ND is None else torch.empty_like(h_ND), torch.empty_like(h_ND)
+    dx, dh = grads[0] if dy_ND is None else pool.empty_like(h_ND), pool.empty_like(h_ND)
     dweights = torch.empty(2, width) if sums else None
     _library().hb_norm_backward(
         native.DTYPE[s_ND.dtype], count, width, pointer(dy_ND), pointer(ds_ND), s_ND.data_ptr(), *strides,
@@ -199,7 +199,7 @@ def _gate(gate_up_T2I: Tensor, kind: str) -> tuple[int, int, int]:
 def gated_unit(gate_up_T2I: Tensor, kind: str) -> Tensor:
     """act(gate) * up, [T, 2I] -> [T, I] (arXiv 2002.05202). kind: silu, gelu_tanh or gelu (the exact one)."""
     rows, width, stride = _gate(gate_up_T2I, kind)
-    out = torch.empty(rows, width, dtype=gate_up_T2I.dtype)
+    out = pool.empty((rows, width), gate_up_T2I.dtype)
     _library().hb_gate(
         native.DTYPE[out.dtype], rows, width, gate_up_T2I.data_ptr(), stride, _ACTIVATION[kind], out.data_ptr()
     )
@@ -211,7 +211,7 @@ def gated_unit_backward(dout_TI: Tensor, gate_up_T2I: Tensor, kind: str, out: Te
     rows, width, stride = _gate(gate_up_T2I, kind)
     _check(dout_TI, (rows, width), gate_up_T2I, "dout")
     if out is None:
-        out = torch.empty(rows, 2 * width, dtype=gate_up_T2I.dtype)
+        out = pool.empty((rows, 2 * width), gate_up_T2I.dtype)
     _check(out, (rows, 2 * width), gate_up_T2I, "out")
     _library().hb_gate_backward(
         native.DTYPE[out.dtype], rows, width, gate_up_T2I.data_ptr(), stride, dout_TI.data_ptr(), _ACTIVATION[kind],

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halfbyte.ops import levels, native
+from halfbyte.ops import levels, native, pool
 from halfbyte.ops.native import DTYPE, INT, INT64, POINTER
 
 native.declare(
@@ -185,7 +185,7 @@ def linear_forward(x_TI: Tensor, segments: Sequence[LinearSegment]) -> tuple[Ten
     x_TI, ldx = _rows(x_TI)
     tokens, features = x_TI.shape
     views = _checked(segments, features)
-    y_TS = x_TI.new_empty(tokens, sum(segment.weight.rows for segment in segments))
+    y_TS = pool.empty((tokens, sum(segment.weight.rows for segment in segments)), x_TI.dtype)
     low_TR = x_TI.new_empty(tokens, sum(segment.padded_rank for segment in segments))
     library.hb_linear_forward(
         DTYPE[x_TI.dtype],
@@ -220,7 +220,7 @@ def linear_backward(
             grads.append(
                 None if factor is None else torch.zeros_like(factor) if tokens == 0 else torch.empty_like(factor)
             )
-    dx_TI = x_TI.new_empty(tokens, features) if needs_input else None
+    dx_TI = pool.empty((tokens, features), x_TI.dtype) if needs_input else None
     if tokens:
         library.hb_linear_backward(
             DTYPE[x_TI.dtype],

@@ -8,7 +8,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from halfbyte.ops import native
+from halfbyte.ops import native, pool
 from halfbyte.ops.linear import WeightView, available
 from halfbyte.ops.native import DTYPE, INT, INT64, POINTER
 
@@ -19,7 +19,7 @@ native.declare(
     }
 )
 
-WORKSPACE_BYTES = 134_217_728
+WORKSPACE_BYTES = 67_108_864
 """What a chunk of rows times the vocabulary may take, in the compute dtype."""
 
 
@@ -47,7 +47,7 @@ def linear_cross_entropy(
         raise IndexError(f"targets must lie in [0, {head.rows})")
     hidden_ND, targets_N = hidden_ND.contiguous(), targets_N.contiguous()
     nll_N = hidden_ND.new_empty(count, dtype=torch.float32)
-    grad_ND = torch.empty_like(hidden_ND) if needs_grad else None
+    grad_ND = pool.empty_like(hidden_ND) if needs_grad else None
     library.hb_loss(
         DTYPE[hidden_ND.dtype],
         count,
