@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from halfbyte.adapters import LoraOptions, attach
 from halfbyte.batch import IGNORE, Batch
 from halfbyte.errors import UsageError
 from halfbyte.models.decoder import Decoder
 from halfbyte.models.spec import ModelSpec
+from halfbyte.ops import pool
 from halfbyte.quant import DenseWeight
 from tests.adapters.models import tiny
 from tests.models import families
@@ -93,3 +95,53 @@ def test_nothing_supervised_is_a_loss_of_zero_that_can_be_backpropagated() -> No
     loss, count = model.loss(Batch(ids, ids, torch.full((4,), IGNORE), (4,)))
     loss.backward()
     assert (loss.item(), count) == (0.0, 0)
+
+
+def _adapted(name: str, dtype: torch.dtype) -> Decoder:
+    values = {k: v.clone() for k, v in families.make_model(families.config(name)).state_dict().items()}
+    spec = ModelSpec.from_config(families.config(name).to_dict())
+    model = Decoder.build(spec, lambda n, _: DenseWeight(values[n].to(dtype)), lambda n: values[n], dtype)
+    generator = torch.Generator().manual_seed(1)
+    attach(model, LoraOptions(lora_r=4))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
+    return model
+
+
+def _loss_and_gradients(model: Decoder, work: Batch) -> list[torch.Tensor]:
+    for parameter in model.parameters():
+        parameter.grad = None
+    loss, count = model.loss(work)
+    (loss / count).backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama2-mha-tied", "gemma2", "gemma3", "qwen2", "qwen3", "phi3"])
+def test_where_memory_comes_from_changes_no_bit(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, work = _adapted(name, dtype), batch((13, 40, 7), families.config(name).vocab_size)
+    plain = _loss_and_gradients(model, work)
+    monkeypatch.setattr(pool, "SMALLEST", 1)  # every activation, not only large ones
+    for checkpointing in (False, True, False):
+        model.checkpointing = checkpointing
+        again = _loss_and_gradients(model, work)
+        assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@pytest.mark.parametrize("name", ["llama2-mha-tied", "gemma2", "gemma3", "qwen2", "qwen3"])
+def test_supervised_rows_alone_give_what_masking_gives(name: str) -> None:
+    model, work = _adapted(name, torch.float32), batch((13, 40, 7), families.config(name).vocab_size)
+    work.targets[torch.arange(60) % 3 != 0] = IGNORE
+    selected = _loss_and_gradients(model, work)
+    for parameter in model.parameters():
+        parameter.grad = None
+    hidden = model.hidden(work.input_ids, work.position_ids, work.lengths)
+    logits = F.linear(hidden, model.head.dequantize(torch.float32))
+    cap = model.spec.final_softcap
+    logits = logits if cap is None else (logits / cap).tanh() * cap
+    masked = F.cross_entropy(logits, work.targets, ignore_index=IGNORE, reduction="sum")
+    (masked / (work.targets != IGNORE).sum()).backward()
+    everything = [masked.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    for a, b in zip(selected, everything, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-6)

@@ -83,7 +83,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     nbytes = count * dtype.itemsize
     if nbytes < SMALLEST:
         return torch.empty(tuple(shape), dtype=dtype)
-    return torch.frombuffer(pool.take(nbytes), dtype=dtype, count=count).view(tuple(shape))
+    # `set_`, not `view`: what a custom Function returns must not be a view, or nobody may write to it.
+    memory = torch.frombuffer(pool.take(nbytes), dtype=dtype, count=count).untyped_storage()
+    return torch.empty(0, dtype=dtype).set_(memory, 0, tuple(shape))
 
 
 def empty_like(tensor: Tensor) -> Tensor:
