@@ -26,6 +26,7 @@ from halfbyte.models import rope
 from halfbyte.models.attention import KVCache, attend, attend_cached
 from halfbyte.models.blocks import gated_unit, residual_add, residual_norm, rms_norm
 from halfbyte.models.spec import LinearSpec, ModelSpec, RopeSpec
+from halfbyte.models.stored import StoredWeight
 from halfbyte.quant import DenseWeight, Weight
 
 WeightProvider = Callable[[str, bool], Weight]
@@ -289,6 +290,8 @@ class Decoder(nn.Module):
         trainable: dict[str, nn.Parameter] = {}
 
         def train(name: str, weight: Weight) -> Weight:
+            if isinstance(weight, StoredWeight):
+                weight = DenseWeight(weight.dequantize(weight.dtype))
             if not isinstance(weight, DenseWeight):
                 raise UsageError(f"{name} is held in {weight.format}: full fine-tuning needs a 16- or 32-bit base")
             made = DenseWeight(weight.tensor, trainable=True)

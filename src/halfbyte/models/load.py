@@ -18,9 +18,13 @@ from halfbyte.models.dtype import fast_dtype
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.models.spec import ModelSpec
+from halfbyte.models.stored import StoredWeight
 from halfbyte.quant import DTYPES, DenseWeight, QuantOptions, Weight, quantize
 
 log = logging.getLogger(__name__)
+
+
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ def build_decoder(
         return source.read(name).to(device)
 
     def weight(name: str, quantizable: bool) -> Weight:
+        if name == EMBEDDING and not spec.tied and device.type == "cpu" and source.prequantized(name) is None:
+            return StoredWeight(source, name, dtype)
         return read_weight(source, name, quant if quantizable else None, dtype, device)
 
     return Decoder.build(spec, weight, tensor, dtype)

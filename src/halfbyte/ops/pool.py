@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,7 +86,9 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty(tuple(shape), dtype=dtype)
     # `set_`, not `view`: what a custom Function returns must not be a view, or nobody may write to it.
     memory = torch.frombuffer(pool.take(nbytes), dtype=dtype, count=count).untyped_storage()
-    return torch.empty(0, dtype=dtype).set_(memory, 0, tuple(shape))
+    tensor: Any = torch.empty(0, dtype=dtype)
+    result: Tensor = tensor.set_(memory, 0, tuple(shape))
+    return result
 
 
 def empty_like(tensor: Tensor) -> Tensor:
