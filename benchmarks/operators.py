@@ -2,14 +2,14 @@
 
     python benchmarks/operators.py [--elements 13762560] [--threads N] [--match nf4] [--seconds 0.3] [--json FILE]
 
-An entry of `operator_cases.CASES` makes one operator's inputs and says which bytes it must move and how many operations it
-must do, whatever the implementation does. Time is the best of the calls that fit into --seconds, after one that warms up.
-The roofs are measured beside each case: a copy (`Tensor.copy_`) of as many bytes in all, read and written, and, where
-there are operations, torch's product of two square matrices that stay in cache, in the operator's type. Best against
-best: on a busy machine both fall, not always by the same factor.
+An entry of `operator_cases.CASES` makes one operator's inputs and says which bytes it must move and how many
+operations it must do, whatever the implementation does. Time is the best of the calls that fit into --seconds, after
+one that warms up. The roofs are measured beside each case: a copy (`Tensor.copy_`) of as many bytes in all, read and
+written, and, where there are operations, torch's product of two square matrices that stay in cache, in the operator's
+type. Best against best: on a busy machine both fall, not always by the same factor.
 
-A new operator is one more entry: a name and a function of the number of elements that returns `Work`, or None where this
-processor has no such kernel. --elements is for the block formats; the other operators have the shapes of a model.
+A new operator is one more entry: a name and a function of the number of elements that returns `Work`, or None where
+this processor has no such kernel. --elements is for the block formats; the others have the shapes of a model.
 
 (Not called kernels.py: transformers and bitsandbytes import a package of that name if they find one.)
 """
