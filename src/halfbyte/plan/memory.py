@@ -130,7 +130,7 @@ def layer_activations(spec: ModelSpec, job: Job) -> int:
         return layer_tensors(spec, job)
     d, i = spec.hidden_size, spec.intermediate_size
     q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    elements = (3 if spec.sandwich_norms else 2) * d + (q + 2 * kv) + q + 2 * i + _low_rank(spec, job)
+    elements = (3 if spec.sandwich_norms else 2) * d + (q + 2 * kv) + q + 2 * i + _adapters_keep(spec, job)
     if not job.native_linears:
         elements += 2 * d + i
     return elements * DTYPE_BYTES[job.dtype] + 4 * spec.num_heads
@@ -149,12 +149,17 @@ def layer_tensors(spec: ModelSpec, job: Job) -> int:
         elements += 2 * d
     if spec.qk_norm:
         elements += q + kv
-    return (elements + _low_rank(spec, job)) * DTYPE_BYTES[job.dtype]
+    return (elements + _adapters_keep(spec, job)) * DTYPE_BYTES[job.dtype]
 
 
-def _low_rank(spec: ModelSpec, job: Job) -> int:
-    """Elements of the low-rank activations of one layer, per token."""
-    return sum(job.lora.rank_of(linear.name) for linear in targets(spec, job)) // spec.num_layers
+def _adapters_keep(spec: ModelSpec, job: Job) -> int:
+    """Elements that the adapters of one layer keep, per token: low-rank activations; with dropout masked inputs too.
+
+    Each adapter draws a mask of its own and keeps it beside its input (`linear.grouped`).
+    """
+    masked = 2 if job.lora.lora_dropout > 0 else 0
+    linears = targets(spec, job)
+    return sum(job.lora.rank_of(linear.name) + masked * linear.in_features for linear in linears) // spec.num_layers
 
 
 def activation_bytes(spec: ModelSpec, job: Job) -> int:
