@@ -177,6 +177,20 @@ def test_scratch_of_the_native_engine() -> None:
     assert memory.workspace_bytes(spec, coded) == 1536 * 8960 * 2 + PANEL_BYTES
 
 
+def test_loading_holds_one_tensor_more() -> None:
+    spec = spec_of("qwen2-tied")
+    largest = max(x.parameters for x in spec.linears())
+    assert memory.loading_bytes(spec, job("lora", "bfloat16")) == 2 * largest
+    assert memory.loading_bytes(spec, job("qlora", "bfloat16")) == 2 * largest
+    large = spec_of("qwen2-tied", vocab_size=100_000)
+    table = large.vocab_size * large.hidden_size
+    held = sum(memory.base_bytes(large, job("lora", "float32")))
+    assert memory.loading_bytes(large, job("lora", "float32")) == 6 * table - held
+    untied = spec_of("llama3-gqa", vocab_size=100_000)
+    assert not untied.tied
+    assert memory.loading_bytes(untied, job("lora", "float32")) == 2 * untied.vocab_size * untied.hidden_size
+
+
 def test_native_attention_holds_no_scores() -> None:
     spec = spec_of("gemma2")
     assert memory.attention_bytes(spec, job()) == 0
