@@ -2,13 +2,14 @@
 
     python benchmarks/operators.py [--elements 13762560] [--threads N] [--match nf4] [--seconds 0.3] [--json FILE]
 
-An entry of `CASES` makes one operator's inputs and says which bytes it must move and how many operations it must do,
-whatever the implementation does. Time is the best of the calls that fit into --seconds, after one that warms up. The
-roofs are measured beside each case: a copy (`Tensor.copy_`) of as many bytes in all, read and written, and, where there
-are operations, torch's product of two square matrices that stay in cache, in the operator's type. Best against best:
-on a busy machine both fall, not always by the same factor.
+An entry of `operator_cases.CASES` makes one operator's inputs and says which bytes it must move and how many
+operations it must do, whatever the implementation does. Time is the best of the calls that fit into --seconds, after
+one that warms up. The roofs are measured beside each case: a copy (`Tensor.copy_`) of as many bytes in all, read and
+written, and, where there are operations, torch's product of two square matrices that stay in cache, in the operator's
+type. Best against best: on a busy machine both fall, not always by the same factor.
 
-A new operator is one more entry: a name and a function of the number of elements that returns `Work`.
+A new operator is one more entry: a name and a function of the number of elements that returns `Work`, or None where
+this processor has no such kernel. --elements is for the block formats; the others have the shapes of a model.
 
 (Not called kernels.py: transformers and bitsandbytes import a package of that name if they find one.)
 """
@@ -23,21 +24,9 @@ from pathlib import Path
 
 import machine
 import torch
-from torch import Tensor
+from operator_cases import CASES, Work
 
 from halfbyte import ops
-
-BLOCKSIZE, NESTED = 64, 256
-
-
-@dataclass(frozen=True)
-class Work:
-    """One call, the bytes it must read and write at least, the floating-point operations of its products."""
-
-    call: Callable[[], object]
-    bytes: int
-    operations: int = 0
-    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -48,60 +37,6 @@ class Measurement:
     of_copy: float
     operations_per_second: float
     of_products: float | None
-
-
-def size_of(*tensors: Tensor) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-# -- the cases -------------------------------------------------------------------------------------------------------
-
-
-def dequantize(elements: int, quant_type: str, dtype: torch.dtype) -> Work:
-    codes, absmax = ops.quantize_blockwise(torch.randn(elements), quant_type, BLOCKSIZE)
-    out = torch.empty(elements, dtype=dtype)
-    call = partial(ops.dequantize_blockwise_out, codes, absmax, quant_type, BLOCKSIZE, out)
-    return Work(call, size_of(codes, absmax, out))
-
-
-def dequantize_nested(elements: int, dtype: torch.dtype) -> Work:
-    codes, absmax = ops.quantize_blockwise(torch.randn(elements), "nf4", BLOCKSIZE)
-    offset = absmax.mean()
-    inner, constants = ops.quantize_dynamic(absmax - offset, NESTED)
-    out = torch.empty(elements, dtype=dtype)
-    call = partial(
-        ops.dequantize_blockwise_out, codes, inner, "nf4", BLOCKSIZE, out, nested_absmax=constants, nested_offset=offset
-    )
-    return Work(call, size_of(codes, inner, constants, out))
-
-
-def quantize(elements: int, quant_type: str, dtype: torch.dtype) -> Work:
-    x = torch.randn(elements).to(dtype)
-    outputs = ops.quantize_blockwise(x, quant_type, BLOCKSIZE)
-    return Work(partial(ops.quantize_blockwise, x, quant_type, BLOCKSIZE), size_of(x, *outputs))
-
-
-def quantize_dynamic(elements: int) -> Work:
-    x = torch.randn(elements)
-    return Work(partial(ops.quantize_dynamic, x, NESTED), size_of(x, *ops.quantize_dynamic(x, NESTED)))
-
-
-def dequantize_dynamic(elements: int) -> Work:
-    codes, absmax = ops.quantize_dynamic(torch.randn(elements), NESTED)
-    out = ops.dequantize_dynamic(codes, absmax, NESTED)
-    return Work(partial(ops.dequantize_dynamic, codes, absmax, NESTED), size_of(codes, absmax, out))
-
-
-CASES: dict[str, Callable[[int], Work]] = {
-    "dequantize nf4 to bf16": lambda n: dequantize(n, "nf4", torch.bfloat16),
-    "dequantize nf4 to fp32": lambda n: dequantize(n, "nf4", torch.float32),
-    "dequantize nf4, nested, to bf16": lambda n: dequantize_nested(n, torch.bfloat16),
-    "dequantize int8 to bf16": lambda n: dequantize(n, "int8", torch.bfloat16),
-    "quantize bf16 to nf4": lambda n: quantize(n, "nf4", torch.bfloat16),
-    "quantize bf16 to int8": lambda n: quantize(n, "int8", torch.bfloat16),
-    "quantize fp32 to dynamic 8-bit": quantize_dynamic,
-    "dequantize dynamic 8-bit to fp32": dequantize_dynamic,
-}
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------
@@ -133,8 +68,11 @@ def product_rate(dtype: torch.dtype, budget: float, width: int = 512) -> float:
     return 2 * width**3 / best_seconds(partial(torch.mm, a, b, out=out), budget)
 
 
-def measure(name: str, elements: int, budget: float) -> Measurement:
-    work = CASES[name](elements)
+def measure(name: str, elements: int, budget: float) -> Measurement | None:
+    """None where this processor has no such kernel."""
+    work: Work | None = CASES[name](elements)
+    if work is None:
+        return None
     seconds = best_seconds(work.call, budget)
     moved, done = work.bytes / seconds, work.operations / seconds
     of_products = done / product_rate(work.dtype, budget) if work.operations else None
@@ -167,8 +105,11 @@ def main() -> None:
         parser.error(f"no operator's name contains {args.match!r}: " + "; ".join(CASES))
     torch.set_num_threads(args.threads)
     print(f"halfbyte's kernels: {ops.backend()}; {args.threads} threads, {args.elements} elements\n")
-    measurements = [measure(name, args.elements, args.seconds) for name in names]
+    found = {name: measure(name, args.elements, args.seconds) for name in names}
+    measurements = [measured for measured in found.values() if measured is not None]
     print(table(measurements))
+    if missing := [name for name, measured in found.items() if measured is None]:
+        print("\nNot on this processor: " + "; ".join(missing))
     if args.json:
         record = {"machine": machine.describe(args.threads, None), "backend": str(ops.backend())}
         record |= {"revision": machine.revision(), "elements": args.elements}

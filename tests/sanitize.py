@@ -15,7 +15,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitize"
-TESTS = ["tests/ops", "tests/quant", "tests/linear", "-m", "not slow"]
+ENGINE = ["tests/models/test_attention.py", "tests/models/test_blocks.py", "tests/models/test_rope.py"]
+ENGINE += ["tests/models/test_decoder.py", "tests/adapters/test_lora.py"]
+TESTS = ["tests/ops", "tests/quant", "tests/linear", *ENGINE, "-m", "not slow"]
 
 
 def build(folder: Path = BUILD) -> Path:

@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture(scope="session")
 def scripts() -> Iterator[dict[str, ModuleType]]:
-    names = ("compare", "comparison_table", "gemm_rate", "machine", "operators")
+    names = ("compare", "comparison_table", "gemm_rate", "machine", "operators", "operator_cases")
     sys.path.insert(0, str(BENCHMARKS))
     yield {name: import_module(name) for name in names}
     sys.path.remove(str(BENCHMARKS))

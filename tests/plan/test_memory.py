@@ -1,5 +1,6 @@
 """The arithmetic against what the other packages hold: real models are built, and their bytes are counted."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,8 +10,10 @@ from torch import Tensor
 from halfbyte.adapters import LoraOptions, attach
 from halfbyte.batch import Batch
 from halfbyte.errors import UsageError
+from halfbyte.linear.cross_entropy import PANEL_BYTES
 from halfbyte.models.decoder import Decoder
 from halfbyte.models.spec import ModelSpec
+from halfbyte.ops import loss, native
 from halfbyte.optim import OptimOptions
 from halfbyte.optim.adamw import AdamW
 from halfbyte.plan import memory
@@ -98,12 +101,26 @@ def kept_by_autograd(model: Decoder, batch: Batch) -> int:
     return sum(kept.values())
 
 
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The kernels that the arithmetic assumes on a device: native ones on the CPU, PyTorch's own elsewhere."""
+    native.use(None if request.param == "cpu" else "reference")
+    if request.param == "cpu" and not native.multiplies(torch.float32):
+        pytest.skip("no instruction set of this machine multiplies natively")
+    yield request.param
+    native.use(None)
+
+
+TOLERANCE = {"cpu": 0.02, "cuda": 0.15}
+"""What a formula cannot see: numbers by the row; where PyTorch's operators run, views and what its attention keeps."""
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activations_are_what_autograd_keeps(family: str, checkpointing: bool) -> None:
-    """Within 15 %: the two kinds of memory that a formula cannot see are views and what torch's attention keeps."""
+@pytest.mark.parametrize(("checkpointing", "dropout"), [(False, 0.0), (True, 0.0), (False, 0.1)])
+def test_activations_are_what_autograd_keeps(device: str, family: str, checkpointing: bool, dropout: float) -> None:
     spec = spec_of(family, hidden_size=96, intermediate_size=256)
-    asked = job(micro_tokens=192, longest=64, checkpointing=checkpointing)
+    lora = LoraOptions(lora_r=4, lora_dropout=dropout)
+    asked = job(micro_tokens=192, longest=64, checkpointing=checkpointing, device=device, lora=lora)
     model = build(spec, asked)
     attach(model, asked.lora)
     model.train()
@@ -116,7 +133,12 @@ def test_activations_are_what_autograd_keeps(family: str, checkpointing: bool) -
     per_token = memory.layer_activations(spec, asked)
     predicted = 192 * (layers * spec.hidden_size * size if checkpointing else layers * per_token)
     predicted += 2 * 192 * spec.hidden_size * size  # the last norm's input, and the loss's gradient of its output
-    assert predicted == pytest.approx(measured, rel=0.15)
+    if device == "cpu" and not checkpointing:  # the last layer's copies of the supervised rows
+        copied = spec.num_heads * spec.head_dim + (spec.hidden_size if spec.sandwich_norms else 0)
+        predicted += 192 * copied * size
+    if dropout:  # no gradient goes on to the embedding, so the first masks are not kept
+        predicted -= 192 * sum(x.in_features for x in spec.layer_linears(0) if x.group == "qkv") * size
+    assert predicted == pytest.approx(measured, rel=TOLERANCE[device])
 
 
 def test_phases_and_their_peak() -> None:
@@ -128,9 +150,64 @@ def test_phases_and_their_peak() -> None:
     recomputed = memory.phases(spec, job(micro_tokens=6400, checkpointing=True))
     assert recomputed["train"]["activations"] < large["train"]["activations"]
     assert memory.phases(spec, job("full"))["train"]["adapters"] == 0
-    assert memory.phases(spec, job("lora"))["train"]["workspace"] == 0
-    gpu = memory.phases(spec, job(device="cuda"))
+    gpu = memory.phases(spec, job("lora", device="cuda"))
     assert gpu["train"]["runtime"] == memory.CUDA_CONTEXT
+    assert gpu["train"]["workspace"] == 0
+
+
+def test_scratch_of_the_native_engine() -> None:
+    """Qwen 2.5 1.5B: no scratch of a weight's size; the loss within its bound, whatever the vocabulary."""
+    spec = ModelSpec.from_config(
+        {"model_type": "qwen2", "vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960,
+         "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2}
+    )  # fmt: skip
+    asked = job("qlora", "bfloat16", micro_tokens=512, longest=512)
+    packed = 512 * 8960 * 2 + memory.THREAD_PANELS * torch.get_num_threads()
+    sums = 512 * (1536 * (2 * 2 + 4 + 2 * 4) + 12 * 4)  # two key-value heads: every query head has sums of its own
+    assert memory.workspace_bytes(spec, asked) == packed + sums
+    assert memory.attention_workspace(spec, job("qlora", "bfloat16", micro_tokens=4096)) == 4096 * (1536 * 8 + 12 * 4)
+    rows = loss.rows_at_once(151_936, torch.bfloat16)
+    assert rows == 192
+    powers, statistics, strips = rows * 594 * 256 * 2, rows * (2 * 594 + 3) * 4, 8 * 1536 * rows * 4
+    assert memory.loss_workspace(spec, asked, 512) == rows * 1536 * 2 + powers + statistics + strips
+    assert memory.loss_workspace(spec, asked, 65) < memory.loss_workspace(spec, asked, 129)
+    full = job("full", "bfloat16", micro_tokens=512, longest=512)
+    assert memory.workspace_bytes(spec, full) == sums
+    coded = job("qlora", "bfloat16", micro_tokens=512, device="cuda")
+    assert memory.workspace_bytes(spec, coded) == 1536 * 8960 * 2 + PANEL_BYTES
+
+
+def test_loading_holds_one_tensor_more() -> None:
+    spec = spec_of("qwen2-tied")
+    largest = max(x.parameters for x in spec.linears())
+    assert memory.loading_bytes(spec, job("lora", "bfloat16")) == 2 * largest
+    assert memory.loading_bytes(spec, job("qlora", "bfloat16")) == 2 * largest
+    large = spec_of("qwen2-tied", vocab_size=100_000)
+    table = large.vocab_size * large.hidden_size
+    held = sum(memory.base_bytes(large, job("lora", "float32")))
+    assert memory.loading_bytes(large, job("lora", "float32")) == 6 * table - held
+    untied = spec_of("llama3-gqa", vocab_size=100_000)
+    assert not untied.tied
+    assert memory.loading_bytes(untied, job("lora", "float32")) == 2 * untied.vocab_size * untied.hidden_size
+
+
+def test_native_attention_holds_no_scores() -> None:
+    spec = spec_of("gemma2")
+    assert memory.attention_bytes(spec, job()) == 0
+    assert memory.attention_bytes(spec, job(device="cuda")) > 0
+    assert memory.attention_bytes(spec, job(dtype="float16")) > 0
+
+
+def test_gemma_270m_is_what_was_measured() -> None:
+    """Gemma 3 270M, QLoRA r 16, 4 x 512 supervised tokens, 2026-11-22: 1.49 GB, of which 0.265 GB before the model."""
+    spec = ModelSpec.from_config(
+        {"model_type": "gemma3_text", "vocab_size": 262_144, "hidden_size": 640, "intermediate_size": 2048,
+         "num_hidden_layers": 18, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256,
+         "sliding_window": 512}
+    )  # fmt: skip
+    train = memory.phases(spec, job("qlora", "bfloat16", lora=LoraOptions(lora_r=16), micro_tokens=2048, longest=512))
+    predicted = sum(value for name, value in train["train"].items() if name != "runtime")
+    assert predicted == pytest.approx(1.225e9, rel=0.03)
 
 
 def test_a_7b_model_in_published_figures() -> None:

@@ -8,23 +8,30 @@ Units: bytes; 1 GB = 10⁹ bytes. Shape letters as elsewhere: T tokens of a micr
 
 from dataclasses import dataclass
 
+import torch
+
 from halfbyte.adapters.lora import LoraOptions, target_names
 from halfbyte.linear.cross_entropy import PANEL_BYTES, chunk_rows
 from halfbyte.models.spec import LinearSpec, ModelSpec
+from halfbyte.ops.loss import rows_at_once
 from halfbyte.quant.options import QuantOptions
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _DENSE_FORMATS = {"bf16": 2, "fp16": 2, "fp32": 4}
 NESTED_BLOCKSIZE = 256
 
-PROCESS_FLOOR = 420_000_000
-"""A process that has imported torch and transformers, measured with torch 2.13 on Linux (resident set)."""
-TOKENIZER_BYTES_A_WORD = 1_250
-"""A fast tokenizer's resident size per vocabulary entry: Gemma's 262,144 words take 0.33 GB."""
+PROCESS_FLOOR = 450_000_000
+"""A process that has imported what a run needs, 0.34 GB, and what a run leaves in its heap, 0.11 GB: resident set,
+measured with torch 2.13 on Linux, QLoRA and LoRA on Gemma 3 270M."""
+TOKENIZER_BYTES_A_WORD = 300
+"""A fast tokenizer's resident size per vocabulary entry: Gemma's 262,144 words take 0.08 GB, once the garbage of making
+it is given back (`heap.give_back`)."""
 EVALUATION_TOKENS = 4096
 """Tokens of rows in one forward pass of an evaluation (`evaluate.EvaluateOptions.eval_batch_tokens`)."""
 CUDA_CONTEXT = 500_000_000
 """What a CUDA context takes of the card, beside torch's allocations."""
+THREAD_PANELS = 2_000_000
+"""Panels of weights and sums that the native engine keeps for each thread (`csrc/engine/linear.inc`, `loss.inc`)."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +68,16 @@ class Job:
         """Whether this linear's weight must be decoded or converted before each product."""
         form = self.format_of(name)
         return form != self.dtype and {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(form) != self.dtype
+
+    @property
+    def native(self) -> bool:
+        """Whether the native engine runs attention and what is elementwise; every CPU is taken to have it."""
+        return self.device == "cpu" and self.dtype in ("bfloat16", "float32")
+
+    @property
+    def native_linears(self) -> bool:
+        """Whether it runs the linears and the loss too: their weights must be frozen."""
+        return self.native and self.method != "full"
 
 
 def targets(spec: ModelSpec, job: Job) -> list[LinearSpec]:
@@ -106,6 +123,24 @@ def base_bytes(spec: ModelSpec, job: Job) -> tuple[int, int]:
 def layer_activations(spec: ModelSpec, job: Job) -> int:
     """Bytes that one layer keeps for its backward pass, per token (`models.decoder.Layer`, `models.blocks`).
 
+    Native: the residual stream before each block (or what it is remade from: the input and both blocks' outputs), the
+    projection to queries, keys and values, attention's output and its log-sum-exp, gate and up, and the low-rank
+    activations of the adapters. Normed inputs, rotated queries and keys and the gated unit's product are remade, but
+    where PyTorch runs the linears it keeps the inputs of the four projection groups.
+    """
+    if not job.native:
+        return layer_tensors(spec, job)
+    d, i = spec.hidden_size, spec.intermediate_size
+    q, kv = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    elements = (3 if spec.sandwich_norms else 2) * d + (q + 2 * kv) + q + 2 * i + _adapters_keep(spec, job)
+    if not job.native_linears:
+        elements += 2 * d + i
+    return elements * DTYPE_BYTES[job.dtype] + 4 * spec.num_heads
+
+
+def layer_tensors(spec: ModelSpec, job: Job) -> int:
+    """Bytes of what one layer makes, per token, and PyTorch's own operators keep.
+
     Inputs of the norms and of the four projection groups, query-key-value before and after rotation, attention's
     output in both layouts, gate and up, their product, and the low-rank activations of the adapters.
     """
@@ -116,23 +151,37 @@ def layer_activations(spec: ModelSpec, job: Job) -> int:
         elements += 2 * d
     if spec.qk_norm:
         elements += q + kv
-    elements += sum(job.lora.rank_of(linear.name) for linear in targets(spec, job)) // spec.num_layers
-    return elements * DTYPE_BYTES[job.dtype]
+    return (elements + _adapters_keep(spec, job)) * DTYPE_BYTES[job.dtype]
+
+
+def _adapters_keep(spec: ModelSpec, job: Job) -> int:
+    """Elements that the adapters of one layer keep, per token: low-rank activations; with dropout masked inputs too.
+
+    Each adapter draws a mask of its own and keeps it beside its input (`linear.grouped`).
+    """
+    masked = 2 if job.lora.lora_dropout > 0 else 0
+    linears = targets(spec, job)
+    return sum(job.lora.rank_of(linear.name) + masked * linear.in_features for linear in linears) // spec.num_layers
 
 
 def activation_bytes(spec: ModelSpec, job: Job) -> int:
     """Kept for the backward pass by all layers, plus what the layer at work needs beside."""
     per_token, size = layer_activations(spec, job), DTYPE_BYTES[job.dtype]
-    # Gradients of gate and up, of their product and of the residual, and float32 temporaries of a norm.
-    working = (4 * spec.intermediate_size + 3 * spec.hidden_size) * size + 3 * 4 * spec.hidden_size
+    if job.native:
+        # A normed input, the gated product and its gradient, gradients of the residual; those of gate and up take the
+        # place of gate and up.
+        working = (2 * spec.intermediate_size + 3 * spec.hidden_size) * size
+    else:
+        # Gradients of gate and up, of their product and of the residual, and float32 temporaries of a norm.
+        working = (4 * spec.intermediate_size + 3 * spec.hidden_size) * size + 3 * 4 * spec.hidden_size
     layers = spec.num_layers
     kept = layers * spec.hidden_size * size + per_token if job.checkpointing else layers * per_token
     return job.micro_tokens * (kept + working) + attention_bytes(spec, job)
 
 
 def attention_bytes(spec: ModelSpec, job: Job) -> int:
-    """Scores that are written out where the model caps them (Gemma 2); torch's own attention holds none."""
-    if spec.attention_softcap is None:
+    """Scores that PyTorch writes out where the model caps them (Gemma 2); no other attention holds any."""
+    if spec.attention_softcap is None or job.native:
         return 0
     layers = 1 if job.checkpointing else spec.num_layers
     rows = max(1, job.micro_tokens // max(job.longest, 1))
@@ -143,17 +192,57 @@ def loss_bytes(spec: ModelSpec, job: Job) -> int:
     """The chunked vocabulary projection (`linear.cross_entropy`): hidden states, their gradient, one chunk's logits."""
     size, v = DTYPE_BYTES[job.dtype], spec.vocab_size
     rows = max(1, int(job.micro_tokens * job.supervised))
+    if job.native_linears:
+        return 3 * rows * spec.hidden_size * size + loss_workspace(spec, job, rows)
     chunk = min(chunk_rows(v), rows)
     logits = chunk * v * (4 + 4 + (0 if size == 4 else size))
     capped = chunk * v * 4 if spec.final_softcap is not None else 0
     return 2 * rows * spec.hidden_size * size + logits + capped
 
 
+def loss_workspace(spec: ModelSpec, job: Job, rows: int) -> int:
+    """What the native loss keeps (`csrc/engine/loss.inc`), for `rows` supervised rows.
+
+    Of the rows of a chunk: the packed hidden states, the powers of all words, two numbers a row and panel of 256 words,
+    and eight groups of float32 sums of the gradient, in strips of 256 columns (320 where that divides the hidden size).
+    """
+    d, size = spec.hidden_size, DTYPE_BYTES[job.dtype]
+    chunk = min(rows_at_once(spec.vocab_size, getattr(torch, job.dtype)), _round_up(rows, 64))
+    panels = -(-spec.vocab_size // 256)
+    columns = _round_up(d, 320 if d % 320 == 0 else 256)
+    return chunk * (d * size + panels * 256 * size + 4 * (2 * panels + 3) + 4 * 8 * columns)
+
+
 def workspace_bytes(spec: ModelSpec, job: Job) -> int:
-    """The scratch into which a quantized weight is decoded for one product (`linear.workspace`): the largest one."""
+    """Scratch that is kept between calls, beside the loss's.
+
+    Native linears hold their packed tokens and some panels a thread; native attention its packed blocks and its sums.
+    PyTorch's products need a quantized weight decoded (`linear.workspace`): the largest one.
+    """
     size = DTYPE_BYTES[job.dtype]
+    attention = attention_workspace(spec, job) if job.native else 0
+    if job.native_linears:
+        widest = max(linear.in_features for linear in spec.linears())
+        packed = _round_up(min(job.micro_tokens, 2048), 64) * widest * size
+        return packed + THREAD_PANELS * torch.get_num_threads() + attention
     coded = [linear.parameters for linear in spec.linears() if job.is_coded(linear.name)]
-    return max(coded, default=0) * size + (PANEL_BYTES if coded else 0)
+    return attention + max(coded, default=0) * size + (PANEL_BYTES if coded else 0)
+
+
+def attention_workspace(spec: ModelSpec, job: Job) -> int:
+    """What native attention keeps for its backward pass (`csrc/engine/attention.cpp`).
+
+    Packed queries and gradients of the output, float32 sums of the queries' gradients; where heads share keys and there
+    are few blocks of 128 keys, sums of the keys' and values' gradients for each query head.
+    """
+    width = spec.num_heads * spec.head_dim
+    tasks = -(-job.micro_tokens // 128) * spec.num_kv_heads
+    split = spec.num_heads > spec.num_kv_heads and tasks < 48
+    return job.micro_tokens * (width * (2 * DTYPE_BYTES[job.dtype] + 4 + (8 if split else 0)) + 4 * spec.num_heads)
+
+
+def _round_up(count: int, to: int) -> int:
+    return -(-count // to) * to
 
 
 def optimizer_bytes(spec: ModelSpec, job: Job) -> int:
@@ -170,16 +259,16 @@ def runtime_bytes(spec: ModelSpec, job: Job) -> int:
 
 
 def loading_bytes(spec: ModelSpec, job: Job) -> int:
-    """What loading holds beside the finished part: two tensors in their source dtype, of which one in float32."""
-    largest = max(_size(shape) for _, shape in spec.tensors())
-    return largest * 2 + (largest * 2 if job.method != "qlora" else 0)
+    """What loading holds beside the finished part: one tensor as the file has it, 16 bits a value (`models.load`).
 
-
-def _size(shape: tuple[int, ...]) -> int:
-    count = 1
-    for n in shape:
-        count *= n
-    return count
+    The embeddings come first, when nothing else is held, and an output head of its own last; both stay as they are read
+    where the compute dtype is the file's, which is taken to be bfloat16.
+    """
+    table, converted = spec.vocab_size * spec.hidden_size, job.dtype != "bfloat16"
+    largest = max(linear.parameters for linear in spec.linears())
+    last = table if converted and not spec.tied else largest
+    first = table * (2 + DTYPE_BYTES[job.dtype]) - sum(base_bytes(spec, job)) if converted else 0
+    return max(2 * largest, 2 * last, first)
 
 
 def phases(spec: ModelSpec, job: Job) -> dict[str, dict[str, int]]:
@@ -197,9 +286,10 @@ def phases(spec: ModelSpec, job: Job) -> dict[str, dict[str, int]]:
         "loss": loss_bytes(spec, job),
         "workspace": workspace_bytes(spec, job),
     }
-    # Nothing is kept for a backward pass: gate, up and their product, the residual, and float32 temporaries of a norm.
+    # Nothing is kept for a backward pass: gate, up and their product, the residual, torch's float32 parts of a norm.
     d, size = spec.hidden_size, DTYPE_BYTES[job.dtype]
-    forward_only = EVALUATION_TOKENS * ((3 * spec.intermediate_size + 3 * d) * size + 2 * 4 * d)
+    temporaries = 0 if job.native else 2 * 4 * d
+    forward_only = EVALUATION_TOKENS * ((3 * spec.intermediate_size + 3 * d) * size + temporaries)
     evaluate = {k: v for k, v in train.items() if k != "gradients"} | {"activations": forward_only}
     return {
         "load": {**held, "adapters": 0, "loading": loading_bytes(spec, job)},

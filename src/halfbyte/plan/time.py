@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from halfbyte.models.spec import ModelSpec
 from halfbyte.plan.hardware import Rates
-from halfbyte.plan.memory import Job, adapter_parameters, base_bytes, layer_activations
+from halfbyte.plan.memory import Job, adapter_parameters, base_bytes, layer_tensors
 
 GEMM_EFFICIENCY = 0.55
 """Share of the measured rate that a step's products reach: their shapes are smaller than the one measured."""
 TRAFFIC = 10.0
-"""Times that a layer's activations cross the memory bus in forward and backward together, in units of what is kept."""
+"""Times that a layer's activations cross the memory bus in forward and backward together, in units of what it makes."""
 LOAD_BYTES_A_SECOND = 400e6
 STARTUP_SECONDS = 2.0
 
@@ -53,7 +53,7 @@ def training_work(spec: ModelSpec, job: Job, length: float) -> Work:
         head=2.0 * (2 + (job.method == "full")) * spec.head_parameters * supervised,
         attention=attention_flops(spec, tokens, length) * (3.5 + job.checkpointing),
         adapters=2.0 * 3 * adapters * tokens,
-        traffic=TRAFFIC * (1.0 + 0.4 * job.checkpointing) * spec.num_layers * layer_activations(spec, job) * tokens
+        traffic=TRAFFIC * (1.0 + 0.4 * job.checkpointing) * spec.num_layers * layer_tensors(spec, job) * tokens
         + 12.0 * spec.vocab_size * supervised,
         decoded=float(quantized) * (2 + job.checkpointing) * job.micro_batches,
     )
