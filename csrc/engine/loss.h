@@ -7,9 +7,9 @@ namespace hb {
 
 struct LossKernels {
   // nll [N] = log sum exp(logits) - logits[target], logits = hidden head^T, soft-capped where softcap > 0.
-  // grad [N x D], or null: the gradient of the sum of nll by hidden. `rows_at_once` bounds the workspace.
+  // grad [N x D], or null: the gradient of the sum of nll by hidden. `workspace`: bytes for a stretch's exponentials.
   void (*forward)(int64_t N, const void* hidden, int64_t ldh, const WeightView* head, const int64_t* targets,
-                  double softcap, int64_t rows_at_once, float* nll, void* grad);
+                  double softcap, int64_t workspace, float* nll, void* grad);
 };
 
 }  // namespace hb

@@ -57,7 +57,7 @@ def test_confident_rows_and_soft_caps(isa, dtype):
 
 
 @pytest.mark.parametrize(("isa", "dtype"), CASES)
-def test_threads_and_chunks_change_nothing(isa, dtype, monkeypatch):
+def test_threads_change_no_bit(isa, dtype):
     native.use(isa)
     before = torch.get_num_threads()
     try:
@@ -67,11 +67,25 @@ def test_threads_and_chunks_change_nothing(isa, dtype, monkeypatch):
             results.append(check(150, 128, 3000, dtype))
     finally:
         torch.set_num_threads(before)
-    monkeypatch.setattr(loss, "WORKSPACE_BYTES", 64 * 3000 * dtype.itemsize)
-    results.append(check(150, 128, 3000, dtype))
     for nll, grad in results[1:]:
         assert torch.equal(nll, results[0][0])
         assert torch.equal(grad, results[0][1])
+
+
+@pytest.mark.parametrize(("isa", "dtype"), CASES)
+def test_the_vocabulary_in_stretches(isa, dtype, monkeypatch):
+    """Twelve panels of words in stretches of one, three and five: the sums are rescaled where a larger logit comes."""
+    native.use(isa)
+    for panels in (1, 3, 5):
+        monkeypatch.setattr(loss, "WORKSPACE_BYTES", panels * 256 * 192 * dtype.itemsize)
+        check(150, 128, 3000, dtype, sharpness=2.0)
+        check(150, 128, 3000, dtype, cap=20.0, sharpness=2.0)
+
+
+def test_more_rows_than_are_taken_at_once():
+    isa, dtype = CASES[0]
+    native.use(isa)
+    check(2100, 32, 300, dtype)
 
 
 def test_what_is_refused():

@@ -63,7 +63,9 @@ def held(model: Decoder) -> int:
 )
 def test_base_bytes_are_exact(family: str, method: str, quant: QuantOptions) -> None:
     spec, asked = spec_of(family), job(method, quant=quant)
-    assert sum(memory.base_bytes(spec, asked)) == held(build(spec, asked))
+    model = build(spec, asked)
+    in_file = 0 if spec.tied else model.embed.nbytes  # load_model leaves it there
+    assert sum(memory.base_bytes(spec, asked)) == held(model) - in_file
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -166,10 +168,9 @@ def test_scratch_of_the_native_engine() -> None:
     sums = 512 * (1536 * (2 * 2 + 4 + 2 * 4) + 12 * 4)  # two key-value heads: every query head has sums of its own
     assert memory.workspace_bytes(spec, asked) == packed + sums
     assert memory.attention_workspace(spec, job("qlora", "bfloat16", micro_tokens=4096)) == 4096 * (1536 * 8 + 12 * 4)
-    rows = loss.rows_at_once(151_936, torch.bfloat16)
-    assert rows == 192
-    powers, statistics, strips = rows * 594 * 256 * 2, rows * (2 * 594 + 3) * 4, 8 * 1536 * rows * 4
-    assert memory.loss_workspace(spec, asked, 512) == rows * 1536 * 2 + powers + statistics + strips
+    panels = loss.WORKSPACE_BYTES // (512 * 2 * 256)
+    powers, statistics, sums_of_gradient = 512 * panels * 256 * 2, 512 * (2 * panels + 5) * 4, 512 * 1536 * 4
+    assert memory.loss_workspace(spec, asked, 512) == 512 * 1536 * 2 + powers + statistics + sums_of_gradient
     assert memory.loss_workspace(spec, asked, 65) < memory.loss_workspace(spec, asked, 129)
     full = job("full", "bfloat16", micro_tokens=512, longest=512)
     assert memory.workspace_bytes(spec, full) == sums
@@ -216,8 +217,8 @@ def test_a_7b_model_in_published_figures() -> None:
         {"model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
          "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32}
     )  # fmt: skip
-    assert sum(memory.base_bytes(spec, job("lora", "bfloat16"))) == pytest.approx(13.48e9, rel=0.005)
-    values, constants = memory.base_bytes(spec, job("qlora", "bfloat16"))
+    assert sum(memory.base_bytes(spec, job("lora", "bfloat16", device="cuda"))) == pytest.approx(13.48e9, rel=0.005)
+    values, constants = memory.base_bytes(spec, job("qlora", "bfloat16", device="cuda"))
     dense = 2 * (spec.total_parameters - spec.linear_parameters)
     assert 8 * (values - dense + constants) / spec.linear_parameters == pytest.approx(4.127, abs=0.001)
     attention = LoraOptions(lora_r=16, target_modules=["q_proj", "v_proj"])

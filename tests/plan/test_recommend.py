@@ -39,7 +39,7 @@ def plan(size: str = "1b", machine: Hardware = CPU, budget: int | None = None, *
 def test_a_laptop_gets_qlora_and_is_told_why() -> None:
     made = plan()
     assert made.method == "qlora"
-    assert "instead of LoRA's 2.52 GB" in made.reason
+    assert "instead of LoRA's 2.39 GB" in made.reason
     check_fits(made)
 
 

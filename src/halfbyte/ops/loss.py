@@ -14,18 +14,13 @@ from halfbyte.ops.native import DTYPE, INT, INT64, POINTER
 
 native.declare(
     {
-        # dtype, rows, hidden, ldh, head, targets, softcap, rows at once, nll, grad
+        # dtype, rows, hidden, ldh, head, targets, softcap, workspace, nll, grad
         "hb_loss": [INT, INT64, POINTER, INT64, POINTER, POINTER, ctypes.c_double, INT64, POINTER, POINTER],
     }
 )
 
 WORKSPACE_BYTES = 67_108_864
-"""What a chunk of rows times the vocabulary may take, in the compute dtype."""
-
-
-def rows_at_once(vocab: int, dtype: torch.dtype) -> int:
-    """Rows of a chunk: a multiple of 64 within WORKSPACE_BYTES, at least 64 (fewer would wait for the head's bytes)."""
-    return max(64, WORKSPACE_BYTES // (vocab * dtype.itemsize) // 64 * 64)
+"""What the exponentials of a stretch of the vocabulary may take, for up to 2,048 rows at once."""
 
 
 def linear_cross_entropy(
@@ -56,7 +51,7 @@ def linear_cross_entropy(
         ctypes.byref(head),
         targets_N.data_ptr(),
         softcap or 0.0,
-        rows_at_once(head.rows, hidden_ND.dtype),
+        WORKSPACE_BYTES,
         nll_N.data_ptr(),
         native.pointer(grad_ND),
     )

@@ -13,7 +13,7 @@ import torch
 from halfbyte.adapters.lora import LoraOptions, target_names
 from halfbyte.linear.cross_entropy import PANEL_BYTES, chunk_rows
 from halfbyte.models.spec import LinearSpec, ModelSpec
-from halfbyte.ops.loss import rows_at_once
+from halfbyte.ops.loss import WORKSPACE_BYTES
 from halfbyte.quant.options import QuantOptions
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -117,6 +117,8 @@ def base_bytes(spec: ModelSpec, job: Job) -> tuple[int, int]:
         a, b = weight_bytes(linear.parameters, form, job.quant.blocksize, job.quant.double_quant)
         values, constants = values + a, constants + b
     other = spec.total_parameters - spec.linear_parameters
+    if not spec.tied and job.device == "cpu" and job.method != "full":
+        other -= spec.vocab_size * spec.hidden_size  # `models.stored`: its rows stay in the file
     return values + other * DTYPE_BYTES[job.dtype], constants
 
 
@@ -203,14 +205,14 @@ def loss_bytes(spec: ModelSpec, job: Job) -> int:
 def loss_workspace(spec: ModelSpec, job: Job, rows: int) -> int:
     """What the native loss keeps (`csrc/engine/loss.inc`), for `rows` supervised rows.
 
-    Of the rows of a chunk: the packed hidden states, the powers of all words, two numbers a row and panel of 256 words,
-    and eight groups of float32 sums of the gradient, in strips of 256 columns (320 where that divides the hidden size).
+    Of up to 2,048 rows: the packed hidden states, the powers of a stretch of the vocabulary, whose panels of 256 words
+    have two numbers a row, five numbers a row, and the gradient's float32 sums (columns in panels of 256 or 320).
     """
     d, size = spec.hidden_size, DTYPE_BYTES[job.dtype]
-    chunk = min(rows_at_once(spec.vocab_size, getattr(torch, job.dtype)), _round_up(rows, 64))
-    panels = -(-spec.vocab_size // 256)
+    most = _round_up(min(rows, 2048), 64)
+    panels = min(-(-spec.vocab_size // 256), max(1, WORKSPACE_BYTES // (most * size * 256)))
     columns = _round_up(d, 320 if d % 320 == 0 else 256)
-    return chunk * (d * size + panels * 256 * size + 4 * (2 * panels + 3) + 4 * 8 * columns)
+    return most * (d * size + panels * 256 * size + 4 * (2 * panels + 5) + 4 * columns)
 
 
 def workspace_bytes(spec: ModelSpec, job: Job) -> int:
