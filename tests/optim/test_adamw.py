@@ -94,15 +94,6 @@ def test_eight_bit_follows_float32_as_bitsandbytes_does() -> None:
     assert eight.nbytes < 0.27 * single.nbytes
 
 
-def test_eight_bit_maps_are_bitsandbytes() -> None:
-    functional = pytest.importorskip("bitsandbytes.functional")
-    from halfbyte.optim.moments import _dynamic_map
-
-    for signed in (True, False):
-        ours = _dynamic_map(signed, torch.device("cpu"))
-        torch.testing.assert_close(ours, functional.create_dynamic_map(signed=signed), rtol=1e-6, atol=0)
-
-
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_state_restores_bit_for_bit(optim: str, dtype: torch.dtype) -> None:
