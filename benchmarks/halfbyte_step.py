@@ -20,6 +20,7 @@ import torch
 
 from halfbyte.adapters import LoraOptions, attach, parameters
 from halfbyte.batch import IGNORE, Batch
+from halfbyte.heap import give_back
 from halfbyte.models.load import load_model
 from halfbyte.models.options import ModelOptions
 from halfbyte.ops import backend
@@ -60,6 +61,8 @@ def main() -> None:
     quant = QuantOptions() if args.method == "qlora" else None
     loaded = load_model(ModelOptions(model=args.model), quant, DTYPES[args.dtype])
     model, spec = loaded.model, loaded.spec
+    del loaded  # its tokenizer: the peers' loops hold none
+    give_back()
     assert spec is not None, "the fallback has no shapes to count"
     load_seconds = time.perf_counter() - started
     _, load_peak = process_memory()

@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 
 EMBEDDING = "model.embed_tokens.weight"
+LARGE = 1 << 23  # elements
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,10 @@ def build_decoder(
     def weight(name: str, quantizable: bool) -> Weight:
         if name == EMBEDDING and not spec.tied and device.type == "cpu" and source.prequantized(name) is None:
             return StoredWeight(source, name, dtype)
-        return read_weight(source, name, quant if quantizable else None, dtype, device)
+        made = read_weight(source, name, quant if quantizable else None, dtype, device)
+        if made.shape[0] * made.shape[1] >= LARGE:
+            give_back()  # of quantizing it: tens of such leftovers would be on top of the finished model
+        return made
 
     return Decoder.build(spec, weight, tensor, dtype)
 
