@@ -98,6 +98,7 @@ def test_ours_in_peft(family: str, kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", list(OPTIONS))
 def test_pefts_in_ours(family: str, kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)  # PEFT draws A: some draws amplify both sides' float32 rounding beyond what CLOSE allows
     model = make_model(config(family))
     ids = make_batch((29,)).input_ids
     ours = build_decoder(model)
