@@ -46,4 +46,4 @@ def generate(
         ])  # fmt: skip
     else:
         for answer in answers:
-            typer.echo(answer.text)
+            typer.echo(screen.printable(answer.text))

@@ -23,6 +23,13 @@ def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
 
 
+def printable(text: str) -> str:
+    """A model's words for a terminal: it can say anything, control sequences too. Into a file or a pipe as they are."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], title: str | None = None) -> Table:
     """A plain table; columns that hold figures are right-aligned by a `>` in front of their name."""
     made = Table(title=title, title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -104,7 +111,7 @@ def lines(prompt: str, quiet: bool) -> Iterator[str]:
 
 def write(piece: str) -> None:
     """A piece of an answer, at once."""
-    sys.stdout.write(piece)
+    sys.stdout.write(printable(piece))
     sys.stdout.flush()
 
 
