@@ -1,4 +1,4 @@
-// What an instruction set brings: kernels over whole blocks. Everything partial is `blocks.cpp`'s, in plain C++.
+// What an instruction set brings: kernels over whole blocks. Everything partial is `halfbyte.cpp`'s, in plain C++.
 //
 // All of them equal `halfbyte/ops/reference.py` bit for bit; blocksize is a multiple of 32.
 #pragma once

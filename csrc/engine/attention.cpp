@@ -1,16 +1,11 @@
 // The C interface of attention: documents cut into tasks, workspaces that are kept.
 #include "attention.h"
 
-#include <new>
 #include <vector>
 
 #include "engine.h"
-
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
+#include "export.h"
+#include "scratch.h"
 
 namespace hb {
 namespace {
@@ -19,27 +14,7 @@ namespace {
 // order of the sums, and so the result, must not depend on those.
 constexpr int64_t enough_tasks = 48;
 
-// A thread's workspace: it grows and is kept until the thread ends.
-struct Workspace {
-  char* data = nullptr;
-  int64_t size = 0;
-  ~Workspace() { release(); }
-  void release() {
-    if (data) ::operator delete(data, std::align_val_t(64));
-    data = nullptr;
-    size = 0;
-  }
-  char* grow(int64_t bytes) {
-    if (bytes > size) {
-      release();
-      data = static_cast<char*>(::operator new(bytes, std::align_val_t(64)));
-      size = bytes;
-    }
-    return data;
-  }
-};
-
-thread_local Workspace workspace;
+thread_local Scratch workspace;
 
 // Lays arrays end to end: run once to measure, once to place.
 struct Layout {
@@ -104,7 +79,7 @@ EXPORT void hb_attention(int dtype, const int64_t* shape, const float* numbers, 
   const std::vector<Span> queries = spans_of(lengths, documents, query_block);
   const std::vector<Span> keys = spans_of(lengths, documents, key_block);
   const int64_t scratch = round_up(kernels.scratch(a.features), 64), turned = a.kv_heads * a.room * a.features * item;
-  char* memory = workspace.grow(round_up(turned, 64) + threads() * scratch);
+  char* memory = workspace.get<char>(round_up(turned, 64) + threads() * scratch);
   a.turned_v = memory;
   memory += round_up(turned, 64);
   over_tasks(int64_t(keys.size()) * a.kv_heads,
@@ -144,7 +119,7 @@ EXPORT void hb_attention_backward(int dtype, const int64_t* shape, const float* 
     scratches = layout.take<char>(threads() * scratch);
     return layout.size;
   };
-  place({workspace.grow(place({}))});
+  place({workspace.get<char>(place({}))});
   if (!split) a.dk_sums = a.dv_sums = nullptr;
   for (int64_t i = 0; i < flags; i++) new (a.progress + i) std::atomic<int32_t>(0);
   over_tasks(int64_t(queries.size()) * a.heads,

@@ -4,12 +4,7 @@
 #include <vector>
 
 #include "engine.h"
-
-#if defined(_WIN32)
-#define EXPORT extern "C" __declspec(dllexport)
-#else
-#define EXPORT extern "C" __attribute__((visibility("default")))
-#endif
+#include "export.h"
 
 namespace hb {
 namespace {

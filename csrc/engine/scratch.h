@@ -36,14 +36,6 @@ class Scratch {
     return static_cast<T*>(data_);
   }
 
-  int64_t size() const { return size_; }
-
-  void release() {
-    std::free(data_);
-    data_ = nullptr;
-    size_ = 0;
-  }
-
  private:
   void* data_ = nullptr;
   int64_t size_ = 0;

@@ -1,5 +1,9 @@
 """A group of linears against plain float64 autograd over the dequantized weights."""
 
+import copy
+import gc
+import pickle
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -156,3 +160,31 @@ def test_segments_of_different_widths_are_refused() -> None:
 def test_an_adapter_whose_ranks_differ_is_refused() -> None:
     with pytest.raises(ValueError, match="share a rank"):
         LoraAdapter(torch.zeros(2, 8), torch.zeros(8, 3), 1.0)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_graph_may_outlive_its_model(quantized: bool) -> None:
+    def group() -> GroupedLinear:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(1024, 512, generator=generator)
+        held = quantize(weight, QuantOptions()) if quantized else DenseWeight(weight)
+        return GroupedLinear([Segment("s", held)])
+
+    x = torch.randn(40, 512, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    kept = group()
+    kept(x).sum().backward()
+    expected, x.grad = x.grad, None
+    y = group()(x)
+    gc.collect()
+    others = [torch.full((1024, 512), 7.0) for _ in range(8)]  # would lie where the weight was
+    y.sum().backward()
+    assert torch.equal(x.grad, expected)
+    assert len(others) == 8
+
+
+def test_a_group_that_was_used_can_be_copied() -> None:
+    group = GroupedLinear([Segment("s", quantize(torch.randn(64, 64), QuantOptions()))])
+    x = torch.randn(3, 64)
+    expected = group(x)
+    assert torch.equal(copy.deepcopy(group)(x), expected)
+    assert torch.equal(pickle.loads(pickle.dumps(group))(x), expected)

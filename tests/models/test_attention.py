@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfbyte.models.attention import KVCache, attend, attend_cached, attend_packed
+from halfbyte.models.attention import KVCache, attend, attend_cached
 from halfbyte.ops import native
 
 H, K, E = 6, 2, 8
@@ -63,7 +63,7 @@ def test_packed_is_the_same_with_one_gradient(dtype: torch.dtype, window: int | 
     lengths = (3, 14, 1, 5)
     packed = torch.cat(qkv(sum(lengths)), 1).to(dtype).requires_grad_()
     apart = [x.detach().requires_grad_() for x in packed.split((H, K, K), 1)]
-    out = attend_packed(packed, K, lengths, 0.3, window, softcap)
+    out = attend(*packed.split((H, K, K), 1), lengths, 0.3, window, softcap)
     expected = attend(*apart, lengths, 0.3, window, softcap)
     assert torch.equal(out, expected)
     grad = torch.randn_like(out)

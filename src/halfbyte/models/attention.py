@@ -92,22 +92,6 @@ def attend(
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def attend_packed(
-    qkv: Tensor,
-    kv_heads: int,
-    lengths: tuple[int, ...],
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-) -> Tensor:
-    """`attend` of queries, keys and values side by side, [T, H + 2K, E] -> [T, H, E]; so is the gradient."""
-    if native.available(qkv):
-        arguments = (qkv, kv_heads, lengths, scale, window, softcap)
-        result: Tensor = _PackedAttention.apply(*arguments)  # type: ignore[no-untyped-call]
-        return result
-    return attend(*_parts(qkv, kv_heads), lengths, scale, window, softcap)
-
-
 def _parts(qkv: Tensor, kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = qkv.split((qkv.shape[1] - 2 * kv_heads, kv_heads, kv_heads), 1)
     return q, k, v
@@ -135,27 +119,6 @@ class _Attention(torch.autograd.Function):
         into = _parts(fused, k.shape[1])
         dq, dk, dv = native.attention_backward(grads[0], q, k, v, out, lse, lengths, scale, window, softcap, into)
         return None, dq, dk, dv, None, None, None, None
-
-
-class _PackedAttention(torch.autograd.Function):
-    """The same over one tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, kv_heads: int, *options: Any) -> Tensor:
-        out, lse = native.attention(*_parts(qkv, kv_heads), *options)
-        ctx.save_for_backward(qkv, out, lse)
-        ctx.kv_heads, ctx.options = kv_heads, options
-        return out
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, out, lse = ctx.saved_tensors
-        dqkv = pool.empty_like(qkv)
-        inputs, into = _parts(qkv, ctx.kv_heads), _parts(dqkv, ctx.kv_heads)
-        lengths, scale, window, softcap = ctx.options
-        native.attention_backward(grads[0], *inputs, out, lse, lengths, scale, window, softcap, into)
-        return dqkv, None, None, None, None, None
 
 
 def _document(

@@ -27,7 +27,12 @@ native.declare(
 
 
 class WeightView(ctypes.Structure):
-    """`WeightView` of csrc/engine/linear.h: addresses only, so whoever makes one keeps the tensors."""
+    """`WeightView` of csrc/engine/linear.h: addresses, and in Python the tensors that must live as long as it does.
+
+    A graph may outlive the model that made it.
+    """
+
+    held: tuple[Tensor | None, ...]
 
     _fields_ = (
         ("kind", INT64),
@@ -61,7 +66,9 @@ def dense_view(tensor: Tensor) -> WeightView | None:
     """The view of a 16- or 32-bit matrix; None where the engine cannot read it in place."""
     if not tensor.is_cpu or not tensor.is_contiguous() or tensor.dtype not in DTYPE or _odd(tensor.shape):
         return None
-    return WeightView(DTYPE[tensor.dtype], tensor.shape[0], tensor.shape[1], tensor.data_ptr())
+    view = WeightView(DTYPE[tensor.dtype], tensor.shape[0], tensor.shape[1], tensor.data_ptr())
+    view.held = (tensor,)
+    return view
 
 
 def block_view(
@@ -87,7 +94,7 @@ def block_view(
         nested_table = levels.dynamic_map()
     if quant_type != "int8" and table is None:
         table = levels.levels(quant_type)
-    return WeightView(
+    view = WeightView(
         4 if quant_type == "int8" else 3,
         shape[0],
         shape[1],
@@ -100,6 +107,8 @@ def block_view(
         blocksize,
         nested_blocksize,
     )
+    view.held = (codes, absmax, table, nested_absmax, nested_offset, nested_table)
+    return view
 
 
 def _odd(shape: Sequence[int]) -> bool:

@@ -265,6 +265,9 @@ class BlockWeight(Weight):
         """The weight named `prefix` of a bitsandbytes 4-bit state dict; UsageError where it is not whole."""
         return cls(**vars(bnb_format.unpack(tensors, prefix)))
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_view": None}  # addresses are of no use to a copy
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         self._view = None
         for name, buffer in self._buffers.items():
