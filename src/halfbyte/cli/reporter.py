@@ -71,6 +71,8 @@ class Reporter:
             f"model loaded in {screen.duration(event['seconds'])}: {event['trainable_parameters']:,} of "
             f"{event['total_parameters']:,} parameters are trained ({share:.2%})"
         )
+        held = ", ".join(f"{count} in {name}" for name, count in event["formats"].items())
+        self._line(f"base: linears held {held}")
         self._line(f"backend: {event['backend']} ({event['backend_reason']})")
 
     def _show_finished(self, event: dict[str, Any]) -> None:

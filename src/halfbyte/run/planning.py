@@ -137,6 +137,7 @@ def request(config: RunConfig, found: Survey) -> Request:
         max_steps=config.max_steps,
         # Every epoch or `eval_steps`, then base and tuned at the end.
         evaluations=2 + max(1, steps // (config.eval_steps or per_epoch)),
+        held=found.source.prequantized_bytes(),
     )
 
 
