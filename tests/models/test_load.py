@@ -18,13 +18,14 @@ from halfbyte.errors import UsageError
 from halfbyte.linear import segments
 from halfbyte.models.decoder import Decoder
 from halfbyte.models.dtype import fast_dtype
-from halfbyte.models.load import LoadedModel, build_decoder, load_model, resolve_device, resolve_dtype
+from halfbyte.models.load import LoadedModel, build_decoder, held_dtype, load_model, resolve_device, resolve_dtype
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import open_source
 from halfbyte.models.spec import ModelSpec
 from halfbyte.models.stored import StoredWeight
+from halfbyte.ops import native
 from halfbyte.plan.memory import Job, base_bytes
-from halfbyte.quant import BlockWeight, DenseWeight, QuantOptions, quantize
+from halfbyte.quant import DTYPE_NAMES, BlockWeight, DenseWeight, QuantOptions, quantize
 from tests.models.families import BASE, FAMILIES, config, error, make_model
 from tests.models.gguf_files import write_gguf
 
@@ -150,7 +151,8 @@ def test_a_quantized_checkpoint_keeps_its_own_blocks(folder: Path, bnb: Path) ->
     assert formats.pop("o_proj") == "bf16"
     assert set(formats.values()) == {"nf4+dq"}
     plain = build(bnb)
-    assert {segment.weight.format for segment in segments(plain).values()} == {"fp32"}
+    kind = held_dtype(torch.bfloat16, torch.float32, torch.device("cpu"))
+    assert {segment.weight.format for segment in segments(plain).values()} == {DTYPE_NAMES[kind]}
     ours = build(folder, QuantOptions())
     for name, segment in segments(plain).items():
         expected = segments(ours)[name].weight.dequantize(torch.float32)
@@ -303,6 +305,17 @@ def test_real_gemma_answers(gemma_gguf: Path) -> None:
     assert " Paris" in [loaded.tokenizer.decode([token]) for token in best]
     assert loaded.spec is not None
     assert loaded.spec.total_parameters == 268_098_176
+
+
+@pytest.mark.skipif(not native.multiplies(torch.float32), reason="the engine does not multiply float32 here")
+def test_float32_computation_reads_16_bit_matrices_in_place(folder: Path) -> None:
+    """Half the memory of float32 copies, and the same numbers; full fine-tuning trains float32."""
+    loaded = load(folder, dtype="float32").model
+    assert {segment.weight.format for segment in segments(loaded).values()} == {"bf16"}
+    assert loaded.head.format == "bf16"
+    logits = loaded.logits(IDS)
+    assert error(logits, decoded(load(folder, dtype="float32").model).logits(IDS)) < 1e-5
+    assert {p.dtype for n, p in loaded.unfreeze().items() if "norm" not in n and "bias" not in n} == {torch.float32}
 
 
 def wide(family: str) -> transformers.PretrainedConfig:

@@ -36,7 +36,7 @@ def _scales(kind: str) -> tuple[int, ...]:
 
 
 def random_weight(kind: str, rows: int, columns: int, head_rows: int = 0, seed: int = 0) -> GgufWeight:
-    values, size = gguf.GGML_QUANT_SIZES[Kind[kind]]
+    values, _ = gguf.GGML_QUANT_SIZES[Kind[kind]]
     spread = {"4": 8, "5": 16, "8": 128, "6": 1000}[kind[1]] * (64 if kind.endswith("_K") else 1)
     blocks = random_blocks(kind, rows * columns // values, seed, scale=1 / spread / columns**0.5)
     return GgufWeight(torch.from_numpy(blocks.reshape(-1)), kind, (rows, columns), head_rows)

@@ -52,6 +52,8 @@ class Reporter:
         config, plan = event["config"], event["plan"]
         values = {name: getattr(config, name) for name in SHOWN}
         hidden = {"full": ("lora_", "target_modules", "quant_"), "lora": ("quant_",)}.get(config.method, ("-",))
+        if plan is not None and plan.chosen.job.held and not config.requantize:
+            hidden = (*hidden, "quant_")  # the file's own blocks
         shown = [f"{k} {screen.value(v)}" for k, v in values.items() if v is not None and not k.startswith(hidden)]
         self._line(f"settings: {', '.join(shown)}")
         if plan is None:

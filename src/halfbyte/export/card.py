@@ -216,8 +216,9 @@ def _loading(config: Mapping[str, Any], source: ModelSource, method: str) -> str
     text = f"## How to load it\n\n```python\n{imports}\n\n{code}\n```"
     if method == "qlora":
         text += (
-            f"\n\nThe adapter was trained on a base in {_format(config, source)}; on the base in 16 bits, as above, it behaves "
-            "a little differently. `halfbyte merge` writes one model of the base as it was trained on, and the adapter."
+            f"\n\nThe adapter was trained on a base in {_format(config, source)}; on the base in 16 bits, as above, it "
+            "behaves a little differently. `halfbyte merge` writes one model of the base as it was trained on, and the "
+            "adapter."
         )
     return text
 

@@ -19,6 +19,7 @@ from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.models.spec import ModelSpec
 from halfbyte.models.stored import StoredWeight
+from halfbyte.ops import native
 from halfbyte.quant import DTYPES, DenseWeight, QuantOptions, Weight, quantize
 
 log = logging.getLogger(__name__)
@@ -138,7 +139,7 @@ def _held(
     """`tensor` as `quant` wants it for this module, dense in `dtype` without; `where` is for the message."""
     tensor = tensor.to(device)
     if quant is None:
-        return DenseWeight(tensor.to(dtype))
+        return DenseWeight(tensor.to(held_dtype(tensor.dtype, dtype, device)))
     chosen = quant.format_of(module)
     if chosen in DTYPES:
         return DenseWeight(tensor.to(DTYPES[chosen]))
@@ -147,6 +148,16 @@ def _held(
         return quantize(tensor, options)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
+
+
+def held_dtype(file: torch.dtype, compute: torch.dtype, device: torch.device) -> torch.dtype:
+    """What an unquantized matrix is held in.
+
+    The native engine reads 16-bit matrices in place whatever it computes in, and as float32 they would only be twice as
+    large; everybody else wants the type of the computation.
+    """
+    in_place = device.type == "cpu" and compute == torch.float32 and native.multiplies(compute)
+    return file if in_place and file.itemsize == 2 else compute
 
 
 def resolve_device(name: str) -> torch.device:

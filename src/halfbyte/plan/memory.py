@@ -44,6 +44,7 @@ class Job:
     train_tokens    all tokens that go through forward and backward, epochs included
     supervised      share of them that is supervised
     eval_tokens     tokens of all evaluation passes together, forward only
+    file_itemsize   bytes of a value in the model's file
     held            tensors that the model's file brings in blocks of its own (`ModelSource.prequantized_bytes`)
     """
 
@@ -62,6 +63,13 @@ class Job:
     eval_tokens: int = 0
     device: str = "cpu"
     held: Mapping[str, int] = field(default_factory=dict)
+    file_itemsize: int = 4
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of a value in an unquantized matrix: 16-bit ones stay so where the engine reads them."""
+        own = DTYPE_BYTES[self.dtype]
+        return min(own, self.file_itemsize) if self.native_linears else own
 
     def held_bytes(self, name: str) -> int | None:
         """Bytes of a tensor that stays in its file's own blocks; None for one that does not."""
@@ -128,6 +136,9 @@ def base_bytes(spec: ModelSpec, job: Job) -> tuple[int, int]:
             values += own
             continue
         form = job.format_of(linear.name)
+        if form == job.dtype:
+            values += linear.parameters * job.dense_bytes
+            continue
         a, b = weight_bytes(linear.parameters, form, job.quant.blocksize, job.quant.double_quant)
         values, constants = values + a, constants + b
     other, table = spec.total_parameters - spec.linear_parameters, spec.vocab_size * spec.hidden_size
@@ -138,7 +149,7 @@ def base_bytes(spec: ModelSpec, job: Job) -> tuple[int, int]:
         own = job.held_bytes(name)
         if own is not None and not (in_file and name.startswith("model.")):
             values, other = values + own, other - table
-    return values + other * DTYPE_BYTES[job.dtype], constants
+    return values + other * job.dense_bytes, constants
 
 
 def layer_activations(spec: ModelSpec, job: Job) -> int:

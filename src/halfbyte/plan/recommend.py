@@ -70,6 +70,7 @@ class Request:
     checkpointing  None: only if memory asks for it
     evaluations    passes over the held-out rows, base against tuned at the end included
     held           bytes of the tensors that the model's file brings in blocks of its own
+    file_itemsize  bytes of a value in the model's file
     """
 
     method: str
@@ -84,6 +85,7 @@ class Request:
     max_steps: int | None
     evaluations: int = 1
     held: Mapping[str, int] = field(default_factory=dict)
+    file_itemsize: int = 4
 
 
 @dataclass(frozen=True)
@@ -221,6 +223,7 @@ def _job(request: Request, method: str, data: DataShape, batch: tuple[int, int],
         eval_tokens=data.eval_tokens * request.evaluations,
         device=request.device,
         held=request.held,
+        file_itemsize=request.file_itemsize,
     )
 
 
