@@ -159,7 +159,7 @@ def _sum(terms: Tensor) -> Tensor:
 
 
 def _root(values: Tensor) -> Tensor:
-    """Square roots as IEEE 754 rounds them; torch's come from MKL, one in six a unit off, and differ from run to run."""
+    """Square roots as IEEE 754 rounds them: torch's come from MKL, one in six a unit off and not always the same."""
     return torch.from_numpy(np.sqrt(values.numpy()))
 
 
@@ -207,9 +207,7 @@ def _fit_affine(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
         linear = 2 * (s * sum_wcz + o * sum_wz)
         gain = linear - ((s * s) * sum_wcc + (2 * (s * o)) * sum_wc + (o * o) * sum_w)
         better = solvable & (gain > best)
-        best, scale, offset = (
-            torch.where(better, new, old) for new, old in ((gain, best), (s, scale), (o, offset))
-        )
+        best, scale, offset = (torch.where(better, new, old) for new, old in ((gain, best), (s, scale), (o, offset)))
     minimum = -(low + offset)
     return torch.where(scale > 0, scale, 0.0), torch.where(minimum > 0, minimum, 0.0)  # clamp would keep -0
 
