@@ -84,12 +84,13 @@ INLINE void fit_affine(const Columns<L, 32>& columns, int part, float* scales, f
     sum_wz += w[i] * z[i];
   }
   F best = zero, scale = range * (1.0f / top), offset = zero;
-  for (int step = 0; step < steps; step++) {
+  for (int step = 0; step < steps + 2; step++) {
     const float levels = float(top) + (first + 0.1f * float(step));
-    const F inverse = range > 0 ? levels / (range > 0 ? range : one) : zero;
+    F inverse = range > 0 ? levels / (range > 0 ? range : one) : zero;
+    if (step >= steps) inverse = scale != 0 ? 1.0f / (scale != 0 ? scale : one) : zero;
     F sum_wc = zero, sum_wcc = zero, sum_wcz = zero;
     for (int i = 0; i < 32; i++) {
-      F code = inverse * z[i];
+      F code = inverse * (z[i] - offset);
       to_code(code, 0.0f, float(top));
       const F wc = w[i] * code;
       sum_wc += wc;

@@ -121,8 +121,8 @@ def check_expressible(spec: ModelSpec) -> None:
         refuse("partial rotary embedding")
     if spec.local_rope is not None and (spec.local_rope.kind != "default" or spec.local_rope.dim != spec.head_dim):
         refuse("a scaled RoPE in its sliding layers")
-    if (spec.qkv_bias and architecture not in ("llama", "qwen2", "qwen3")) or (
-        spec.o_bias and architecture not in ("llama", "qwen3")
+    if (spec.qkv_bias and architecture not in ("llama", "qwen2")) or (
+        spec.o_bias and architecture != "llama"
     ):
         refuse("biases in its attention")
     if architecture == "phi3" and spec.num_heads * spec.head_dim != spec.hidden_size:

@@ -14,6 +14,7 @@ Layouts: ggml-common.h. Letters: N blocks, S sub-blocks.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 
 import gguf
 import numpy as np
@@ -189,9 +190,11 @@ def _fit_affine(x: Tensor, top: int) -> tuple[Tensor, Tensor]:
     sum_w, sum_wz = _sum(w), _sum(w * z)
     best, offset = torch.zeros_like(low), torch.zeros_like(low)
     scale = span * float(np.float32(1) / np.float32(top))
-    for levels in _tenths(top, -1.0, 21) if top == 15 else _tenths(top, -0.5, 16):
-        inverse = torch.where(span > 0, levels / span, 0.0)
-        code = (inverse * z).clamp_(0, top).round_()
+    tries = _tenths(top, -1.0, 21) if top == 15 else _tenths(top, -0.5, 16)
+    for levels in chain(tries, [None, None]):
+        # The candidates, each from the best offset so far; then twice the best fit itself, which settles.
+        inverse = _inverse(scale) if levels is None else torch.where(span > 0, levels / span, 0.0)
+        code = (inverse * (z - offset)).clamp_(0, top).round_()
         wc = w * code
         sum_wc, sum_wcc, sum_wcz = _sum(wc), _sum(wc * code), _sum(wc * z)
         product = sum_w * sum_wcc
