@@ -27,6 +27,9 @@ def llama(path: Path, n_ctx: int = 256, lora: Path | None = None, **options: Any
         flash_attn=False,
         type_k=F32_CACHE,
         type_v=F32_CACHE,
+        yarn_attn_factor=-1.0,  # what the file says: llama-cpp-python's own defaults replace it
+        yarn_beta_fast=-1.0,
+        yarn_beta_slow=-1.0,
         lora_path=None if lora is None else str(lora),
         verbose=False,
         **options,

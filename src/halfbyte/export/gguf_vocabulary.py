@@ -86,7 +86,7 @@ def from_tokenizer(
     else:
         fields = _byte_level(backend, tokens, kinds, merges, refusal)
     fields |= _special_ids(tokenizer, size, ends, refusal)
-    return Vocabulary(fields, any(token["rstrip"] for token in added))
+    return Vocabulary(fields, _strips(tokens, kinds, added, refusal))
 
 
 class _Refusal:
@@ -115,6 +115,21 @@ def _tokens(vocab: dict[str, int], added: Sequence[dict[str, Any]], size: int) -
         kind = _CONTROL if token["special"] else _NORMAL if text.strip("▁") == "" else _USER_DEFINED
         tokens[index], kinds[index] = text, kind
     return tokens, kinds
+
+
+_KEEPS = ("<unk>", "<s>", "<|endoftext|>")
+
+
+def _strips(tokens: list[str], kinds: list[int], added: Sequence[dict[str, Any]], refusal: _Refusal) -> bool:
+    """Whether whitespace after special tokens is dropped. llama.cpp knows two ways: never, and Phi-3's, after all of
+    them but _KEEPS (which, like </s>, it then expects in the vocabulary)."""
+    stripping = {token["content"] for token in added if token["rstrip"]}
+    if not stripping:
+        return False
+    special = {t for t, kind in zip(tokens, kinds, strict=True) if kind in (_CONTROL, _USER_DEFINED, _UNKNOWN)}
+    if stripping != special - {*_KEEPS} or not {"</s>", *_KEEPS} <= special:
+        refusal(f"drops whitespace after {', '.join(sorted(stripping)[:3])} but not as Phi-3's does")
+    return True
 
 
 # -- byte-level -------------------------------------------------------------------------------------------------------
