@@ -87,7 +87,7 @@ CASES = {
     "llama-dynamic": Case("llama-dynamic", tokens=32),
     "llama-yarn": Case("llama-yarn", tokens=200),
     "llama-yarn-attention": Case(
-        "llama-yarn", {"rope_parameters": {**YARN, "beta_fast": 24.0, "beta_slow": 2.0, "attention_factor": 1.3}}
+        "llama-yarn", {"rope_parameters": {**YARN, "beta_fast": 24.0, "beta_slow": 1.0, "attention_factor": 1.3}}
     ),
     "mistral": Case("mistral-full"),
     "mistral-sliding": Case("mistral-sliding", tokens=8),
@@ -368,9 +368,7 @@ def test_byte_level_ids(pre: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("bos", "eos"), [(True, False), (False, False), (True, True)])
-def test_sentencepiece_ids(
-    spm: sentencepiece.SentencePieceProcessor, bos: bool, eos: bool, tmp_path: Path
-) -> None:
+def test_sentencepiece_ids(spm: sentencepiece.SentencePieceProcessor, bos: bool, eos: bool, tmp_path: Path) -> None:
     tokenizer = spm_tokenizer(spm, tmp_path, add_bos_token=bos, add_eos_token=eos)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]})
     save(Case("llama1-mha", {"vocab_size": len(tokenizer) + 3}).config(), tmp_path / "hf", tokenizer)
@@ -521,7 +519,8 @@ def test_merges_that_are_not_sentencepieces(spm: sentencepiece.SentencePieceProc
     ("family", "changes", "message"),
     [
         ("llama-gelu", {}, "llama cannot say that the model has the activation gelu_tanh"),
-        ("llama-yarn-mscale", {}, "YaRN without truncation"),
+        ("llama-yarn-mscale", {}, "YaRN with a ramp of its own"),
+        ("llama-yarn", {"rope_parameters": {**YARN, "beta_slow": 2.0}}, "YaRN with a ramp of its own"),
         ("gemma1-mqa-biases", {}, "gemma cannot say that the model has biases"),
         ("qwen3-tied-bias", {}, "qwen3 cannot say that the model has biases"),
         ("gemma2", {}, "query_pre_attn_scalar 20"),
@@ -563,15 +562,17 @@ def test_an_unknown_quantization_and_an_incomplete_plan(tmp_path: Path) -> None:
         write_gguf(tmp_path / "x.gguf", [], source, "q3_k_s", None)
     planned = plan_tensors(ModelOptions(model=source.name), source, {}, None, torch.float32)
     with pytest.raises(UsageError, match=r"tensor model\.norm\.weight is missing, the config says \(60,\)"):
-        write_gguf(
-            tmp_path / "x.gguf", [t for t in planned if t.name != "model.norm.weight"], source, "f32", None
-        )
+        write_gguf(tmp_path / "x.gguf", [t for t in planned if t.name != "model.norm.weight"], source, "f32", None)
 
 
 @pytest.mark.parametrize(
     ("value", "quantization", "message"),
     [
-        (float("nan"), "f32", r"model\.layers\.1\.mlp\.up_proj\.weight cannot be written as F32: a value is not finite"),
+        (
+            float("nan"),
+            "f32",
+            r"model\.layers\.1\.mlp\.up_proj\.weight cannot be written as F32: a value is not finite",
+        ),
         (1e5, "f16", r"up_proj\.weight cannot be written as F16: a value of 100000 is beyond half precision"),
     ],
 )

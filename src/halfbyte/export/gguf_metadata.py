@@ -115,20 +115,25 @@ def check_expressible(spec: ModelSpec) -> None:
         refuse(f"the activation {spec.activation}")
     if spec.rope.kind not in _ROPE_KINDS[architecture]:
         refuse(f"RoPE scaling {spec.rope.kind!r}")
-    if spec.rope.kind == "yarn" and not spec.rope.params.get("truncate", True):
-        refuse("YaRN without truncation")
+    if spec.rope.kind == "yarn" and not _usual_yarn(spec.rope):
+        refuse("YaRN with a ramp of its own (beta_fast, beta_slow or truncate)")
     if spec.rope.dim != spec.head_dim and architecture != "phi3":
         refuse("partial rotary embedding")
     if spec.local_rope is not None and (spec.local_rope.kind != "default" or spec.local_rope.dim != spec.head_dim):
         refuse("a scaled RoPE in its sliding layers")
-    if (spec.qkv_bias and architecture not in ("llama", "qwen2")) or (
-        spec.o_bias and architecture != "llama"
-    ):
+    if (spec.qkv_bias and architecture not in ("llama", "qwen2")) or (spec.o_bias and architecture != "llama"):
         refuse("biases in its attention")
     if architecture == "phi3" and spec.num_heads * spec.head_dim != spec.hidden_size:
         refuse("heads that are not hidden_size wide together")
     if gemma:
         _check_gemma(spec, architecture, refuse)
+
+
+def _usual_yarn(rope: RopeSpec) -> bool:
+    """Whether YaRN's ramp is that of beta_fast 32 and beta_slow 1: llama.cpp reads others for few architectures."""
+    usual = {key: value for key, value in rope.params.items() if key not in ("beta_fast", "beta_slow", "truncate")}
+    theirs = frequencies(RopeSpec("yarn", rope.theta, rope.dim, rope.max_position, usual), 1)[0]
+    return bool(torch.equal(frequencies(rope, 1)[0], theirs))
 
 
 def _check_gemma(spec: ModelSpec, architecture: str, refuse: Callable[[str], None]) -> None:
