@@ -164,7 +164,7 @@ def test_llama_cpp_computes_our_logits(written: tuple[Case, PreTrainedModel, Pat
 def test_we_read_our_own_file_back(written: tuple[Case, PreTrainedModel, Path, Path]) -> None:
     case, model, folder, path = written
     if case.family == "llama3-gqa" and not case.changes:
-        with pytest.raises(UsageError, match="rope_freqs are not Llama 3.1's"):
+        with pytest.raises(UsageError, match=r"rope_freqs are not Llama 3\.1's"):
             open_source(str(path))
         return
     original, source = open_source(str(folder)), open_source(str(path))
@@ -205,8 +205,8 @@ def _as_read(config: dict[str, Any]) -> dict[str, Any]:
 # -- quantized files --------------------------------------------------------------------------------------------------
 
 
-def wide(family: str, hidden: int = 256, layers: int = 9, **changes: Any) -> transformers.PretrainedConfig:
-    """Nine layers, so that a mixture's rule of layers shows; widths that K-quants take."""
+def wide(family: str, hidden: int = 256, layers: int = 12, **changes: Any) -> transformers.PretrainedConfig:
+    """Twelve layers, so that a mixture's rule of layers shows, whatever their order; widths that K-quants take."""
     sizes = {"hidden_size": hidden, "intermediate_size": 2 * hidden, "num_hidden_layers": layers}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": hidden // 4}
     if family.startswith("gemma"):
@@ -242,7 +242,7 @@ def test_types_are_those_of_llama_cpp(name: str, quantization: str, tmp_path: Pa
 def test_quantized_files_compute_what_they_hold(name: str, quantization: str, tmp_path: Path) -> None:
     """llama.cpp rounds activations to 8 bits for quantized weights: near, not equal, to the dequantized file."""
     config = copy.deepcopy(MIXTURES[name])
-    config.num_hidden_layers = 2  # nine random layers make a small difference a large one
+    config.num_hidden_layers = 2  # a dozen random layers make a small difference a large one
     if hasattr(config, "layer_types"):
         config.layer_types = config.layer_types[:2]
     save(config, tmp_path / "hf")
@@ -511,7 +511,7 @@ def test_merges_that_are_not_sentencepieces(spm: sentencepiece.SentencePieceProc
         made.setdefault("".join(pair), []).append(pair)
     text["model"]["merges"].remove(next(pairs for pairs in made.values() if len(pairs) > 1)[-1])
     path.write_text(json.dumps(text))
-    with pytest.raises(UsageError, match="does not join .* as SentencePiece would"):
+    with pytest.raises(UsageError, match=r"does not join .* as SentencePiece would"):
         export(tmp_path / "hf", tmp_path / "model.gguf")
 
 

@@ -1,4 +1,4 @@
-"""Floats to GGUF blocks: the gguf package's bytes, the native library's, and no worse than llama.cpp's own quantizer."""
+"""Floats to GGUF blocks: the gguf package's bytes, the native library's, and no worse than llama.cpp's quantizer."""
 
 import ctypes
 from collections.abc import Iterator
@@ -80,9 +80,19 @@ def test_native_bytes_are_those_of_the_reference(type_name: str) -> None:
 
 @pytest.mark.parametrize(
     ("type_name", "bound"),
-    # Mean squared error of gaussian weights over their variance; the simple types' are twice as large at equal bits.
-    [("Q8_0", 4e-5), ("Q4_0", 8e-3), ("Q5_0", 2e-3), ("Q5_1", 1.6e-3), ("Q4_K", 5.3e-3), ("Q5_K", 1.35e-3)]
-    + [("Q6_K", 3.3e-4), ("F16", 1e-7), ("BF16", 3e-6), ("F32", 0)],
+    # Mean squared error of gaussian weights over their variance.
+    [
+        ("Q8_0", 4e-5),
+        ("Q4_0", 8e-3),
+        ("Q5_0", 2e-3),
+        ("Q5_1", 1.6e-3),
+        ("Q4_K", 5.3e-3),
+        ("Q5_K", 1.35e-3),
+        ("Q6_K", 3.3e-4),
+        ("F16", 1e-7),
+        ("BF16", 3e-6),
+        ("F32", 0),
+    ],
 )
 def test_error_of_gaussian_rows(type_name: str, bound: float) -> None:
     rows = gaussian()

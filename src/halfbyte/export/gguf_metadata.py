@@ -139,7 +139,7 @@ def _usual_yarn(rope: RopeSpec) -> bool:
 def _check_gemma(spec: ModelSpec, architecture: str, refuse: Callable[[str], None]) -> None:
     if not spec.tied and architecture != "gemma3":
         refuse("an output head of its own")
-    scale = spec.head_dim
+    scale: float = spec.head_dim
     if spec.num_layers == _LAYERS_OF_27B.get(architecture):
         scale = spec.hidden_size // spec.num_heads
     if not math.isclose(spec.attention_scale, float(scale) ** -0.5, rel_tol=1e-6):
@@ -161,7 +161,8 @@ def _check_gemma(spec: ModelSpec, architecture: str, refuse: Callable[[str], Non
 def _period(spec: ModelSpec) -> int:
     """Every how many layers one sees everything; 0: no such number."""
     full = [window is None for window in spec.windows]
-    for period in (_GEMMA3_PERIOD, *range(2, len(full) + 2)):
+    periods: list[int] = [_GEMMA3_PERIOD, *range(2, len(full) + 2)]
+    for period in periods:
         if full == [(i + 1) % period == 0 for i in range(len(full))]:
             return period
     return 0
