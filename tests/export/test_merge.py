@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from halfbyte.adapters import LoraOptions, load_adapter
 from halfbyte.errors import DoesNotFit, HalfbyteError, UsageError
-from halfbyte.export.merge import MergeOptions, merge
+from halfbyte.export.merge import MergeOptions, merge, read_deltas
 from halfbyte.export.verify import compare_logits
 from halfbyte.linear import segments
 from halfbyte.models.load import load_model
@@ -200,14 +200,14 @@ def test_a_diverged_adapter_leaves_nothing(tmp_path: Path) -> None:
 def test_a_model_that_behaves_otherwise_is_caught(llama: Trained, tmp_path: Path) -> None:
     merge(llama.options, llama.adapter, tmp_path / "out")
     other = make_adapter(llama.folder, tmp_path / "other", size=0.2)
-    comparison = compare_logits(llama.options, other, tmp_path / "out", None, "bfloat16", 1000)
+    comparison = compare_logits(llama.options, read_deltas(other), tmp_path / "out", None, "bfloat16", 1000)
     with pytest.raises(HalfbyteError, match="does not behave as trained, nothing was written"):
         comparison.require_close(strict=True)
     comparison.require_close(strict=False)
 
 
 def test_too_little_memory_for_the_comparison_is_said(llama: Trained, tmp_path: Path) -> None:
-    comparison = compare_logits(llama.options, llama.adapter, llama.folder, None, "bfloat16", 10**15)
+    comparison = compare_logits(llama.options, read_deltas(llama.adapter), llama.folder, None, "bfloat16", 10**15)
     assert str(comparison).startswith("not compared with the unmerged model: it needs 1200000.0 GB of memory and")
     comparison.require_close(strict=True)
 
@@ -218,7 +218,7 @@ from pathlib import Path
 
 import psutil
 
-from halfbyte.export.merge import MergeOptions, merge
+from halfbyte.export.merge import MergeOptions, merge, read_deltas
 from halfbyte.models.options import ModelOptions
 from halfbyte.quant import QuantOptions
 
