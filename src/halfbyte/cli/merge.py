@@ -24,9 +24,7 @@ def merge(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The folder to write.")] = None,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(
-            "--adapter", help="An adapter for the model, or one more for a run; FOLDER:WEIGHT scales it."
-        ),
+        typer.Option("--adapter", help="An adapter for the model, or one more for a run; FOLDER:WEIGHT scales it."),
     ] = None,
     data: Annotated[
         str | None, typer.Option("--data", "-d", help="Rows to score on instead of those that the run held out.")
