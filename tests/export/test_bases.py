@@ -1,6 +1,5 @@
 """Candidates for a merge: scored as the written folder would be, one model at a time."""
 
-import gc
 import json
 import weakref
 from pathlib import Path
@@ -79,7 +78,6 @@ def test_models_are_in_memory_one_at_a_time(llama: Trained, rows: HeldOut, monke
     alive: list[weakref.ref[Any]] = []
 
     def load(*args: Any, **keywords: Any) -> Any:
-        gc.collect()
         assert not [ref for ref in alive if ref() is not None], "another model is still held"
         loaded = load_model(*args, **keywords)
         alive.append(weakref.ref(loaded.model))

@@ -28,6 +28,7 @@ from halfbyte.heap import give_back
 from halfbyte.models.load import load_model, resolve_device, resolve_dtype
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import ModelSource
+from halfbyte.models.spec import ModelSpec
 from halfbyte.quant import QuantOptions
 
 Base = Literal["16bit", "dequantized"]
@@ -141,8 +142,9 @@ def score_candidates(
     unmerged = compare("unmerged", reference, reference, rows, time.monotonic() - started)
     scores = []
     for candidate in candidates:
-        gc.collect()
-        give_back()  # what the model before took, so that two are never held
+        if not ModelSpec.serves(merging.source.config):
+            gc.collect()  # transformers' models refer to themselves; the decoder is gone with its last name
+        give_back()
         started = time.monotonic()
         said = _merged(merging, candidate, heard)
         scores.append((candidate, compare(candidate.name, said, reference, rows, time.monotonic() - started)))

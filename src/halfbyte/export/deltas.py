@@ -63,7 +63,7 @@ def read_deltas(adapter: Path) -> dict[str, Delta]:
     options = lora_options(read_adapter_config(adapter))
     tensors = read_adapter_tensors(adapter)
     prefix, suffix = "base_model.model.", ".lora_A.weight"
-    names = [key.removeprefix(prefix).removesuffix(suffix) for key in tensors if key.endswith(suffix)]
+    names = sorted(key.removeprefix(prefix).removesuffix(suffix) for key in tensors if key.endswith(suffix))
     deltas: dict[str, Delta] = {}
     for name in names:
         a, b = tensors.get(f"{prefix}{name}{suffix}"), tensors.get(f"{prefix}{name}.lora_B.weight")
