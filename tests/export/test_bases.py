@@ -38,7 +38,7 @@ def test_a_score_is_that_of_the_written_folder(name: str, tmp_path: Path, rows: 
     trained = make_trained(name, tmp_path, COARSE)
     made = merging(trained, COARSE)
     table = scored(made, rows)
-    unmerged = bases._unmerged(made, lambda what, model, tokenizer: listen(model, tokenizer, rows, 6))
+    unmerged = bases.unmerged_says(made, lambda model, tokenizer: listen(model, tokenizer, rows, 6))
     for candidate, score in table.scores:
         folder = tmp_path / candidate.base
         if not folder.exists():

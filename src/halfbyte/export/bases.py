@@ -33,6 +33,8 @@ from halfbyte.quant import QuantOptions
 
 Base = Literal["16bit", "dequantized"]
 OnEvent = Callable[[str], None]
+Listener = Callable[[Any, Any], Said]
+"""Asks a model, with its tokenizer, everything that is compared; the model is gone when it returns."""
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,12 @@ def score_candidates(
     say = on_event or (lambda what: None)
     require_memory(merging)
 
-    def heard(name: str, model: Any, tokenizer: Any) -> Said:
-        say(f"scoring {name}")
+    def heard(model: Any, tokenizer: Any) -> Said:
         return listen(model, tokenizer, rows, answer_tokens, metrics)
 
     started = time.monotonic()
-    reference = _unmerged(merging, heard)
+    say("scoring the unmerged model")
+    reference = unmerged_says(merging, heard)
     unmerged = compare("unmerged", reference, reference, rows, time.monotonic() - started)
     scores = []
     for candidate in candidates:
@@ -146,7 +148,8 @@ def score_candidates(
             gc.collect()  # transformers' models refer to themselves; the decoder is gone with its last name
         give_back()
         started = time.monotonic()
-        said = _merged(merging, candidate, heard)
+        say(f"scoring {candidate.name}")
+        said = merged_says(merging, candidate, heard)
         scores.append((candidate, compare(candidate.name, said, reference, rows, time.monotonic() - started)))
         del said
     served = [c for c in candidates if c.requantized] or list(candidates)
@@ -166,14 +169,16 @@ def require_memory(merging: Merging) -> None:
         )
 
 
-def _unmerged(merging: Merging, heard: Callable[[str, Any, Any], Said]) -> Said:
+def unmerged_says(merging: Merging, listener: Listener) -> Said:
+    """What the model says as it was trained: the base as training held it, the updates beside it."""
     loaded = load_model(merging.model, merging.quant, merging.compute_dtype, source=merging.source)
     attach_deltas(loaded.model, merging.deltas)
-    return heard("the unmerged model", loaded.model.eval(), loaded.tokenizer)
+    return listener(loaded.model.eval(), loaded.tokenizer)
 
 
-def _merged(merging: Merging, candidate: Candidate, heard: Callable[[str, Any, Any], Said]) -> Said:
+def merged_says(merging: Merging, candidate: Candidate, listener: Listener) -> Said:
+    """What a candidate says, loaded from its plan as from its folder."""
     source = PlannedSource(merging.plan(candidate.base), merging.source)
     quant = merging.quant if candidate.requantized else None
     loaded = load_model(merging.model, quant, merging.compute_dtype, source=source)
-    return heard(candidate.name, loaded.model.eval(), loaded.tokenizer)
+    return listener(loaded.model.eval(), loaded.tokenizer)
