@@ -8,7 +8,8 @@
     metrics      the task's: accuracy on classification rows, any of `evaluate` on request
 
 One model is in memory at a time. What stays of the unmerged one are its hidden states at the supervised positions and
-its output matrix, from which its logits are made again, a few rows at a time, beside the candidate's. Logits are
+its output matrix, from which its logits are made again, a few rows at a time, beside the candidate's (of architectures
+without a decoder of ours, the logits themselves: transformers' models do not part with their states). Logits are
 computed in float32 from hidden states in the compute dtype: in bfloat16 their own rounding would be the largest part
 of a small KL.
 
@@ -40,6 +41,8 @@ from halfbyte.quant import Weight
 
 MAX_TOKENS = 8192
 """Most tokens of all scored rows together, prompts included; one row is always scored."""
+MAX_FALLBACK_TOKENS = 1024
+"""The same for architectures without a decoder of ours, of which whole logits are kept: 0.6 GB for 150,000 words."""
 _BATCH_TOKENS = 2048
 _LOGITS = 1 << 24  # logits of one model in flight: 64 MB of float32
 _OPENING = 32  # tokens of a plain text that are its prompt, where there is no prompt

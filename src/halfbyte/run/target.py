@@ -32,7 +32,7 @@ from halfbyte.evaluate.generate import Generation, end_ids, generate_batch
 from halfbyte.evaluate.sampling import GenerateOptions
 from halfbyte.export.deltas import WeightedAdapter
 from halfbyte.export.merge import MergeOptions, MergeReport, merge
-from halfbyte.export.score import HeldOut, choose_rows
+from halfbyte.export.score import MAX_FALLBACK_TOKENS, MAX_TOKENS, HeldOut, choose_rows
 from halfbyte.models.load import LoadedModel, load_model
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import ModelSource
@@ -284,7 +284,8 @@ def held_out_rows(target: Target, data: str | None, rows: int) -> tuple[HeldOut 
     encoder = Encoder(found.tokenizer)
     ends = end_ids(encoder, found.prepared.template, found.source.config, found.source.generation)
     stops = ends | frozenset(found.prepared.stop_ids)
-    chosen = choose_rows(found.prepared.eval, rows, target.config.seed, found.prepared.labels, stops)
+    limit = MAX_TOKENS if found.spec is not None else MAX_FALLBACK_TOKENS
+    chosen = choose_rows(found.prepared.eval, rows, target.config.seed, found.prepared.labels, stops, limit)
     return chosen, found.source, ""
 
 
