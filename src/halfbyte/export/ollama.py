@@ -9,7 +9,8 @@ from the file's by fewer than 100 characters, else it lets llama.cpp use the fil
 one is written wherever a Go template prints the same (`export.go_template`), and where none does, that is said.
 
 Quoting, as parser/parser.go reads it: a value in three quotes ends at the first line end that three quotes stand
-before, nothing can be escaped, and characters that do not print are dropped. What cannot be written is left out and said.
+before, nothing can be escaped, and characters that do not print are dropped. What cannot be written is left out, and
+that is said.
 """
 
 from collections.abc import Sequence
@@ -91,6 +92,6 @@ def _no_template(name: str, over_base: bool) -> str:
     if over_base:
         return f"the chat template {name!r} has no form in Go's template language: Ollama keeps the base model's own"
     return (
-        f"the chat template {name!r} has no form in Go's template language: Ollama falls back to the GGUF file's, if its "
-        "version can (it detects a few templates, newer ones use the file's); compare with `ollama show --template`"
+        f"the chat template {name!r} has no form in Go's template language: Ollama falls back to what it makes of the "
+        "GGUF file's (it detects a few; newer versions use the file's own): see `ollama show --template`"
     )
