@@ -116,8 +116,8 @@ def parity_section(exported: Mapping[str, Any]) -> str:
         ]
     programs = sorted({file["parity"]["program"] for file in exported["files"] if file["parity"]["program"]})
     how = (
-        f"The same held-out rows through the trained, unmerged model and through {' and '.join(programs)}: prompts with "
-        "identical token ids, divergence of the answers' tokens, identical greedy answers. All figures are in "
+        f"The same held-out rows through the trained, unmerged model and through {' and '.join(programs)}: prompts "
+        "with identical token ids, divergence of the answers' tokens, identical greedy answers. All figures are in "
         "`parity.json`."
     )
     return "\n\n".join(

@@ -167,8 +167,8 @@ def export(subject: Subject, out: Path, options: ExportOptions, on_event: OnEven
     """Write `subject` as `options` say into the folder `out`, and compare it with what was trained.
 
     The report says whether the comparison passed; a failed one leaves the files. Raises UsageError for what cannot be
-    exported so, DoesNotFit for a full disk; `out` is then untouched. With `strict`, also UsageError where nothing can be
-    compared: before anything is written, if that is known.
+    exported so, DoesNotFit for a full disk; `out` is then untouched. With `strict`, also UsageError where nothing can
+    be compared: before anything is written, if that is known.
     """
     tell = on_event or (lambda what, done, total: None)
     started = time.monotonic()
@@ -234,7 +234,7 @@ def _plan(subject: Subject, options: ExportOptions) -> _Plan:
                          "it out")  # fmt: skip
     if subject.adapter is None and adapter_asked:
         raise UsageError(f"{subject.name} has no adapter: export it whole, --to gguf")
-    known = {"gguf": _BITS, "ollama": _BITS, "hf": _HF_TYPES}.get(options.to, {})
+    known: tuple[str, ...] = {"gguf": (*_BITS,), "ollama": (*_BITS,), "hf": (*_HF_TYPES,)}.get(options.to, ())
     for name in options.quantization:
         if name not in known:
             can = f"{', '.join(known)} can be written" if known else "it has one kind of weights: leave it out"
@@ -380,7 +380,7 @@ def _write_folder(folder: Path, subject: Subject, options: ExportOptions, kind: 
     if options.to == "hf":
         assert subject.adapter is not None
         base: Any = "trained" if options.base == "dequantized" else options.base
-        merging = MergeOptions(base=base, merge_dtype=_HF_TYPES[kind], verify=False)  # type: ignore[arg-type]
+        merging = MergeOptions(base=base, merge_dtype=_HF_TYPES[kind], verify=False)
         merge(subject.model, subject.adapter, folder, subject.quant, merging, lambda a, b: tell("writing", a, b))
         return
     planned = _planned(subject, options, torch.bfloat16)
@@ -511,4 +511,4 @@ def _compare_one(
 def _longest(trained: TrainedModel, rows: Sequence[HeldOutRow], question: Question) -> int:
     """Tokens of the longest text that a server will hold."""
     labels = max((len(label.input_ids) for label in question.labels), default=0)
-    return max(map(lambda row: len(row.input_ids), rows)) + max(question.max_new_tokens, labels) + 64
+    return max(len(row.input_ids) for row in rows) + max(question.max_new_tokens, labels) + 64

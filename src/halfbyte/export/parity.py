@@ -504,7 +504,7 @@ def _judge(report: ParityReport) -> list[str]:
         )
     if report.answers and not report.agreement >= bounds.greedy:
         failures.append(
-            f"greedy answers agree on {report.agreement:.0%} of their tokens, the least {allowed} is {bounds.greedy:.0%}"
+            f"greedy answers agree on {report.agreement:.0%} of their tokens, {bounds.greedy:.0%} are {allowed}"
         )
     for name, (ours, theirs) in report.metrics.items():
         if ours - theirs > bounds.metric + 1 / max(report.answers, 1):

@@ -148,7 +148,7 @@ def _template(target: Target, encoder: Encoder) -> ChatTemplate | None:
 
 
 def _trained(target: Target, source: ModelSource, template: ChatTemplate | None) -> TrainedModel:
-    """The trained model, computing in float32 where that fits: its own rounding is then not part of what is compared."""
+    """The trained model, in float32 where that fits: its own rounding is then not part of what is compared."""
     config = target.config
     numel = sum(info.numel for info in source.tensors().values())
     held = 1 if target.quant is not None else 4  # bytes a weight
