@@ -110,9 +110,7 @@ def test_without_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "system" not in fails("ollama:tiny", "there is no store of Ollama's models in .*asked")
 
 
-def test_the_users_store_comes_before_the_services(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Path
-) -> None:
+def test_the_users_store_comes_before_the_services(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
     monkeypatch.setattr(ollama, "_SYSTEM_STORE", tmp_path / "system")
     monkeypatch.delenv("OLLAMA_MODELS", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -181,12 +181,12 @@ class ParityReport:
         return None if self.skipped else not self.failures
 
     def to_json(self) -> dict[str, Any]:
-        found = asdict(self) | {"metrics": {name: list(pair) for name, pair in self.metrics.items()}}
-        losses = {
-            "trained_perplexity": _perplexity(self.trained_loss),
-            "served_perplexity": _perplexity(self.served_loss),
-        }
-        return {"schema_version": SCHEMA_VERSION, "passed": self.passed, **found, **losses}
+        """JSON has no infinity: what is not finite is null."""
+        metrics = {name: list(pair) for name, pair in self.metrics.items()}
+        ours, theirs = _perplexity(self.trained_loss), _perplexity(self.served_loss)
+        found = asdict(self) | {"metrics": metrics, "trained_perplexity": ours, "served_perplexity": theirs}
+        finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in found.items()}
+        return {"schema_version": SCHEMA_VERSION, "passed": self.passed, **finite}
 
     def lines(self) -> list[str]:
         """The result for people: the verdict first."""
@@ -494,8 +494,8 @@ def _judge(report: ParityReport) -> list[str]:
         failures.append(f"the loss is {rise:.3g} nats a token higher than as trained, {bounds.loss:g} is {allowed}")
     if report.strength is not None and not abs(report.strength - 1) <= bounds.strength:
         failures.append(
-            f"the adapter acts {report.strength:.2f} times as strong as trained (within {bounds.strength:g} of 1 is "
-            f"{allowed}): its scale is wrong, or a part of it is missing"
+            f"the adapter acts {report.strength:.2f} times as strong as trained, {bounds.strength:g} more or less is "
+            f"{allowed}: its scale is wrong, or a part of it is missing"
         )
     if report.strength is not None and report.base_kl is not None and report.mean_kl >= report.base_kl:
         failures.append(

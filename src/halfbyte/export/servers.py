@@ -12,7 +12,10 @@ Shape letters: T tokens, V vocabulary.
 """
 
 import contextlib
+import ctypes
 import datetime
+import json
+import re
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,6 +36,7 @@ Prompt = str | Sequence[dict[str, Any]]
 Tools = list[dict[str, Any]] | None
 
 EXTRA = 'pip install "halfbyte[parity]"'
+_TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 _BATCH = 64  # tokens llama.cpp reads at once: their logits, of 262,144 words each, are 67 MB
 
 
@@ -106,7 +110,8 @@ class TransformersServer:
 
         self.name = f"transformers {transformers.__version__}"
         self._date = date
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        with _no_progress_bar():
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
         if adapter is not None:
             peft = require_peft()
             model = peft.PeftModel.from_pretrained(model, str(adapter))
@@ -117,14 +122,25 @@ class TransformersServer:
     def token_ids(self, prompt: Prompt, tools: Tools = None) -> list[int]:
         if isinstance(prompt, str):
             return list(map(int, self.tokenizer(prompt)["input_ids"]))
-        today = {} if self._date is None else {"strftime_now": datetime.date.fromisoformat(self._date).strftime}
         try:
+            template = self.tokenizer.get_chat_template(tools=tools)
             encoded = self.tokenizer.apply_chat_template(
-                [dict(m) for m in prompt], tools=tools, add_generation_prompt=True, return_dict=True, **today
+                [dict(m) for m in prompt],
+                tools=tools,
+                chat_template=self._dated(template),
+                add_generation_prompt=True,
+                return_dict=True,
             )
         except Exception as error:  # whatever the template raises
             raise NotServed(f"{self.name} cannot render it: {_first_line(error)}") from None
         return list(map(int, encoded["input_ids"]))
+
+    def _dated(self, template: str) -> str:
+        """The template with today's date written out: transformers passes it no functions."""
+        if self._date is None:
+            return template
+        day = datetime.date.fromisoformat(self._date)
+        return _TODAY.sub(lambda call: json.dumps(day.strftime(call[2])), template)
 
     def logprobs(self, ids: Sequence[int], first: int = 0) -> Tensor:
         with torch.no_grad():
@@ -179,15 +195,16 @@ class LlamaCppServer:
                     type_k=self._api.GGML_TYPE_F32,
                     type_v=self._api.GGML_TYPE_F32,
                     flash_attn=False,
-                    lora_path=None if lora is None else str(lora),
                     verbose=False,
                 )
+                self._model = self._llama.model
+                if lora is not None:
+                    self._set_adapter(lora)
             except Exception as error:  # ValueError and RuntimeError that name no reason
                 why = next((m.strip() for m in messages if "error" in m.lower() or "fail" in m.lower()), "")
                 raise HalfbyteError(
                     f"llama.cpp does not load {path}{f' with {lora}' if lora else ''}: {why or _first_line(error)}"
                 ) from None
-        self._model = self._llama.model
         self._vocab = self._api.llama_model_get_vocab(self._model)
         self._size = int(self._api.llama_vocab_n_tokens(self._vocab))
         self._formatter = self._make_formatter()
@@ -241,6 +258,15 @@ class LlamaCppServer:
             text = text.removesuffix(self._token_text(self._api.llama_vocab_eos(self._vocab)))
         return text
 
+    def _set_adapter(self, lora: Path) -> None:
+        """llama-cpp-python's own way takes a null pointer, which is what a bad file gives, for an adapter."""
+        adapter = self._api.llama_adapter_lora_init(self._model, str(lora).encode())
+        if not adapter:
+            raise RuntimeError("it is not an adapter of this model")
+        one, scale = (self._api.llama_adapter_lora_p_ctypes * 1)(adapter), (ctypes.c_float * 1)(1.0)
+        if self._api.llama_set_adapters_lora(self._llama.ctx, one, 1, scale):
+            raise RuntimeError("the adapter could not be put on the model")
+
     def _make_formatter(self) -> Any:
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
@@ -248,10 +274,7 @@ class LlamaCppServer:
         if not raw:
             return None
         bos, eos = self._api.llama_vocab_bos(self._vocab), self._api.llama_vocab_eos(self._vocab)
-        try:
-            made = Jinja2ChatFormatter(raw.decode(), eos_token=self._token_text(eos), bos_token=self._token_text(bos))
-        except Exception as error:
-            raise HalfbyteError(f"the GGUF file's chat template is not valid Jinja: {_first_line(error)}") from None
+        made = Jinja2ChatFormatter(raw.decode(), eos_token=self._token_text(eos), bos_token=self._token_text(bos))
         if self._date is not None:
             made.strftime_now = datetime.date.fromisoformat(self._date).strftime
         return made
@@ -299,6 +322,19 @@ class LlamaCppServer:
             yield
         finally:
             self._api.llama_log_set(_logger.llama_log_callback, None)
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def require_llama_cpp() -> Any:
