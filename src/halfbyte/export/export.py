@@ -294,7 +294,7 @@ def _plan_adapter(subject: Subject, options: ExportOptions, fixed: str | None = 
     def write(folder: Path, tell: OnEvent) -> list[str]:
         from halfbyte.export.gguf_adapter import write_gguf_adapter
 
-        write_gguf_adapter(folder / file, read_deltas(adapter), subject.source)
+        write_gguf_adapter(folder / file, read_deltas(adapter), subject.source, subject.name)
         return []
 
     def serve(out: Path, one: Exported, context: int, date: str | None) -> Served:
