@@ -13,7 +13,7 @@ from halfbyte.export import parity
 from halfbyte.export.card import parity_section
 from halfbyte.export.parity import BOUNDS, HeldOutRow, ParityReport, bounds_of, check, describe_difference
 from halfbyte.export.servers import LlamaCppServer, TrainedModel
-from tests.export.served import BOS, EOS, Tuned, make_tuned, one_thread, tokenizer
+from tests.export.served_models import BOS, EOS, Tuned, make_tuned, one_thread, tokenizer
 
 __all__ = ["one_thread"]
 

@@ -8,7 +8,7 @@ import torch
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.export import servers
 from halfbyte.export.servers import LlamaCppServer, NotServed, Served, TransformersServer
-from tests.export.served import BOS, EOS, Tuned, make_tuned, one_thread
+from tests.export.served_models import BOS, EOS, Tuned, make_tuned, one_thread
 
 __all__ = ["one_thread"]
 

@@ -44,8 +44,7 @@ Format = Literal["gguf", "gguf-adapter", "hf", "ollama", "bnb-4bit", "gptq", "aw
 CARD = "README.md"
 _SMALL_FILES = 64_000_000  # tokenizer, config, template: for the check of the disk
 _BITS = {
-    "f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 7.0, "q5_k_m": 6.0, "q5_k_s": 6.0, "q5_0": 6.0,
-    "q5_1": 6.5, "q4_k_m": 5.5, "q4_k_s": 5.0, "q4_0": 5.0, "q4_1": 5.5,
+    "f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 7.0, "q5_k_m": 6.5, "q4_k_m": 6.0, "q4_0": 5.5,
 }  # fmt: skip
 """Bits a weight that a GGUF file takes at most, its larger output head included; the keys are what can be asked for."""
 _HF_TYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -63,7 +62,7 @@ class ExportOptions(Options):
     )
     quantization: tuple[str, ...] = Field(
         default=(),
-        description="gguf and ollama: f32, f16, bf16, q8_0 (the default), q6_k, q5_k_m, q4_k_m, q4_0, …, a file each; "
+        description="gguf and ollama: f32, f16, bf16, q8_0 (the default), q6_k, q5_k_m, q4_k_m or q4_0, a file each; "
         "hf: bf16 (the default), f16 or f32",
     )
     base: Literal["dequantized", "16bit"] = Field(
