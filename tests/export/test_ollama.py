@@ -163,7 +163,7 @@ def test_a_run_on_plain_text_sends_the_prompt_as_it_is() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "a", " a ", 'say "a"', '"', '""', 'a"', '"a', "two\nlines\n", '"two"\n"lines"', 'in """ the line', "\n\n", "\t",
+    ["a", " a ", 'say "a"', '"', '""', 'a"', '"a', "two\nlines\n", '"two"\n"lines"', 'in """ the line', "\n\n", "\t",
      'ends with"""', "# no comment\nFROM x"],
 )  # fmt: skip
 def test_values_come_back_as_they_were(text: str) -> None:

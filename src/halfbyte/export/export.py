@@ -495,8 +495,6 @@ def _compare_one(
         served = plan.serve(out, one, context, date)
     except UsageError as error:
         return replace(blank, skipped=str(error))
-    except ImportError as error:  # a folder whose format transformers reads through another package
-        return replace(blank, skipped=f"{plan.program} cannot load it here: {str(error).splitlines()[0]}")
     except HalfbyteError as error:
         return replace(blank, failures=(str(error),), bounds=parity.bounds_of(one.kind, exact))
     try:

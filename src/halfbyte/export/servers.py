@@ -101,7 +101,10 @@ class TrainedModel:
 
 
 class TransformersServer:
-    """A folder that transformers loads, with `adapter` a PEFT folder on it. `date` stands for a template's today."""
+    """A folder that transformers loads, with `adapter` a PEFT folder on it. `date` stands for a template's today.
+
+    Raises UsageError where a package that it needs is missing, HalfbyteError for whatever else transformers raises.
+    """
 
     def __init__(
         self, folder: Path, dtype: torch.dtype | str = "auto", adapter: Path | None = None, date: str | None = None
@@ -110,14 +113,14 @@ class TransformersServer:
 
         self.name = f"transformers {transformers.__version__}"
         self._date = date
-        with _no_progress_bar():
+        with _no_progress_bar(), _one_line(f"{self.name} does not load {folder}"):
             model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        if adapter is not None:
-            peft = require_peft()
-            model = peft.PeftModel.from_pretrained(model, str(adapter))
-            self.name += f" with PEFT {peft.__version__}"
-        self.model: Any = model.eval()
-        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            if adapter is not None:
+                peft = require_peft()
+                model = peft.PeftModel.from_pretrained(model, str(adapter))
+                self.name += f" with PEFT {peft.__version__}"
+            self.model: Any = model.eval()
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     def token_ids(self, prompt: Prompt, tools: Tools = None) -> list[int]:
         if isinstance(prompt, str):
@@ -143,14 +146,14 @@ class TransformersServer:
         return _TODAY.sub(lambda call: json.dumps(day.strftime(call[2])), template)
 
     def logprobs(self, ids: Sequence[int], first: int = 0) -> Tensor:
-        with torch.no_grad():
+        with torch.no_grad(), _one_line(f"{self.name} fails on {len(ids)} tokens"):
             logits: Tensor = self.model(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0, first:]
         return logits.float().log_softmax(-1)
 
     def greedy(self, ids: Sequence[int], max_new_tokens: int, stop_ids: Collection[int]) -> list[int]:
         found: list[int] = []
         feed, cache = torch.tensor([list(ids)]), None
-        with torch.no_grad():
+        with torch.no_grad(), _one_line(f"{self.name} fails on {len(ids)} tokens"):
             while len(found) < max_new_tokens:
                 out = self.model(input_ids=feed, past_key_values=cache, use_cache=True)
                 token = int(out.logits[0, -1].float().argmax())
@@ -322,6 +325,19 @@ class LlamaCppServer:
             yield
         finally:
             self._api.llama_log_set(_logger.llama_log_callback, None)
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Another program's exceptions as ours: a missing package is the user's to install, all else is a failure."""
+    try:
+        yield
+    except HalfbyteError:
+        raise
+    except ImportError as error:
+        raise UsageError(f"{what}: {_first_line(error)}") from error
+    except Exception as error:
+        raise HalfbyteError(f"{what}: {type(error).__name__}: {_first_line(error)}") from error
 
 
 @contextlib.contextmanager
