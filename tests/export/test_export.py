@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -138,7 +139,8 @@ def test_nothing_is_left_where_writing_fails(tuned: Tuned, tmp_path: Path, monke
         patch.setattr(module, "merge", full)
         with pytest.raises(DoesNotFit, match="the disk became full while"):
             export(subject(tuned), tmp_path / "out", HF)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: (10**6, 10**6, 1000))
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(DoesNotFit, match=r"the export .* needs"):
         export(subject(tuned), tmp_path / "out", HF)
     assert list(tmp_path.iterdir()) == []
@@ -153,7 +155,7 @@ def test_nothing_is_left_where_writing_fails(tuned: Tuned, tmp_path: Path, monke
         ({"to": "hf", "quantization": ("q4_0",)}, {}, "--quantization q4_0 is not for --to hf: f32, f16, bf16 can"),
         ({"to": "awq", "quantization": ("f16",)}, {}, "not for --to awq: it has one kind of weights"),
         ({"to": "hf", "quantization": ("f16", "bf16")}, {}, "--to hf writes one folder"),
-        ({"to": "ollama", "quantization": ("f16", "q8_0")}, {}, "--to ollama is one model"),
+        ({"to": "ollama", "quantization": ("f16", "q8_0")}, {}, "--to ollama writes one model"),
         ({"to": "gguf", "over": "x.gguf"}, {}, "--over is the base of an adapter"),
         ({"to": "gguf-adapter", "over": "nowhere.gguf"}, {}, "there is no such file"),
     ],

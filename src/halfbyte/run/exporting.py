@@ -5,7 +5,7 @@ serving program renders them itself), the template that it was trained with, its
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -92,7 +92,9 @@ def subject_of(target: Target, source: ModelSource, options: ExportOptions, data
         quant=target.quant,
         template=template,
         adds_bos=encoder.adds_bos,
-        stop=tuple(_text(tokenizer, index) for index in sorted(ends)) if template is not None else (),
+        stop=()
+        if template is None
+        else tuple(text for text in _texts(tokenizer, ends) if text in encoder.special_tokens),
         system=config.system_prompt if template is not None else None,
         trained=lambda: _trained(target, source, template),
         held_out=held_out,
@@ -175,8 +177,8 @@ def _name(target: Target) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", path.resolve().name.lower()).strip("-.") or "model"
 
 
-def _text(tokenizer: Any, index: int) -> str:
-    return str(tokenizer.convert_ids_to_tokens(index))
+def _texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
+    return [str(tokenizer.convert_ids_to_tokens(index)) for index in sorted(ids)]
 
 
 def _ids(example: Example) -> Tensor:
