@@ -17,7 +17,13 @@ from tests.evaluate.conftest import VOCAB, byte_tokenizer
 from tests.models import families
 
 GROUP = 32
-SIZES = {"hidden_size": 96, "intermediate_size": 160, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 32}
+SIZES = {
+    "hidden_size": 96,
+    "intermediate_size": 160,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 32,
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,9 @@ def make_tiny(name: str, folder: Path, dtype: torch.dtype = torch.float32) -> Ti
         del sizes["head_dim"]
     for key, value in sizes.items():
         setattr(config, key, value)
+    config.num_hidden_layers = 2
+    if getattr(config, "layer_types", None) is not None:
+        config.layer_types = config.layer_types[-2:]  # Gemma 3: a sliding layer and a full one
     families.make_model(config, dtype=dtype).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return open_tiny(folder, dtype)

@@ -295,10 +295,10 @@ def _tensors(
                 clipped = options.clip and not segment.name.endswith(_UNCLIPPED)
                 shrink = search_shrink(weight, seen[group].sample, group_size) if clipped else None
                 codes = round_to_nearest(weight, group_size, shrink=shrink)
-                yield from awq_format.pack(codes, segment.name).items()
                 done += 1
                 if on_progress is not None:
                     on_progress(done, total)
+                yield from awq_format.pack(codes, segment.name).items()
 
 
 def _changed(spec: ModelSpec) -> frozenset[str]:

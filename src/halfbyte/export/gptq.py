@@ -259,10 +259,10 @@ class _Run:
                     weight = segment.weight.dequantize(torch.float32)
                     codes = quantize_gptq(weight, factor, self.group_size, self.options)
                     segment.weight = DenseWeight(codes.dequantize(segment.weight.source_dtype))
-                    yield from gptq_format.pack(codes, segment.name, self.options.checkpoint_format).items()
                     done += 1
                     if self.on_progress is not None:
                         self.on_progress(done, self.total)
+                    yield from gptq_format.pack(codes, segment.name, self.options.checkpoint_format).items()
             self.model.advance(layer)
 
 
