@@ -111,10 +111,11 @@ def test_active_inputs_get_larger_scales_and_lose_less() -> None:
     assert output_error(weight, x, scales) < 0.5 * output_error(weight, x, torch.ones(64))
 
 
-def test_scales_never_lose_more_than_none() -> None:
+@pytest.mark.parametrize("tokens", [50, 200])  # fewer and more than inputs: two ways to the error
+def test_scales_never_lose_more_than_none(tokens: int) -> None:
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
-        weight, x = torch.randn(16, 64, generator=generator), torch.randn(50, 64, generator=generator)
+        weight, x = torch.randn(16, 64, generator=generator), torch.randn(tokens, 64, generator=generator)
         scales = search_scales(activity(x), [weight], 32)
         assert output_error(weight, x, scales) <= output_error(weight, x, torch.ones(64)) * (1 + 1e-6)
 

@@ -38,7 +38,7 @@ VARIANTS = {
     "gptq-8": GptqOptions(bits=8),
     "awq": None,
 }
-# GPTQModel keeps biases in float16 and multiplies codes and scales in it; its AWQ kernel computes in float16 throughout.
+# GPTQModel keeps biases in float16 and multiplies codes and scales in it; for AWQ it computes in float16 throughout.
 LARGEST_DIFFERENCE = {"gptq": 1e-4, "awq": 0.05}
 IDS = documents((57,), seed=4)[0]
 
