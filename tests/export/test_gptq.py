@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.export.gptq import GptqOptions, Gram, factorize, quantize_gptq, write_gptq_folder
-from halfbyte.export.int4_folder import choose_group_size, read_codes
+from halfbyte.export.int4_folder import choose_group_size, load_decoder, read_codes
 from halfbyte.export.layer_by_layer import LayerByLayer
 from halfbyte.export.safetensors_file import Planned
 from halfbyte.models.source import open_source
@@ -226,11 +227,25 @@ def test_the_model_stays_close(name: str, options: GptqOptions, tmp_path: Path) 
     assert distance(quantized) < 1.1 * distance(rounded)
 
 
-def test_the_reader_refuses_other_folders(llama: Tiny, folder: Path) -> None:
-    with pytest.raises(UsageError, match="no quantization_config of GPTQ or AWQ"):
+def test_the_folder_is_read_back_as_a_decoder(llama: Tiny, folder: Path) -> None:
+    ids = documents((50,), seed=5)[0]
+    replaced = {f"{name}.weight": read().dequantize() for name, read in read_codes(folder).items()}
+    expected = int4_models.decoder(llama.planned, llama.spec, replaced).logits(ids)
+    assert torch.equal(load_decoder(folder).logits(ids), expected)
+
+
+def test_the_reader_refuses_other_folders(llama: Tiny, folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"quantization_config\.quant_method: Field required"):
         read_codes(llama.folder)
     with pytest.raises(UsageError, match="quantized with 'gptq'"):
         open_source(str(folder))
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(UsageError, match="not a whole safetensors file"):
+        read_codes(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UsageError, match=r"has no tensor model\.embed_tokens\.weight"):
+        load_decoder(tmp_path)
 
 
 # -- bad input ----------------------------------------------------------------------------------------------------
