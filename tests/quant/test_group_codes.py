@@ -13,6 +13,7 @@ from halfbyte.quant.group_codes import (
     encode,
     fit_grid,
     round_to_nearest,
+    rounded,
     storable,
 )
 
@@ -92,3 +93,9 @@ def test_shrinking_a_group_clips_its_largest_values() -> None:
     assert float(whole[0, -1]) == pytest.approx(1, abs=0.01)
     assert float(shrunk[0, -1]) == pytest.approx(0.55, abs=0.01)
     assert float((shrunk - weight)[0, :31].abs().max()) <= float((whole - weight)[0, :31].abs().max())
+
+
+def test_rounding_without_codes_gives_the_same_numbers() -> None:
+    weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(0))
+    for shrink in (None, torch.rand(6, 3, generator=torch.Generator().manual_seed(1))):
+        assert torch.equal(rounded(weight, 32, shrink), round_to_nearest(weight, 32, shrink=shrink).dequantize())

@@ -46,7 +46,7 @@ from halfbyte.models.source import ModelSource
 from halfbyte.models.spec import ModelSpec
 from halfbyte.options import Options
 from halfbyte.quant import awq_format
-from halfbyte.quant.group_codes import round_to_nearest
+from halfbyte.quant.group_codes import round_to_nearest, rounded
 
 _ALPHAS = 20
 _SHRINKS = 10  # 1, 0.95, … 0.55
@@ -186,7 +186,7 @@ def search_scales(
     for k in range(_ALPHAS):
         wished = activity_I.pow(k / _ALPHAS)
         scales = possible(wished / (wished.max() * wished.min()).sqrt())
-        error_OI = round_to_nearest(weight * scales, group_size).dequantize().div_(scales).sub_(weight)
+        error_OI = rounded(weight * scales, group_size).div_(scales).sub_(weight)
         if gram_II is None:
             error = float((x_NI @ error_OI.t()).square_().sum())
         else:
@@ -197,17 +197,16 @@ def search_scales(
 
 
 def search_shrink(weight: Tensor, x_NI: Tensor, group_size: int) -> Tensor:
-    """The share of each group's range [G, O] that gives the smallest error of the group's part of the outputs."""
+    """The share of each group's range [O, G] that gives the smallest error of the group's part of the outputs."""
     outputs, inputs = weight.shape
     by_group = x_NI.view(x_NI.shape[0], inputs // group_size, group_size).transpose(0, 1)
     gram = by_group.transpose(1, 2) @ by_group  # [G, size, size]
-    best = weight.new_ones(inputs // group_size, outputs)
+    best = weight.new_ones(outputs, inputs // group_size)
     least = torch.full_like(best, float("inf"))
     for k in range(_SHRINKS):
         shrink = torch.full_like(best, 1 - 0.05 * k)
-        rounded = round_to_nearest(weight, group_size, shrink=shrink).dequantize()
-        error_GIO = (rounded - weight).t().reshape(-1, group_size, outputs)
-        error = (error_GIO * (gram @ error_GIO)).sum(1)
+        error_GOI = (rounded(weight, group_size, shrink) - weight).view(outputs, -1, group_size).transpose(0, 1)
+        error = ((error_GOI @ gram) * error_GOI).sum(-1).t()
         better = error < least
         best, least = torch.where(better, shrink, best), torch.where(better, error, least)
     return best

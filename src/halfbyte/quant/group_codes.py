@@ -93,19 +93,31 @@ def round_to_nearest(
 ) -> GroupCodes:
     """A weight [O, I] quantized without calibration: each value to the nearest code of its group's range.
 
-    shrink  [G, O], the share of each group's range that is kept; what lies beyond is clipped (AWQ's search)
+    shrink  [O, G], the share of each group's range that is kept; what lies beyond is clipped (AWQ's search)
     """
-    outputs, inputs = weight.shape
-    by_group = weight.t().reshape(inputs // group_size, group_size, outputs)
-    low, high = by_group.amin(1), by_group.amax(1)
+    codes, scales, zeros = _coded(weight, group_size, bits, sym, first_zero, shrink)
+    return GroupCodes(
+        codes.to(torch.uint8).flatten(1).t().contiguous(),
+        scales.to(torch.float16).t().contiguous(),
+        zeros.to(torch.uint8).t().contiguous(),
+        contiguous_groups(weight.shape[1], group_size),
+        bits,
+    )
+
+
+def rounded(weight: Tensor, group_size: int, shrink: Tensor | None = None) -> Tensor:
+    """What `round_to_nearest` in 4 bits with free zero points makes of the weight [O, I], in the weight's type."""
+    codes, scales, zeros = _coded(weight, group_size, 4, False, 0, shrink)
+    return codes.sub_(zeros[..., None]).mul_(scales[..., None]).flatten(1)
+
+
+def _coded(
+    weight: Tensor, group_size: int, bits: int, sym: bool, first_zero: int, shrink: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes [O, G, group_size], scales [O, G], zeros [O, G]), all in the weight's type."""
+    by_group = weight.reshape(weight.shape[0], -1, group_size)
+    low, high = by_group.amin(-1), by_group.amax(-1)
     if shrink is not None:
         low, high = low * shrink, high * shrink
     scales, zeros = fit_grid(low, high, bits, sym, first_zero)
-    codes = encode(by_group, scales[:, None], zeros[:, None], bits)
-    return GroupCodes(
-        codes.to(torch.uint8).reshape(inputs, outputs),
-        scales.to(torch.float16),
-        zeros.to(torch.uint8),
-        contiguous_groups(inputs, group_size),
-        bits,
-    )
+    return encode(by_group, scales[..., None], zeros[..., None], bits), scales, zeros
