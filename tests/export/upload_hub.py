@@ -1,13 +1,13 @@
-"""A local HTTP server that takes uploads as the Hugging Face Hub does: the endpoints that huggingface_hub's client uses.
+"""A local HTTP server that takes uploads as the Hugging Face Hub does, at the endpoints of huggingface_hub's client.
 
-    GET  /api/whoami-v2                          who the token belongs to, and 401 for another one
-    GET  /api/models/NAME[/revision/BRANCH]      files with size, git id and LFS hash
-    POST /api/repos/create, /api/models/NAME/branch/BRANCH
-    POST /api/validate-yaml                      the card's front matter; a `base_model` that is no id is refused
-    POST /api/models/NAME/preupload/BRANCH       which files go through LFS
-    POST /NAME.git/info/lfs/objects/batch        upload instructions, none for what is in the storage
-    PUT  /storage/SHA256                         a file's bytes, kept only if the hash is right
-    POST /api/models/NAME/commit/BRANCH          newline-delimited JSON: header, file, lfsFile, deletedFile
+GET  /api/whoami-v2                          who the token belongs to, and 401 for another one
+GET  /api/models/NAME[/revision/BRANCH]      files with size, git id and LFS hash
+POST /api/repos/create, /api/models/NAME/branch/BRANCH
+POST /api/validate-yaml                      the card's front matter; a `base_model` that is no id is refused
+POST /api/models/NAME/preupload/BRANCH       which files go through LFS
+POST /NAME.git/info/lfs/objects/batch        upload instructions, none for what is in the storage
+PUT  /storage/SHA256                         a file's bytes, kept only if the hash is right
+POST /api/models/NAME/commit/BRANCH          newline-delimited JSON: header, file, lfsFile, deletedFile
 """
 
 import base64
@@ -142,7 +142,9 @@ class _Handler(BaseHTTPRequestHandler):
         match = re.match(r"---\n(.*?)\n---", content, re.DOTALL)
         front = yaml.safe_load(match[1]) if match else {}
         bases = front.get("base_model", [])
-        wrong = [b for b in ([bases] if isinstance(bases, str) else bases) if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", b)]
+        wrong = [
+            b for b in ([bases] if isinstance(bases, str) else bases) if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", b)
+        ]
         if wrong:
             self._send(400, {"errors": [{"message": '"base_model" with value "' + wrong[0] + '" is not valid'}]})
         else:

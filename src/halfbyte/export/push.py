@@ -3,11 +3,11 @@
     collect(path)       what would be uploaded: an adapter, a model's folder, or GGUF files; checked to be whole
     push(model, repo)   create the repository where it is missing, compare it with what is there, upload
 
-What stays here: checkpoints, events, lock and plan, and run.yaml and result.json, which name this machine's files (the
-card has their figures and options). What goes has no path of this machine in it: the card, adapter_config.json and other
+What stays here: checkpoints, events, lock, plan, and run.yaml and result.json, which name this machine's files (the card
+has their figures and options). What goes has no path of this machine in it: the card, adapter_config.json and other
 small JSON are uploaded with the names of files instead; the files on the disk stay as they are.
 
-The protocol is huggingface_hub's. An upload that broke is continued by repeating it: what the Hub has is not sent again.
+The protocol is huggingface_hub's. An upload that broke is continued by repeating it: what the Hub has is not sent twice.
 """
 
 import hashlib
@@ -144,7 +144,7 @@ class Pushed:
 
 
 def collect(path: Path, origin: Origin | None = None) -> Model:
-    """The files of the model at `path`: an adapter's folder, a model's folder, a folder of GGUF files, or one such file.
+    """The files of the model at `path`: the folder of an adapter, of a model or of GGUF files, or one GGUF file.
 
     UsageError where there is no model, or one that is not whole.
     """
@@ -430,12 +430,18 @@ def _one_line(repo: str) -> Iterator[None]:
 def _explain(repo: str, error: BaseException) -> HalfbyteError:
     tokens = f"{hub.page('settings/tokens')}"
     if isinstance(error, errors.LocalTokenNotFoundError):
-        return UsageError(f"not logged in to the Hub: `hf auth login` (or set HF_TOKEN), with a write token of {tokens}")
+        return UsageError(
+            f"not logged in to the Hub: `hf auth login` (or set HF_TOKEN), with a write token of {tokens}"
+        )
     status = error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
     if status == 401:
-        return UsageError(f"the Hub does not accept the token: log in again with `hf auth login`, a new token: {tokens}")
+        return UsageError(
+            f"the Hub does not accept the token: log in again with `hf auth login`, a new token: {tokens}"
+        )
     if status == 403:
-        return UsageError(f"the token may not write to {repo}: take one with write permission ({tokens}), or another name")
+        return UsageError(
+            f"the token may not write to {repo}: take one with write permission ({tokens}), or another name"
+        )
     if isinstance(error, ValueError) and "README.md" in str(error):
         return UsageError(f"the Hub refuses the card: {' '.join(str(error).split())}")
     said = getattr(error, "server_message", None) or next(iter(str(error).split("\n")), "")
