@@ -3,11 +3,11 @@
     collect(path)       what would be uploaded: an adapter, a model's folder, or GGUF files; checked to be whole
     push(model, repo)   create the repository where it is missing, compare it with what is there, upload
 
-What stays here: checkpoints, events, lock, plan, and run.yaml and result.json, which name this machine's files (the card
-has their figures and options). What goes has no path of this machine in it: the card, adapter_config.json and other
-small JSON are uploaded with the names of files instead; the files on the disk stay as they are.
+What stays here: checkpoints, events, lock, plan, and run.yaml and result.json, which name this machine's files (their
+figures and options are on the card). What goes has no path of this machine in it: the card, adapter_config.json and
+other small JSON are uploaded with the names of files instead; the files on the disk stay as they are.
 
-The protocol is huggingface_hub's. An upload that broke is continued by repeating it: what the Hub has is not sent twice.
+The protocol is huggingface_hub's. An upload that broke is continued by repeating it: what has arrived stays there.
 """
 
 import hashlib
