@@ -9,12 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 
 from halfbyte.cli import VERBS, load, main
 from halfbyte.run import reference
 from halfbyte.run.config import RunConfig, load_config
 from halfbyte.run.run import run
+from tests.models import families
+from tests.models.gguf_files import write_gguf
 from tests.run.conftest import _no_measuring, _own_cache, data_file, model_folder, rows, write_rows
 
 __all__ = ["_no_measuring", "_own_cache", "data_file", "model_folder"]
@@ -35,9 +38,12 @@ def finished(model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempP
 
 @pytest.fixture
 def place(model_folder: Path, data_file: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the pages speak of: my-model, rows.jsonl, heldout.jsonl, prompts.txt, and (but for train) runs/mine."""
+    """What the pages speak of: my-model(.gguf), prompts.txt, and (but for train) runs/mine."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model_folder, "my-model")
+    config = families.config("qwen2")
+    config.hidden_size, config.intermediate_size = 64, 96
+    write_gguf(families.make_model(config), Path("my-model.gguf"), gguf.GGMLQuantizationType.Q8_0)
     shutil.copy(data_file, "rows.jsonl")
     write_rows(Path("heldout.jsonl"), rows(70)[60:])
     Path("prompts.txt").write_text("say 1:\nsay 2:\n")

@@ -30,6 +30,8 @@ struct Engine {
   const LossKernels* loss[dtypes];
   const AttentionKernels* attention[dtypes];
   const Elementwise* elementwise;  // by Dtype; none of float16
+  // Rows `index` of a weight, or `count` from `first` on where that is null, [count x cols].
+  void (*decode_rows[dtypes])(const WeightView& weight, const int64_t* index, int64_t first, int64_t count, void* out);
 };
 
 extern const Engine portable_engine;

@@ -16,3 +16,9 @@ EXPORT void hb_linear_backward(int dtype, int64_t tokens, const void* dy, int64_
                                const void* low, const SegmentView* segments, int64_t count, void* dx, int64_t lddx) {
   engine->linear[dtype]->backward(tokens, dy, ldy, x, ldx, low, segments, count, dx, lddx);
 }
+
+// dtype: bfloat16 or float32. `index` may be null: `count` rows from `first` on.
+EXPORT void hb_decode_rows(int dtype, const WeightView* weight, const int64_t* index, int64_t first, int64_t count,
+                           void* out) {
+  engine->decode_rows[dtype](*weight, index, first, count, out);
+}

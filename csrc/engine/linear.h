@@ -6,9 +6,20 @@
 
 namespace hb {
 
-// A frozen weight [rows x cols], row-major: dense, or in flat blocks of `blocksize` that may span rows.
+// What a weight's bytes are: below these, dense in that Dtype.
+enum WeightKind { blocks4 = 3, blocks8 = 4, q4_0 = 5, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k };
+
+// Values and bytes of one of GGUF's blocks.
+constexpr int64_t gguf_values(int64_t kind) { return kind >= q4_k ? 256 : 32; }
+constexpr int64_t gguf_bytes(int64_t kind) {
+  constexpr int64_t sizes[] = {18, 20, 22, 24, 34, 144, 176, 210};
+  return sizes[kind - q4_0];
+}
+
+// A frozen weight [rows x cols], row-major: dense, in flat blocks of `blocksize` that may span rows, or in GGUF's blocks,
+// which do not.
 struct WeightView {
-  int64_t kind;  // 0 … 2: dense in that Dtype; 3: 4-bit blocks; 4: INT8 blocks
+  int64_t kind;  // a Dtype or a WeightKind
   int64_t rows, cols;
   const void* data;           // values or codes
   const void* absmax;         // float [blocks], or 8-bit codes where nested
@@ -17,6 +28,7 @@ struct WeightView {
   const float* nested_offset;
   const float* nested_table;
   int64_t blocksize, nested_blocksize;
+  int64_t head_rows;  // GGUF: rows of a head whose halves the file interleaves, 0 where it does not
 };
 
 struct SegmentView {

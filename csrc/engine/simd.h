@@ -29,6 +29,18 @@ HB_INLINE vf load(const float* from) {
   return value;
 }
 
+HB_INLINE vf load(const int8_t* from) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+#elif defined(__AVX2__)
+  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)from)));
+#else
+  vf value;
+  for (int i = 0; i < W; i++) value[i] = float(from[i]);
+  return value;
+#endif
+}
+
 HB_INLINE void store(float* to, vf value) { __builtin_memcpy(to, &value, sizeof value); }
 
 HB_INLINE vf widen(vh raw) {

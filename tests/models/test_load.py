@@ -6,21 +6,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from halfbyte.adapters import LoraOptions, attach
+from halfbyte.batch import Batch
 from halfbyte.errors import UsageError
 from halfbyte.linear import segments
 from halfbyte.models.decoder import Decoder
 from halfbyte.models.dtype import fast_dtype
-from halfbyte.models.load import LoadedModel, build_decoder, load_model, resolve_device, resolve_dtype
+from halfbyte.models.load import LoadedModel, build_decoder, held_dtype, load_model, resolve_device, resolve_dtype
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import open_source
 from halfbyte.models.spec import ModelSpec
 from halfbyte.models.stored import StoredWeight
-from halfbyte.quant import BlockWeight, DenseWeight, QuantOptions, quantize
+from halfbyte.ops import native
+from halfbyte.plan.memory import Job, base_bytes
+from halfbyte.quant import DTYPE_NAMES, BlockWeight, DenseWeight, QuantOptions, quantize
 from tests.models.families import BASE, FAMILIES, config, error, make_model
 from tests.models.gguf_files import write_gguf
 
@@ -146,7 +151,8 @@ def test_a_quantized_checkpoint_keeps_its_own_blocks(folder: Path, bnb: Path) ->
     assert formats.pop("o_proj") == "bf16"
     assert set(formats.values()) == {"nf4+dq"}
     plain = build(bnb)
-    assert {segment.weight.format for segment in segments(plain).values()} == {"fp32"}
+    kind = held_dtype(torch.bfloat16, torch.float32, torch.device("cpu"))
+    assert {segment.weight.format for segment in segments(plain).values()} == {DTYPE_NAMES[kind]}
     ours = build(folder, QuantOptions())
     for name, segment in segments(plain).items():
         expected = segments(ours)[name].weight.dequantize(torch.float32)
@@ -299,3 +305,92 @@ def test_real_gemma_answers(gemma_gguf: Path) -> None:
     assert " Paris" in [loaded.tokenizer.decode([token]) for token in best]
     assert loaded.spec is not None
     assert loaded.spec.total_parameters == 268_098_176
+
+
+@pytest.mark.skipif(not native.multiplies(torch.float32), reason="the engine does not multiply float32 here")
+def test_float32_computation_reads_16_bit_matrices_in_place(folder: Path) -> None:
+    """Half the memory of float32 copies, and the same numbers; full fine-tuning trains float32."""
+    loaded = load(folder, dtype="float32").model
+    assert {segment.weight.format for segment in segments(loaded).values()} == {"bf16"}
+    assert loaded.head.format == "bf16"
+    logits = loaded.logits(IDS)
+    assert error(logits, decoded(load(folder, dtype="float32").model).logits(IDS)) < 1e-5
+    assert {p.dtype for n, p in loaded.unfreeze().items() if "norm" not in n and "bias" not in n} == {torch.float32}
+
+
+def wide(family: str) -> transformers.PretrainedConfig:
+    """With rows that blocks of 32 divide."""
+    made = config(family)
+    made.hidden_size, made.intermediate_size = 64, 96
+    return made
+
+
+def decoded(decoder: Decoder) -> Decoder:
+    """The same model with every matrix in float32."""
+    tied = decoder.head is decoder.embed
+    for segment in segments(decoder).values():
+        segment.weight = DenseWeight(segment.weight.dequantize(torch.float32))
+    decoder.embed = DenseWeight(decoder.embed.dequantize(torch.float32))
+    decoder.head = decoder.embed if tied else DenseWeight(decoder.head.dequantize(torch.float32))
+    return decoder
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama3-head-dim", "llama-biases", "mistral-full", "phi3", "gemma1", "qwen2", "qwen2-tied", "qwen3-tied-bias"],
+)
+def test_a_gguf_file_is_trained_on_in_its_own_blocks(family: str, tmp_path: Path) -> None:
+    """Every matrix is the file's bytes, whoever multiplies sees the file's values, and the plan knows their size."""
+    model = make_model(wide(family))
+    write_gguf(model, tmp_path / "model.gguf", gguf.GGMLQuantizationType.Q8_0)
+    source = open_source(str(tmp_path / "model.gguf"))
+    spec = ModelSpec.from_config(source.config)
+    kept = build(tmp_path / "model.gguf", QuantOptions())
+    plain = build(tmp_path / "model.gguf")
+    formats = {segment.weight.format for segment in segments(kept).values()}
+    assert "q8_0" in formats
+    assert formats <= {"q8_0", "fp32"}  # rows that no block divides are float32 in the file
+    for name, segment in segments(kept).items():
+        assert segment.weight.nbytes == source.prequantized_bytes()[f"{name}.weight"]
+        assert torch.equal(
+            segment.weight.dequantize(torch.bfloat16), segments(plain)[name].weight.dequantize(torch.bfloat16)
+        )
+    job = Job("qlora", "float32", QuantOptions(), LoraOptions(), held=source.prequantized_bytes())
+    held = sum(t.numel() * t.element_size() for t in {id(t): t for t in kept.buffers()}.values())
+    norms = sum(p.numel() * 4 for p in kept.parameters())
+    tables = sum(b.numel() * b.element_size() for n, b in kept.named_buffers() if "rotary" in n or "inv_freq" in n)
+    assert abs(sum(base_bytes(spec, job)) - (held - tables + norms)) <= 0.02 * held
+    logits = kept.logits(IDS)
+    assert error(logits, decoded(kept).logits(IDS)) < 1e-5
+
+
+def test_gradients_through_a_files_blocks(tmp_path: Path) -> None:
+    """An adapter on the file's blocks gets the gradients that it gets on the decoded weights."""
+    write_gguf(make_model(wide("llama3-head-dim")), tmp_path / "model.gguf", gguf.GGMLQuantizationType.Q4_0)
+    batch = Batch(IDS[:-1], torch.arange(len(IDS) - 1), IDS[1:], (len(IDS) - 1,), (0,))
+    grads = []
+    for dense in (False, True):
+        decoder = build(tmp_path / "model.gguf", QuantOptions())
+        decoder = decoded(decoder) if dense else decoder
+        attach(decoder, LoraOptions(lora_r=4), seed=3)
+        for segment in segments(decoder).values():
+            assert segment.adapter is not None
+            torch.nn.init.normal_(segment.adapter.lora_B, std=0.1, generator=torch.Generator().manual_seed(5))
+        loss, _ = decoder.loss(batch)
+        loss.backward()
+        grads.append({name: p.grad for name, p in decoder.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() != set()
+    for name, grad in grads[0].items():
+        assert error(grad, grads[1][name]) < 1e-4
+
+
+def test_a_gguf_file_in_other_words(tmp_path: Path) -> None:
+    """Requantized where asked; NF4 where the file is in 16 bits."""
+    model = make_model(wide("qwen2"))
+    write_gguf(model, tmp_path / "q8.gguf", gguf.GGMLQuantizationType.Q8_0)
+    again = build(tmp_path / "q8.gguf", QuantOptions(requantize=True, blocksize=32))
+    assert "nf4+dq" in {segment.weight.format for segment in segments(again).values()}
+    write_gguf(model, tmp_path / "f16.gguf", gguf.GGMLQuantizationType.F16)
+    assert open_source(str(tmp_path / "f16.gguf")).prequantized_bytes() == {}
+    plain = build(tmp_path / "f16.gguf", QuantOptions(blocksize=32))
+    assert {segment.weight.format for segment in segments(plain).values()} == {"nf4+dq"}

@@ -9,6 +9,7 @@ from torch import Tensor
 from halfbyte.ops import linear, native
 from halfbyte.quant import DenseWeight, QuantOptions, Weight, quantize
 from tests.ops.conftest import available
+from tests.quant.gguf_blocks import random_weight
 
 CASES = [
     (isa, dtype)
@@ -36,6 +37,8 @@ class Case:
             values = torch.randn(rows, features) / features**0.5
             if storage in ("nf4", "fp4", "int4", "int8"):
                 weight: Weight = quantize(values.bfloat16(), QuantOptions(quant_type=storage, **quant))
+            elif storage in linear.GGUF_TYPES:
+                weight = random_weight(storage, rows, features, quant.get("head_rows", 0), seed)
             else:
                 weight = DenseWeight(values.to(getattr(torch, storage)))
             self.weights.append(weight)
@@ -87,6 +90,16 @@ class Case:
 def test_every_storage(isa, dtype, storage):
     native.use(isa)
     Case(70, 128, (66, 20), (8, 4), dtype, storage, bias=True).check()
+
+
+@pytest.mark.parametrize(("isa", "dtype"), CASES)
+@pytest.mark.parametrize("storage", linear.GGUF_TYPES)
+def test_blocks_of_gguf(isa, dtype, storage):
+    native.use(isa)
+    Case(70, 256, (66, 20), (8, 4), dtype, storage, bias=True).check()
+    Case(90, 768, (128, 36), (8, 0), dtype, storage, head_rows=4).check()
+    if linear.GGUF_TYPES[storage] < linear.GGUF_TYPES["Q4_K"]:
+        Case(33, 96, (34, 6), (3, 0), dtype, storage).check()
 
 
 @pytest.mark.parametrize(("isa", "dtype"), CASES)

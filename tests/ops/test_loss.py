@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from halfbyte.ops import loss, native
 from halfbyte.quant import DenseWeight, QuantOptions, quantize
 from tests.ops.test_linear import CASES
+from tests.quant.gguf_blocks import random_weight
 
 pytestmark = [
     pytest.mark.skipif(not CASES, reason="no instruction set of this machine multiplies natively"),
@@ -15,11 +16,14 @@ pytestmark = [
 TOLERANCE = {torch.bfloat16: 8e-3, torch.float32: 5e-5}  # of the worst row's gradient
 
 
-def check(rows, width, vocab, dtype, cap=None, sharpness=1.0, quantized=False):
+def check(rows, width, vocab, dtype, cap=None, sharpness=1.0, quantized=False, gguf=None):
     torch.manual_seed(rows)
     hidden = torch.randn(rows, width).to(dtype)
     values = torch.randn(vocab, width) / width**0.5 * sharpness
     head = quantize(values.bfloat16(), QuantOptions()) if quantized else DenseWeight(values.to(dtype))
+    if gguf is not None:
+        head = random_weight(gguf, vocab, width)
+        values = head.dequantize(torch.float32)
     targets = torch.randint(0, vocab, (rows,))
     easy = rows // 2  # half of the rows know their answer: probabilities near one must not lose their last digits
     targets[:easy] = (hidden[:easy].float() @ values.t()).argmax(1)
@@ -54,6 +58,13 @@ def test_confident_rows_and_soft_caps(isa, dtype):
     check(100, 256, 3000, dtype, sharpness=2.5)
     check(100, 256, 3000, dtype, cap=30.0, sharpness=2.0)
     check(40, 64, 600, dtype, quantized=True)
+
+
+@pytest.mark.parametrize(("isa", "dtype"), CASES)
+@pytest.mark.parametrize("kind", ["Q8_0", "Q6_K", "Q4_K"])
+def test_heads_in_blocks_of_gguf(isa, dtype, kind):
+    native.use(isa)
+    check(70, 256, 1000, dtype, gguf=kind)
 
 
 @pytest.mark.parametrize(("isa", "dtype"), CASES)

@@ -52,6 +52,8 @@ class Reporter:
         config, plan = event["config"], event["plan"]
         values = {name: getattr(config, name) for name in SHOWN}
         hidden = {"full": ("lora_", "target_modules", "quant_"), "lora": ("quant_",)}.get(config.method, ("-",))
+        if plan is not None and plan.chosen.job.held and not config.requantize:
+            hidden = (*hidden, "quant_")  # the file's own blocks
         shown = [f"{k} {screen.value(v)}" for k, v in values.items() if v is not None and not k.startswith(hidden)]
         self._line(f"settings: {', '.join(shown)}")
         if plan is None:
@@ -71,6 +73,8 @@ class Reporter:
             f"model loaded in {screen.duration(event['seconds'])}: {event['trainable_parameters']:,} of "
             f"{event['total_parameters']:,} parameters are trained ({share:.2%})"
         )
+        held = ", ".join(f"{count} in {name}" for name, count in event["formats"].items())
+        self._line(f"base: linears held {held}")
         self._line(f"backend: {event['backend']} ({event['backend_reason']})")
 
     def _show_finished(self, event: dict[str, Any]) -> None:

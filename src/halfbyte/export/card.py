@@ -119,7 +119,7 @@ def _summary(
 ) -> str:
     base = record.get("base_model", {})
     what = {
-        "qlora": f"A LoRA adapter, trained on a base quantized to {_format(config)}",
+        "qlora": f"A LoRA adapter, trained on a base in {_format(config, source)}",
         "lora": "A LoRA adapter",
     }.get(method, "A model of which every weight was trained")
     text = f"{what}. Base model: `{config['model']}`"
@@ -135,7 +135,10 @@ def _summary(
     return text
 
 
-def _format(config: Mapping[str, Any]) -> str:
+def _format(config: Mapping[str, Any], source: ModelSource) -> str:
+    """In words, what the base of a QLoRA run is held in."""
+    if not config.get("requantize") and source.prequantized_bytes():
+        return f"the blocks of its own file ({already_quantized(source)})"
     double = ", double-quantized" if config.get("double_quant") else ""
     pattern = config.get("quant_pattern") or {}
     other = f", except {', '.join(f'{k}: {v}' for k, v in pattern.items())}" if pattern else ""
@@ -213,8 +216,9 @@ def _loading(config: Mapping[str, Any], source: ModelSource, method: str) -> str
     text = f"## How to load it\n\n```python\n{imports}\n\n{code}\n```"
     if method == "qlora":
         text += (
-            f"\n\nThe adapter was trained on a base in {_format(config)}; on the base in 16 bits, as above, it behaves "
-            "a little differently. `halfbyte merge` writes one model of the base as it was trained on, and the adapter."
+            f"\n\nThe adapter was trained on a base in {_format(config, source)}; on the base in 16 bits, as above, it "
+            "behaves a little differently. `halfbyte merge` writes one model of the base as it was trained on, and the "
+            "adapter."
         )
     return text
 

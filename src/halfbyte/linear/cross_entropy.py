@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from halfbyte.linear.workspace import scratch
 from halfbyte.ops import loss
-from halfbyte.ops.linear import available
+from halfbyte.ops.linear import LinearSegment, available, linear_forward
 from halfbyte.quant import Weight
 
 LOGITS_BYTES = 134_217_728  # of one chunk, in float32
@@ -47,6 +47,10 @@ def _panel(head: Weight, rows: slice, like: Tensor) -> Tensor:
 
 def linear_logits(hidden_ND: Tensor, head: Weight, softcap: float | None = None) -> Tensor:
     """float32 logits [N, V] = hidden @ head^T, soft-capped as c * tanh(x / c) where the model does so."""
+    view = head.native_view() if available(hidden_ND) else None
+    if view is not None:  # read as it is held: one token's logits must not decode the whole head to memory
+        logits = linear_forward(hidden_ND, [LinearSegment(view)])[0].float()
+        return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
     logits = torch.empty(hidden_ND.shape[0], head.shape[0], dtype=torch.float32, device=hidden_ND.device)
     for rows in _panels(head, hidden_ND.dtype):
         logits[:, rows] = hidden_ND @ _panel(head, rows, hidden_ND).t()

@@ -283,7 +283,7 @@ class Decoder(nn.Module):
     # -- full fine-tuning -----------------------------------------------------------------------------------------
 
     def unfreeze(self) -> dict[str, nn.Parameter]:
-        """Make every tensor trainable, in the type it is held in; returns them by Hugging Face name.
+        """Make every tensor trainable, matrices in the compute dtype; returns them by Hugging Face name.
 
         For full fine-tuning of a 16- or 32-bit base. UsageError if a weight is quantized: it has no gradient.
         """
@@ -294,7 +294,7 @@ class Decoder(nn.Module):
                 weight = DenseWeight(weight.dequantize(weight.dtype))
             if not isinstance(weight, DenseWeight):
                 raise UsageError(f"{name} is held in {weight.format}: full fine-tuning needs a 16- or 32-bit base")
-            made = DenseWeight(weight.tensor, trainable=True)
+            made = DenseWeight(weight.tensor.to(self.dtype), trainable=True)
             parameter = made.trainable_tensor()
             assert isinstance(parameter, nn.Parameter)
             trainable[name] = parameter

@@ -1,4 +1,4 @@
-"""A model in a GGUF file: dequantized to bfloat16 by row chunks, in Hugging Face's names and layout.
+"""A model in a GGUF file, in Hugging Face's names and layout: in the file's own blocks, or dequantized by row chunks.
 
 What llama.cpp's converter did to the weights is undone here: Llama's q and k rows go back to
 transformers' order, and Gemma's norms lose the 1 that was added.
@@ -14,10 +14,12 @@ from torch import Tensor
 
 from halfbyte.errors import UsageError
 from halfbyte.models.gguf_config import NOT_WEIGHTS, PERMUTED, PLUS_ONE, config_from_gguf, hugging_face_name
-from halfbyte.models.gguf_dequant import dequantize_into
 from halfbyte.models.gguf_file import GgufFile, GgufTensor
 from halfbyte.models.model_source import ModelSource, Stored, TensorInfo
 from halfbyte.models.pread import OpenFile
+from halfbyte.quant import DenseWeight, GgufWeight, Weight
+from halfbyte.quant.gguf_decode import dequantize_into
+from halfbyte.quant.gguf_weight import is_trainable_on
 
 _PLAIN = {
     "F32": torch.float32,
@@ -38,6 +40,7 @@ class GgufSource(ModelSource):
         super().__init__(name, "gguf", path, config_from_gguf(self.file, extra))
         self.architecture: str = self.file.need("general.architecture")
         self._stored = self._by_name()
+        self._quantized = any(t.quantized for t in self._stored.values() if len(t.shape) == 2)
 
     def _by_name(self) -> dict[str, GgufTensor]:
         out: dict[str, GgufTensor] = {}
@@ -76,6 +79,36 @@ class GgufSource(ModelSource):
         if self.architecture in PLUS_ONE and name.endswith("norm.weight"):
             out = (out.float() - 1).to(info.dtype)
         return out
+
+    def prequantized(self, name: str) -> Weight | None:
+        """The matrix as the file has it: its blocks, or its 16-bit values beside quantized ones.
+
+        None for every tensor of a file that holds no blocks: that is an ordinary 16-bit model. Types that cannot be
+        multiplied in place are decoded once, to the same values.
+        """
+        tensor = self._stored[name]
+        if not self._quantized or len(tensor.shape) != 2:
+            return None
+        if not self._in_place(tensor):
+            return DenseWeight(self.read(name))
+        data = torch.empty(tensor.nbytes, dtype=torch.uint8)
+        self._open.read_into(data, tensor.offset)
+        heads = self._permuted_heads(name)
+        shape = (tensor.shape[0], tensor.shape[1])
+        return GgufWeight(data, tensor.type_name, shape, tensor.shape[0] // heads if heads else 0)
+
+    def prequantized_bytes(self) -> dict[str, int]:
+        if not self._quantized:
+            return {}
+        return {
+            name: t.nbytes if self._in_place(t) else self.info(name).nbytes
+            for name, t in self._stored.items()
+            if len(t.shape) == 2
+        }
+
+    @staticmethod
+    def _in_place(tensor: GgufTensor) -> bool:
+        return is_trainable_on(tensor.type_name, tensor.shape[-1])
 
     def _permuted_heads(self, name: str) -> int:
         """How many heads' rows llama.cpp reordered in this tensor; 0: none."""

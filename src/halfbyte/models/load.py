@@ -19,6 +19,7 @@ from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.models.spec import ModelSpec
 from halfbyte.models.stored import StoredWeight
+from halfbyte.ops import native
 from halfbyte.quant import DTYPES, DenseWeight, QuantOptions, Weight, quantize
 
 log = logging.getLogger(__name__)
@@ -84,9 +85,9 @@ def build_decoder(
         return source.read(name).to(device)
 
     def weight(name: str, quantizable: bool) -> Weight:
-        if name == EMBEDDING and not spec.tied and device.type == "cpu" and source.prequantized(name) is None:
+        if name == EMBEDDING and not spec.tied and device.type == "cpu" and source.reads_rows(name):
             return StoredWeight(source, name, dtype)
-        made = read_weight(source, name, quant if quantizable else None, dtype, device)
+        made = read_weight(source, name, quant, dtype, device, quantizable)
         if made.shape[0] * made.shape[1] >= LARGE:
             give_back()  # of quantizing it: tens of such leftovers would be on top of the finished model
         return made
@@ -111,19 +112,25 @@ def check_tensors(source: ModelSource, spec: ModelSpec) -> None:
 
 
 def read_weight(
-    source: ModelSource, name: str, quant: QuantOptions | None, dtype: torch.dtype, device: torch.device
+    source: ModelSource,
+    name: str,
+    quant: QuantOptions | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantizable: bool = True,
 ) -> Weight:
-    """One linear's weight: as the file quantized it, quantized now, or dense in `dtype`.
+    """One matrix: as the file quantized it, quantized now, or dense in `dtype`.
 
-    A file's own 4-bit blocks are kept where `quant` is given, whatever its format says: requantizing loses twice.
-    Without `quant` they are dequantized.
+    A file's own blocks are kept where `quant` is given, whatever its format says, unless it asks to `requantize`:
+    quantizing twice loses twice. Without `quant` they are dequantized. Embeddings and heads are not `quantizable`.
     """
     module = name.removesuffix(".weight")
-    if quant is not None and quant.format_of(module) not in DTYPES:
+    if quant is not None and not quant.requantize and (not quantizable or quant.format_of(module) not in DTYPES):
         ready = source.prequantized(name)
         if ready is not None:
             return ready.to(device)
-    return _held(f"{source.path}: {name}", module, source.read(name), quant, dtype, device)
+    where = f"{source.path}: {name}"
+    return _held(where, module, source.read(name), quant if quantizable else None, dtype, device)
 
 
 def _held(
@@ -132,7 +139,7 @@ def _held(
     """`tensor` as `quant` wants it for this module, dense in `dtype` without; `where` is for the message."""
     tensor = tensor.to(device)
     if quant is None:
-        return DenseWeight(tensor.to(dtype))
+        return DenseWeight(tensor.to(held_dtype(tensor.dtype, dtype, device)))
     chosen = quant.format_of(module)
     if chosen in DTYPES:
         return DenseWeight(tensor.to(DTYPES[chosen]))
@@ -141,6 +148,16 @@ def _held(
         return quantize(tensor, options)
     except UsageError as error:
         raise UsageError(f"{where}: {error}") from None
+
+
+def held_dtype(file: torch.dtype, compute: torch.dtype, device: torch.device) -> torch.dtype:
+    """What an unquantized matrix is held in.
+
+    The native engine reads 16-bit matrices in place whatever it computes in, and as float32 they would only be twice as
+    large; everybody else wants the type of the computation.
+    """
+    in_place = device.type == "cpu" and compute == torch.float32 and native.multiplies(compute)
+    return file if in_place and file.itemsize == 2 else compute
 
 
 def resolve_device(name: str) -> torch.device:

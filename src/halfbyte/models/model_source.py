@@ -113,6 +113,14 @@ class ModelSource(ABC):
         """The weight as the file quantized it, where the file's blocks are ones that we train on; else None."""
         return None
 
+    def prequantized_bytes(self) -> dict[str, int]:
+        """The tensors that `prequantized` returns, and the bytes that each takes in memory. Reads headers only."""
+        return {}
+
+    def reads_rows(self, name: str) -> bool:
+        """Whether `read_rows` costs no more than those rows: not where a whole tensor is decoded for them."""
+        return True
+
     def tokenizer(self) -> Any:
         """The model's tokenizer, a transformers fast tokenizer, made once. See `halfbyte.models.tokenizer`."""
         return self._tokenizer

@@ -92,6 +92,12 @@ class FolderSource(ModelSource):
     def prequantized(self, name: str) -> Weight | None:
         return self._block_weight(name) if name in self._bnb else None
 
+    def prequantized_bytes(self) -> dict[str, int]:
+        return {name: sum(self._entries[part].nbytes for part in parts) for name, parts in self._bnb.items()}
+
+    def reads_rows(self, name: str) -> bool:
+        return name not in self._bnb
+
     @property
     def generation(self) -> dict[str, Any]:
         path = self.path / "generation_config.json"

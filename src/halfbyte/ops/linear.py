@@ -22,6 +22,8 @@ native.declare(
         "hb_linear_forward": [INT, INT64, POINTER, INT64, POINTER, INT64, POINTER, INT64, POINTER],
         # dtype, tokens, dy, ldy, x, ldx, low, segments, count, dx, lddx
         "hb_linear_backward": [INT, INT64, POINTER, INT64, POINTER, INT64, POINTER, POINTER, INT64, POINTER, INT64],
+        # dtype, weight, index, first, count, out
+        "hb_decode_rows": [INT, POINTER, POINTER, INT64, INT64, POINTER],
     }
 )
 
@@ -46,6 +48,7 @@ class WeightView(ctypes.Structure):
         ("nested_table", POINTER),
         ("blocksize", INT64),
         ("nested_blocksize", INT64),
+        ("head_rows", INT64),
     )
 
 
@@ -109,6 +112,46 @@ def block_view(
     )
     view.held = (codes, absmax, table, nested_absmax, nested_offset, nested_table)
     return view
+
+
+GGUF_TYPES = {"Q4_0": 5, "Q4_1": 6, "Q5_0": 7, "Q5_1": 8, "Q8_0": 9, "Q4_K": 10, "Q5_K": 11, "Q6_K": 12}
+"""The block types of GGUF files that the engine reads in place, and their `WeightKind` in csrc/engine/linear.h."""
+
+
+def gguf_view(data: Tensor, type_name: str, shape: tuple[int, int], head_rows: int = 0) -> WeightView | None:
+    """The view of a matrix in a GGUF file's own blocks; None where the engine cannot read it in place.
+
+    data       uint8, the file's bytes of the tensor
+    head_rows  rows of a head whose halves the file interleaves (Llama's queries and keys), 0 where it does not
+    """
+    if not data.is_cpu or not data.is_contiguous() or type_name not in GGUF_TYPES:
+        return None
+    view = WeightView(GGUF_TYPES[type_name], shape[0], shape[1], data.data_ptr(), head_rows=head_rows)
+    view.held = (data,)
+    return view
+
+
+def decode_rows(view: WeightView, out: Tensor, first: int = 0, index: Tensor | None = None) -> bool:
+    """Rows of a weight into `out` [N, cols]: those of `index` (int64 [N]), or N from `first` on.
+
+    False where there is no native library, or it does not write this dtype.
+    """
+    library = native.library()
+    if library is None or not out.is_cpu or out.dtype not in (torch.bfloat16, torch.float32):
+        return False
+    if not out.is_contiguous() or out.ndim != 2 or out.shape[1] != view.cols:
+        raise ValueError(f"out is {list(out.shape)}, contiguous rows of {view.cols} are needed")
+    rows = out.shape[0]
+    low, high = (first, first + rows) if index is None else (0, 0)
+    if index is not None and rows:
+        if index.dtype != torch.int64 or index.shape != (rows,) or not index.is_contiguous():
+            raise ValueError(f"an index of {rows} int64 is needed, not {index.dtype} {list(index.shape)}")
+        low, high = int(index.min()), int(index.max()) + 1
+    if low < 0 or high > view.rows:
+        raise IndexError(f"rows {low} … {high - 1} are not all in a weight of {view.rows}")
+    if rows:
+        library.hb_decode_rows(DTYPE[out.dtype], ctypes.byref(view), native.pointer(index), first, rows, out.data_ptr())
+    return True
 
 
 def _odd(shape: Sequence[int]) -> bool:

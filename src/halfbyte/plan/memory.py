@@ -6,7 +6,8 @@ Phases are what happens one after the other (load, train, evaluate, save); the p
 Units: bytes; 1 GB = 10⁹ bytes. Shape letters as elsewhere: T tokens of a micro-batch, D bytes of the compute dtype.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -43,6 +44,8 @@ class Job:
     train_tokens    all tokens that go through forward and backward, epochs included
     supervised      share of them that is supervised
     eval_tokens     tokens of all evaluation passes together, forward only
+    file_itemsize   bytes of a value in the model's file
+    held            tensors that the model's file brings in blocks of its own (`ModelSource.prequantized_bytes`)
     """
 
     method: str
@@ -59,6 +62,19 @@ class Job:
     supervised: float = 1.0
     eval_tokens: int = 0
     device: str = "cpu"
+    held: Mapping[str, int] = field(default_factory=dict)
+    file_itemsize: int = 4
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of a value in an unquantized matrix: 16-bit ones stay so where the engine reads them."""
+        own = DTYPE_BYTES[self.dtype]
+        return min(own, self.file_itemsize) if self.native_linears else own
+
+    def held_bytes(self, name: str) -> int | None:
+        """Bytes of a tensor that stays in its file's own blocks; None for one that does not."""
+        kept = self.method == "qlora" and not self.quant.requantize
+        return self.held.get(name) if kept else None
 
     def format_of(self, name: str) -> str:
         """The storage of one linear: its block format, or a dtype."""
@@ -66,6 +82,8 @@ class Job:
 
     def is_coded(self, name: str) -> bool:
         """Whether this linear's weight must be decoded or converted before each product."""
+        if self.held_bytes(f"{name}.weight") is not None:
+            return True
         form = self.format_of(name)
         return form != self.dtype and {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(form) != self.dtype
 
@@ -113,13 +131,25 @@ def base_bytes(spec: ModelSpec, job: Job) -> tuple[int, int]:
     """(values, constants) of the base model as it is held: linears in their format, all else in the compute dtype."""
     values, constants = 0, 0
     for linear in spec.linears():
+        own = job.held_bytes(f"{linear.name}.weight")
+        if own is not None:
+            values += own
+            continue
         form = job.format_of(linear.name)
+        if form == job.dtype:
+            values += linear.parameters * job.dense_bytes
+            continue
         a, b = weight_bytes(linear.parameters, form, job.quant.blocksize, job.quant.double_quant)
         values, constants = values + a, constants + b
-    other = spec.total_parameters - spec.linear_parameters
-    if not spec.tied and job.device == "cpu" and job.method != "full":
-        other -= spec.vocab_size * spec.hidden_size  # `models.stored`: its rows stay in the file
-    return values + other * DTYPE_BYTES[job.dtype], constants
+    other, table = spec.total_parameters - spec.linear_parameters, spec.vocab_size * spec.hidden_size
+    in_file = not spec.tied and job.device == "cpu" and job.method != "full"
+    if in_file:
+        other -= table  # `models.stored`: its rows stay in the file
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        own = job.held_bytes(name)
+        if own is not None and not (in_file and name.startswith("model.")):
+            values, other = values + own, other - table
+    return values + other * job.dense_bytes, constants
 
 
 def layer_activations(spec: ModelSpec, job: Job) -> int:
@@ -266,6 +296,8 @@ def loading_bytes(spec: ModelSpec, job: Job) -> int:
     The embeddings come first, when nothing else is held, and an output head of its own last; both stay as they are read
     where the compute dtype is the file's, which is taken to be bfloat16.
     """
+    if all(job.held_bytes(f"{linear.name}.weight") is not None for linear in spec.linears()):
+        return 0  # the file's bytes are read into the tensor that stays
     table, converted = spec.vocab_size * spec.hidden_size, job.dtype != "bfloat16"
     largest = max(linear.parameters for linear in spec.linears())
     last = table if converted and not spec.tied else largest

@@ -11,8 +11,8 @@ The rule of `method: auto`, in order:
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from halfbyte.adapters.lora import LoraOptions
@@ -69,6 +69,8 @@ class Request:
     batches        (rows at once, accumulation) that are allowed, largest first
     checkpointing  None: only if memory asks for it
     evaluations    passes over the held-out rows, base against tuned at the end included
+    held           bytes of the tensors that the model's file brings in blocks of its own
+    file_itemsize  bytes of a value in the model's file
     """
 
     method: str
@@ -82,6 +84,8 @@ class Request:
     epochs: float
     max_steps: int | None
     evaluations: int = 1
+    held: Mapping[str, int] = field(default_factory=dict)
+    file_itemsize: int = 4
 
 
 @dataclass(frozen=True)
@@ -218,6 +222,8 @@ def _job(request: Request, method: str, data: DataShape, batch: tuple[int, int],
         supervised=data.supervised_share,
         eval_tokens=data.eval_tokens * request.evaluations,
         device=request.device,
+        held=request.held,
+        file_itemsize=request.file_itemsize,
     )
 
 

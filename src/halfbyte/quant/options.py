@@ -19,6 +19,11 @@ class QuantOptions(Options):
     quant_type: QuantType = Field("nf4", description="format of quantized weights: nf4, fp4, int4 or int8")
     blocksize: Blocksize = Field(64, description="weights that share one constant: 32, 64, … 4096")
     double_quant: bool = Field(True, description="store the blocks' constants in 8 bits: 0.37 bits a weight less")
+    requantize: bool = Field(
+        False,
+        description="a base that is a quantized file (GGUF, bitsandbytes): quantize it anew in quant_type; without it, "
+        "training keeps the file's own blocks, which are what is served",
+    )
     quant_pattern: Mapping[str, Format] = Field(
         default_factory=dict,
         description="a format per module, e.g. 'down_proj: bf16'; a key is a module's name, its end, or a glob",

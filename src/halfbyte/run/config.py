@@ -27,7 +27,8 @@ from halfbyte.run import aliases
 from halfbyte.run.yamlfile import Entry, read_yaml
 from halfbyte.train.options import TrainOptions
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of run.yaml. Before 2, QLoRA on a GGUF file quantized its dequantized weights anew."""
 RECORD_KEY = "record"
 METHODS = ("auto", "full", "lora", "qlora")
 

@@ -85,7 +85,10 @@ def read_config(path: Path) -> tuple[RunConfig, dict[str, Any]]:
     record = entries[RECORD_KEY].value if RECORD_KEY in entries else None
     if not isinstance(record, dict):
         raise UsageError(f"{path / CONFIG} has no {RECORD_KEY}: it is a config, not a run's own file")
-    return build(translate(entries)), record
+    config = build(translate(entries))
+    if record.get("schema_version", 1) < 2 and record.get("base_model", {}).get("kind") == "gguf":
+        config = config.replace(requantize=True)  # what it was trained on
+    return config, record
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -137,6 +137,8 @@ def request(config: RunConfig, found: Survey) -> Request:
         max_steps=config.max_steps,
         # Every epoch or `eval_steps`, then base and tuned at the end.
         evaluations=2 + max(1, steps // (config.eval_steps or per_epoch)),
+        held=found.source.prequantized_bytes(),
+        file_itemsize=max((t.dtype.itemsize for t in found.source.tensors().values() if len(t.shape) == 2), default=4),
     )
 
 

@@ -11,6 +11,7 @@ tell `on_event`, first dictionaries of their own (prepared, planned, loaded), th
 import importlib.util
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +29,7 @@ from halfbyte.data import Prepared, collate, plan_micro_batches
 from halfbyte.errors import Interrupted, UsageError
 from halfbyte.evaluate.evaluate import BaseAndTuned, EvaluateResult, against, evaluate, evaluate_base_and_tuned
 from halfbyte.files import write_atomic
+from halfbyte.linear import segments
 from halfbyte.models.load import LoadedModel, load_model
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import ModelSource
@@ -180,6 +182,7 @@ def _train(directory: RunDirectory, config: RunConfig, record: Event, found: Sur
             "seconds": clock() - started,
             "trainable_parameters": report.trainable_parameters,
             "total_parameters": report.total_parameters,
+            "formats": dict(Counter(s.weight.format for s in segments(loaded.model).values()).most_common()),
             "backend": ops.backend().name,
             "backend_reason": ops.backend().reason,
         }

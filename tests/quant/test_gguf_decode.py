@@ -1,12 +1,17 @@
 """Our dequantization against the gguf package's, bit for bit, on random bytes and on quantized numbers."""
 
+from collections.abc import Iterator
+
 import gguf
 import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
 
-from halfbyte.models.gguf_dequant import dequantize_into
+from halfbyte.ops import native
+from halfbyte.quant.gguf_decode import dequantize_into
+from tests.ops.conftest import available
+from tests.quant.gguf_blocks import random_blocks
 
 TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "Q2_K", "Q3_K", "IQ4_NL", "IQ4_XS", "MXFP4"]
 
@@ -17,35 +22,23 @@ def ours(blocks: np.ndarray, kind: str, dtype: torch.dtype = torch.bfloat16) -> 
     return out
 
 
+@pytest.fixture(params=["torch", *(isa for isa in available() if isa != "reference")])
+def decoder(request: pytest.FixtureRequest) -> Iterator[str]:
+    """By torch, and by every instruction set of this machine."""
+    native.use("reference" if request.param == "torch" else request.param)
+    yield request.param
+    native.use(None)
+
+
+@pytest.mark.usefixtures("decoder")
 @pytest.mark.parametrize("kind", TYPES)
 @pytest.mark.parametrize("count", [1, 7, 4099])
 def test_random_blocks(kind: str, count: int) -> None:
     """Every bit pattern of the integers; the half-precision scales are kept finite, as any real file's are."""
-    generator = np.random.default_rng(count)
-    blocks = generator.integers(0, 256, (count, gguf.GGML_QUANT_SIZES[Kind[kind]][1]), dtype=np.uint8)
-    for scale in _scales(kind):
-        halves = (generator.standard_normal(count) * 0.1).astype(np.float16)
-        blocks[:, scale : scale + 2] = halves.view(np.uint8).reshape(count, 2)
-    if kind == "MXFP4":
-        blocks[:, 0] = generator.integers(100, 150, count)  # a power of two, not a half
+    blocks = random_blocks(kind, count)
     expected = torch.from_numpy(gguf.quants.dequantize(blocks, Kind[kind])).flatten()
     assert torch.equal(ours(blocks, kind), expected.bfloat16())
     assert torch.equal(ours(blocks, kind, torch.float32), expected)
-
-
-def _scales(kind: str) -> tuple[int, ...]:
-    """Offsets of the half-precision numbers in a block."""
-    size = gguf.GGML_QUANT_SIZES[Kind[kind]][1]
-    return {
-        "Q4_1": (0, 2),
-        "Q5_1": (0, 2),
-        "Q4_K": (0, 2),
-        "Q5_K": (0, 2),
-        "Q6_K": (size - 2,),
-        "Q2_K": (size - 4, size - 2),
-        "Q3_K": (size - 2,),
-        "MXFP4": (),
-    }.get(kind, (0,))
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])

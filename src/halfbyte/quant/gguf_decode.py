@@ -1,4 +1,4 @@
-"""GGUF's quantized blocks back to bfloat16, vectorised in torch: about 10⁹ weights a second on one core.
+"""GGUF's quantized blocks back to numbers: natively where that is possible (`csrc/engine/gguf.inc`), else in torch.
 
 A block is a few bytes of scales followed by packed integers; the layouts are ggml's (`ggml-common.h`,
 `ggml-quants.c`), and every value here equals `gguf.quants.dequantize` rounded to bfloat16, bit for bit
@@ -14,6 +14,8 @@ from contextlib import contextmanager
 import gguf
 import torch
 from torch import Tensor
+
+from halfbyte.ops.linear import GGUF_TYPES, WeightView, decode_rows, gguf_view
 
 _CHUNK_WEIGHTS = 1 << 20  # float32 scratch of 4 MB: far above the cost of a call, small beside any model
 
@@ -121,10 +123,24 @@ _FAST: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def block_view(blocks: Tensor, type_name: str, weights: int) -> WeightView | None:
+    """Blocks as a matrix of one block a row; None where the native library does not decode them."""
+    if type_name not in GGUF_TYPES or not blocks.numel():
+        return None
+    return gguf_view(blocks.contiguous(), type_name, (blocks.shape[0], weights))
+
+
 def dequantize_into(blocks: Tensor, type_name: str, out: Tensor) -> None:
-    """Dequantize `blocks` (uint8 [N, bytes a block]) into `out` (N x weights a block, bfloat16, contiguous)."""
+    """Dequantize `blocks` (uint8 [N, bytes a block]) into `out` (N x weights a block, contiguous)."""
     weights = out.numel() // max(blocks.shape[0], 1)
     flat = out.view(blocks.shape[0], weights)
+    view = block_view(blocks, type_name, weights)
+    if view is None or not decode_rows(view, flat):
+        _with_torch(blocks, type_name, flat)
+
+
+def _with_torch(blocks: Tensor, type_name: str, flat: Tensor) -> None:
+    weights = flat.shape[1]
     fast = _FAST.get(type_name)
     step = max(1, _CHUNK_WEIGHTS // max(weights, 1))
     with _one_thread():
