@@ -112,11 +112,13 @@ class GgufSource(ModelSource):
 
     def _permuted_heads(self, name: str) -> int:
         """How many heads' rows llama.cpp reordered in this tensor; 0: none."""
-        if self.architecture not in PERMUTED:
+        key = "num_attention_heads" if ".q_proj." in name else "num_key_value_heads" if ".k_proj." in name else None
+        if self.architecture not in PERMUTED or key is None:
             return 0
-        if ".q_proj." in name:
-            return int(self.config["num_attention_heads"])
-        return int(self.config["num_key_value_heads"]) if ".k_proj." in name else 0
+        heads, rows = int(self.config[key]), self._stored[name].shape[0]
+        if rows % (2 * heads):
+            raise UsageError(f"{self.path}: {name} has {rows} rows, which are not {heads} heads: the file is damaged")
+        return heads
 
     def _read_permuted(self, tensor: GgufTensor, info: TensorInfo, start: int, stop: int, heads: int) -> Tensor:
         """Whole heads are read and reordered: llama.cpp rotates rows 2p and 2p + 1, transformers p and p + d / 2."""

@@ -134,10 +134,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} does not exist") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{path} is not JSON: {error}; download or copy it again") from error
     except json.JSONDecodeError as error:
         raise UsageError(f"{path}, line {error.lineno}: not JSON ({error.msg}); download or copy it again") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, nesting without end
+        raise UsageError(f"{path} is not JSON: {error}; download or copy it again") from error
     if not isinstance(value, dict):
         raise UsageError(f"{path} should hold a JSON object and holds a {type(value).__name__}")
     return value
