@@ -24,7 +24,7 @@ def mutate(files: Files, chance: random.Random) -> Files:
         how = _BYTES if chance.random() < 0.15 else _BY_SUFFIX.get(name.rpartition(".")[2], _BYTES)
         try:
             out[name] = chance.choice(how)(out[name], chance)
-        except (ValueError, struct.error, KeyError, IndexError, RecursionError, AttributeError, TypeError):
+        except (ValueError, struct.error, LookupError, RecursionError, AttributeError, TypeError, OverflowError):
             out[name] = chance.choice(_BYTES)(out[name], chance)  # damaged beyond its structure already
     if chance.random() < 0.02 and len(out) > 1:
         del out[chance.choice(sorted(out))]

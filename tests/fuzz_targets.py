@@ -185,7 +185,8 @@ def _source_stages(place: str) -> Iterable[Stage]:
     yield lambda: source.fingerprint
     yield lambda: source.generation
     yield lambda: (licence_of(source), already_quantized(source))
-    yield lambda: _tokenize(source.tokenizer())
+    if source.kind == "gguf":
+        yield lambda: _tokenize(source.tokenizer())
     if ModelSpec.serves(source.config):
         yield lambda: _build(source, None)
         yield lambda: _build(source, QuantOptions())

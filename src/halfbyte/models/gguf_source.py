@@ -55,6 +55,8 @@ class GgufSource(ModelSource):
                 )
             if not tensor.quantized and tensor.type_name not in _PLAIN:
                 raise UsageError(f"{self.path}: tensor {tensor.name} holds {tensor.type_name}, not weights")
+            if tensor.quantized and len(tensor.shape) != 2:
+                raise UsageError(f"{self.path}: tensor {tensor.name} is in {tensor.type_name}, and is no matrix: damaged")
             out[name] = tensor
         return out
 
@@ -87,7 +89,7 @@ class GgufSource(ModelSource):
         multiplied in place are decoded once, to the same values.
         """
         tensor = self._stored[name]
-        if not self._quantized or len(tensor.shape) != 2:
+        if not self._quantized or len(tensor.shape) != 2 or tensor.type_name == "F64":
             return None
         if not self._in_place(tensor):
             return DenseWeight(self.read(name))
@@ -103,7 +105,7 @@ class GgufSource(ModelSource):
         return {
             name: t.nbytes if self._in_place(t) else self.info(name).nbytes
             for name, t in self._stored.items()
-            if len(t.shape) == 2
+            if len(t.shape) == 2 and t.type_name != "F64"
         }
 
     @staticmethod

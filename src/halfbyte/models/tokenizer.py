@@ -52,6 +52,8 @@ def from_gguf(file: GgufFile) -> Any:
     backend = gguf_tokenizer.build_backend(file)
     names = gguf_tokenizer.special_tokens(file, backend)
     template = file.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise UsageError(f"{file.path}: tokenizer.chat_template is not a text: the file is damaged")
     tokenizer = PreTrainedTokenizerFast.__new__(PreTrainedTokenizerFast)
     # Handed over before __init__ runs: as an argument it would be copied through a JSON text of 35 MB.
     tokenizer._tokenizer = backend
