@@ -5,15 +5,18 @@ import random
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 Files = dict[str, bytes]
-INTEGERS = (0, 1, 2, 3, 7, 31, 32, 255, 256, 65535, 1 << 20, (1 << 31) - 1, 1 << 31, (1 << 32) - 1, 1 << 40, (1 << 62),
-            (1 << 63) - 1, 1 << 63, (1 << 64) - 1)  # fmt: skip
-TEXTS = ("", " ", "a", "..", "../../etc/passwd", "/dev/zero", "\x00", "\n", "\x1b[2J", "▁", "🙂" * 50, "\u202e", "a" * 5000,
-         "%s%n", "{{ 1 }}", "model.layers.0.self_attn.q_proj.weight", "F32", "llama", "<s>", "é\u0301")  # fmt: skip
-VALUES: tuple[Any, ...] = (None, True, False, 0, -1, 1, 1.5, -0.0, 1e308, float("inf"), float("nan"), 1 << 31, 1 << 63, 1 << 64,
-                           10**30, "", "x", "1", "\ud800", [], {}, [[]], [None], {"a": 1}, [1, 2, 3], ["a"], "a" * 5000)  # fmt: skip
+INTEGERS = (0, 1, 2, 3, 7, 31, 32, 255, 256, 65535, *((1 << bits) - low for bits in (20, 31, 32, 40, 62, 63, 64)
+            for low in (1, 0) if bits < 64 or low))  # fmt: skip
+TEXTS = ("", " ", "a", "..", "../../etc/passwd", "/dev/zero", "\x00", "\n", "\x1b[2J", "▁", "🙂" * 50, "\u202e",
+         "a" * 5000, "%s%n", "{{ 1 }}", "model.layers.0.self_attn.q_proj.weight", "F32", "llama", "<s>",
+         "é\u0301")  # fmt: skip
+NUMBERS = (0, -1, 1, 1.5, -0.0, 1e308, float("inf"), float("nan"), 1 << 31, 1 << 63, 1 << 64, 10**30)
+VALUES: tuple[Any, ...] = (None, True, False, *NUMBERS, "", "x", "1", "\ud800", [], {}, [[]], [None], {"a": 1},
+                           [1, 2, 3], ["a"], "a" * 5000)  # fmt: skip
 
 
 def mutate(files: Files, chance: random.Random) -> Files:
@@ -21,7 +24,7 @@ def mutate(files: Files, chance: random.Random) -> Files:
     out = dict(files)
     for _ in range(chance.choice((1, 1, 1, 2, 3))):
         name = chance.choice(sorted(out))
-        how = _BYTES if chance.random() < 0.15 else _BY_SUFFIX.get(name.rpartition(".")[2], _BYTES)
+        how = _BYTES if chance.random() < 0.15 else _BY_KIND.get(_kind(name, out[name]), _BYTES)
         try:
             out[name] = chance.choice(how)(out[name], chance)
         except (ValueError, struct.error, LookupError, RecursionError, AttributeError, TypeError, OverflowError):
@@ -29,6 +32,11 @@ def mutate(files: Files, chance: random.Random) -> Files:
     if chance.random() < 0.02 and len(out) > 1:
         del out[chance.choice(sorted(out))]
     return out
+
+
+def _kind(name: str, data: bytes) -> str:
+    """What a file is, by its first bytes; a safetensors file only has its name."""
+    return "gguf" if data[:4] == b"GGUF" else "json" if data[:1] in (b"{", b"[") else Path(name).suffix.lstrip(".")
 
 
 # -- bytes ------------------------------------------------------------------------------------------------------------
@@ -40,7 +48,9 @@ def flip(data: bytes, chance: random.Random) -> bytes:
     for _ in range(chance.choice((1, 1, 2, 4, 16))):
         if raw:
             at = chance.randrange(head if chance.random() < 0.8 else len(raw))
-            raw[at] = chance.choice((0, 1, 0x7F, 0x80, 0xFF, raw[at] ^ (1 << chance.randrange(8)), chance.randrange(256)))
+            raw[at] = chance.choice(
+                (0, 1, 0x7F, 0x80, 0xFF, raw[at] ^ (1 << chance.randrange(8)), chance.randrange(256))
+            )
     return bytes(raw)
 
 
@@ -145,9 +155,14 @@ def safetensors_header(data: bytes, chance: random.Random) -> bytes:
     elif kind < 0.6:
         header[name]["shape"] = [chance.choice((0, 1, 2, -1, 1 << 31, 1 << 62, 3)) for _ in range(chance.randrange(5))]
     elif kind < 0.75:
-        header[name]["data_offsets"] = [chance.choice((*INTEGERS, -1, len(body))), chance.choice((*INTEGERS, len(body)))]
+        header[name]["data_offsets"] = [
+            chance.choice((*INTEGERS, -1, len(body))),
+            chance.choice((*INTEGERS, len(body))),
+        ]
     elif kind < 0.85:
-        header[name]["dtype"] = chance.choice(("F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F4", "F32", "", "C64"))
+        header[name]["dtype"] = chance.choice(
+            ("F64", "F16", "BF16", "I64", "U8", "BOOL", "F8_E4M3", "F4", "F32", "", "C64")
+        )
     elif kind < 0.95:
         header[chance.choice((*TEXTS, *names))] = header[name] if chance.random() < 0.5 else header.pop(name)
     else:
@@ -163,7 +178,9 @@ def safetensors_consistent(data: bytes, chance: random.Random) -> bytes:
     start, stop = header[name]["data_offsets"]
     raw, kind = body[start:stop], header[name]["dtype"]
     if chance.random() < 0.3:
-        kind, size = chance.choice((("F16", 2), ("F64", 8), ("U8", 1), ("I64", 8), ("BOOL", 1), ("F8_E5M2", 1), ("I32", 4)))
+        kind, size = chance.choice(
+            (("F16", 2), ("F64", 8), ("U8", 1), ("I64", 8), ("BOOL", 1), ("F8_E5M2", 1), ("I32", 4))
+        )
     else:
         size = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1, "I64": 8, "F64": 8}.get(kind, 1)
     shape = chance.choice(([], [0], [0, 5], [1], [1, 1], [2, 3], [3, 1, 2], header[name]["shape"][::-1], [1 << 40, 0]))
@@ -382,7 +399,7 @@ def gguf_numbers(data: bytes, chance: random.Random) -> bytes:
 
 Mutation = Callable[[bytes, random.Random], bytes]
 _BYTES: tuple[Mutation, ...] = (flip, flip, cut, insert, word, word, grow)
-_BY_SUFFIX: dict[str, tuple[Mutation, ...]] = {
+_BY_KIND: dict[str, tuple[Mutation, ...]] = {
     "json": (json_value, json_value, json_value, json_value, json_text),
     "safetensors": (safetensors_header, safetensors_header, safetensors_consistent, safetensors_length),
     "gguf": (gguf_metadata, gguf_metadata, gguf_tensor, gguf_counts, gguf_numbers),

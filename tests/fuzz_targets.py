@@ -1,6 +1,6 @@
 """What `tests/fuzz.py` feeds with damaged files: valid tiny ones, and the code that reads them.
 
-A target's `stages` are tried one after the other; each may end in a HalfbyteError. To add a target, append to `TARGETS`.
+A target's `stages` are tried one after the other; each may end in a HalfbyteError. A new target goes into `TARGETS`.
 """
 
 import importlib.util
@@ -203,7 +203,9 @@ def _folder_seeds() -> list[Files]:
             seeds.append(_made(lambda f, m=model, s=size: m.save_pretrained(f, max_shard_size=s)))
     wrapped = dict(seeds[0])
     config = json.loads(wrapped["config.json"])
-    wrapped["config.json"] = json.dumps({"model_type": "gemma3", "text_config": config | {"model_type": "llama"}}).encode()
+    wrapped["config.json"] = json.dumps(
+        {"model_type": "gemma3", "text_config": config | {"model_type": "llama"}}
+    ).encode()
     return [*seeds, wrapped, _four_bit()]
 
 
@@ -308,9 +310,13 @@ def _ollama_seeds() -> list[Files]:
     layers, files = [], Files()
     for kind, data in blobs.items():
         digest = hashlib.sha256(data).hexdigest()
-        layers.append({"mediaType": f"application/vnd.ollama.image.{kind}", "digest": f"sha256:{digest}", "size": len(data)})
+        layers.append(
+            {"mediaType": f"application/vnd.ollama.image.{kind}", "digest": f"sha256:{digest}", "size": len(data)}
+        )
         files[f"blobs/sha256-{digest}"] = data
-    files["manifests/registry.ollama.ai/library/tiny/latest"] = json.dumps({"schemaVersion": 2, "layers": layers}).encode()
+    files["manifests/registry.ollama.ai/library/tiny/latest"] = json.dumps(
+        {"schemaVersion": 2, "layers": layers}
+    ).encode()
     return [files]
 
 

@@ -4,7 +4,6 @@ The command line prints the message without a traceback and leaves with `exit_co
 Anything else that escapes is a bug of ours and keeps its traceback.
 """
 
-
 _LONGEST = 2000
 """Characters of a message: a damaged file's names can be of any length, and quotes of them are cut in the middle."""
 

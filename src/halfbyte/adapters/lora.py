@@ -38,7 +38,9 @@ class LoraOptions(Options):
     """Where adapters go and what they look like. Defaults follow the field's common recipe."""
 
     lora_r: int = Field(16, ge=1, le=4096, description="Rank of the adapters.")
-    lora_alpha: float = Field(32, gt=0, allow_inf_nan=False, description="Scale: the update is multiplied by alpha / r.")
+    lora_alpha: float = Field(
+        32, gt=0, allow_inf_nan=False, description="Scale: the update is multiplied by alpha / r."
+    )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' inputs while training.")
     target_modules: str | list[str] = Field(
         ALL_LINEAR,

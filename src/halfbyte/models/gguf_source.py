@@ -56,7 +56,9 @@ class GgufSource(ModelSource):
             if not tensor.quantized and tensor.type_name not in _PLAIN:
                 raise UsageError(f"{self.path}: tensor {tensor.name} holds {tensor.type_name}, not weights")
             if tensor.quantized and len(tensor.shape) != 2:
-                raise UsageError(f"{self.path}: tensor {tensor.name} is in {tensor.type_name}, and is no matrix: damaged")
+                raise UsageError(
+                    f"{self.path}: tensor {tensor.name} is in {tensor.type_name}, and is no matrix: damaged"
+                )
             out[name] = tensor
         return out
 

@@ -73,7 +73,7 @@ def build_backend(file: GgufFile) -> Tokenizer:
 
 
 def _array(file: GgufFile, name: str, kind: Any) -> list[Any]:
-    """An array of the tokenizer's; UsageError if it holds something else than `kind`, or texts that no vocabulary has."""
+    """An array of the tokenizer's. UsageError if it holds other things than `kind`, or texts that no vocabulary has."""
     values = file.array(f"tokenizer.ggml.{name}")
     if not all(isinstance(value, kind) for value in values):
         raise UsageError(f"{file.path}: tokenizer.ggml.{name} holds values of a wrong type: the file is damaged")

@@ -436,7 +436,9 @@ def _rope(c: _Config, params: dict[str, Any], head_dim: int) -> RopeSpec:
         params["original_max_position_embeddings"] = original or max_position
     dim = int(head_dim * partial)
     if not 0 < dim <= head_dim or dim % 2:
-        raise UsageError(f"config.json: RoPE cannot turn {dim} of a head's {head_dim} features: an even number is needed")
+        raise UsageError(
+            f"config.json: RoPE cannot turn {dim} of a head's {head_dim} features: an even number is needed"
+        )
     _check_rope(kind, theta, dim, params)
     return RopeSpec(kind, theta, dim, max_position, params)
 

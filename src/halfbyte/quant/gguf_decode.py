@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import UsageError
-
 from halfbyte.ops.linear import GGUF_TYPES, WeightView, decode_rows, gguf_view
 
 _CHUNK_WEIGHTS = 1 << 20  # float32 scratch of 4 MB: far above the cost of a call, small beside any model
