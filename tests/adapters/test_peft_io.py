@@ -142,5 +142,5 @@ def test_values_that_are_none_are_refused(change: dict[str, object], message: st
 @pytest.mark.parametrize("text", [b"[" * 100_000, b"9" * 5000, b"\xff", b'"text"'])
 def test_configs_that_are_no_json(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_bytes(text)
-    with pytest.raises(UsageError, match="is not JSON|peft_type is"):
+    with pytest.raises(UsageError, match=r"is not JSON|peft_type is"):
         read_adapter_config(tmp_path)

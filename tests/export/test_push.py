@@ -12,7 +12,8 @@ import yaml
 from safetensors.torch import load
 
 from halfbyte.errors import HalfbyteError, UsageError
-from halfbyte.export.push import Origin, PushOptions, collect, push
+from halfbyte.export.push import PushOptions, push
+from halfbyte.export.uploads import Origin, collect
 from tests.evaluate.conftest import byte_tokenizer
 from tests.export.conftest import Trained
 from tests.export.upload_hub import TOKEN, Hub, Repo, serve

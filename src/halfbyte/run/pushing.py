@@ -7,14 +7,15 @@ from typing import Any
 from halfbyte.adapters.peft_io import CONFIG as ADAPTER_CONFIG
 from halfbyte.adapters.peft_io import read_adapter_config
 from halfbyte.errors import UsageError
-from halfbyte.export.push import Model, Origin, PushOptions, check_repo, collect
+from halfbyte.export.push import PushOptions, check_repo
+from halfbyte.export.uploads import Model, Origin, collect
 from halfbyte.models.hub import is_hub_id
 from halfbyte.run import folder
 from halfbyte.train.run_directory import CONFIG, RESULT, running
 
 
 def collect_target(name: str, repo: str, options: PushOptions) -> Model:
-    """The model that `name` points at, ready for `export.push.push`. UsageError for an unfinished run."""
+    """The model that `name` points at, ready for `export.push`. UsageError for an unfinished run."""
     check_repo(repo)
     if options.base_model is not None and (not is_hub_id(options.base_model) or options.base_model.count("/") > 1):
         raise UsageError(f"--base-model {options.base_model}: not a Hub id such as Qwen/Qwen3-0.6B")
