@@ -4,11 +4,24 @@ The command line prints the message without a traceback and leaves with `exit_co
 Anything else that escapes is a bug of ours and keeps its traceback.
 """
 
+_LONGEST = 2000
+"""Characters of a message: a damaged file's names can be of any length, and quotes of them are cut in the middle."""
+
 
 class HalfbyteError(Exception):
-    """The work failed (exit code 1)."""
+    """The work failed (exit code 1).
+
+    The message is one printable line whatever it quotes: a file that comes from others can have line breaks and a
+    terminal's control sequences in its names, or halves of characters that cannot be written at all.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: object = "") -> None:
+        text = " ".join(str(message).split("\n"))
+        if len(text) > _LONGEST:
+            text = f"{text[: _LONGEST // 2]} … {text[-_LONGEST // 4 :]}"
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
 
 
 class UsageError(HalfbyteError):

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from halfbyte.adapters import LoraOptions, adapter_state, attach, load_adapter, parameters, save_adapter
+from halfbyte.adapters.peft_io import lora_options, read_adapter_config
 from halfbyte.errors import UsageError
 from tests.adapters.models import tiny
 
@@ -120,3 +121,26 @@ def load_file_bytes(data: bytes, folder: Path) -> dict[str, torch.Tensor]:
 def test_a_model_without_adapters_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no adapter"):
         save_adapter(tiny(), tmp_path, LoraOptions(), "base")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora_alpha": {"a": 1}}, "lora_alpha cannot be"),
+        ({"lora_alpha": float("nan")}, "lora_alpha cannot be"),
+        ({"r": 0}, "lora_r cannot be 0"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank_pattern cannot be"),
+        ({"rank_pattern": {"(": 4}}, "no regular expression"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern cannot be"),
+    ],
+)
+def test_values_that_are_none_are_refused(change: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        lora_options({"r": 4, "lora_alpha": 8, **change})
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b"9" * 5000, b"\xff", b'"text"'])
+def test_configs_that_are_no_json(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_bytes(text)
+    with pytest.raises(UsageError, match=r"is not JSON|peft_type is"):
+        read_adapter_config(tmp_path)

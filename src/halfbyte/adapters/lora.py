@@ -10,10 +10,10 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
 from halfbyte.errors import UsageError
@@ -23,11 +23,24 @@ from halfbyte.options import Options
 ALL_LINEAR = "all-linear"
 
 
+def _compiles(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(_compiles)]
+
+
 class LoraOptions(Options):
     """Where adapters go and what they look like. Defaults follow the field's common recipe."""
 
     lora_r: int = Field(16, ge=1, le=4096, description="Rank of the adapters.")
-    lora_alpha: float = Field(32, gt=0, description="Scale: the update is multiplied by alpha / r.")
+    lora_alpha: float = Field(
+        32, gt=0, allow_inf_nan=False, description="Scale: the update is multiplied by alpha / r."
+    )
     lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' inputs while training.")
     target_modules: str | list[str] = Field(
         ALL_LINEAR,
@@ -38,10 +51,12 @@ class LoraOptions(Options):
     init_lora_weights: Literal["default", "gaussian"] = Field(
         "default", description="Initial A: default (Kaiming uniform, as PEFT) or gaussian. B starts at zero."
     )
-    rank_pattern: dict[str, int] = Field(
+    rank_pattern: dict[Pattern, Annotated[int, Field(ge=1, le=4096)]] = Field(
         default_factory=dict, description="Rank for names that end in a key, or match it as a regular expression."
     )
-    alpha_pattern: dict[str, float] = Field(default_factory=dict, description="Alpha by name, like rank_pattern.")
+    alpha_pattern: dict[Pattern, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
+        default_factory=dict, description="Alpha by name, like rank_pattern."
+    )
     adapter_dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Type of the saved adapter's numbers; training keeps float32 either way."
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
@@ -98,8 +99,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UsageError(f"{folder} has no {CONFIG}: it is not an adapter's folder")
     try:
-        config = json.loads(path.read_text())
-    except (ValueError, UnicodeDecodeError) as error:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} is not JSON ({error}): copy the adapter again") from None
     if not isinstance(config, dict) or str(config.get("peft_type")).upper() != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
@@ -113,15 +114,22 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def lora_options(config: Mapping[str, Any]) -> LoraOptions:
-    """Our options with the meaning of a PEFT config (initialisation aside: the values come from the file)."""
-    return LoraOptions(
-        lora_r=config.get("r", 8),
-        lora_alpha=config.get("lora_alpha", 8),
-        lora_dropout=config.get("lora_dropout", 0.0) or 0.0,
-        use_rslora=bool(config.get("use_rslora", False)),
-        rank_pattern=config.get("rank_pattern") or {},
-        alpha_pattern=config.get("alpha_pattern") or {},
-    )
+    """Our options with the meaning of a PEFT config (initialisation aside: the values come from the file).
+
+    UsageError for values that are none.
+    """
+    try:
+        return LoraOptions(
+            lora_r=config.get("r", 8),
+            lora_alpha=config.get("lora_alpha", 8),
+            lora_dropout=config.get("lora_dropout", 0.0) or 0.0,
+            use_rslora=bool(config.get("use_rslora", False)),
+            rank_pattern=config.get("rank_pattern") or {},
+            alpha_pattern=config.get("alpha_pattern") or {},
+        )
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UsageError(f"{CONFIG}: {first['loc'][0]} cannot be {first['input']!r}: {first['msg']}") from None
 
 
 def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
@@ -150,6 +158,8 @@ def load_adapter(model: nn.Module, folder: Path | str) -> LoraOptions:
         a = tensors[f"base_model.model.{name}.lora_A.weight"]
         b = tensors[f"base_model.model.{name}.lora_B.weight"]
         segment = found[name]
+        if a.ndim != 2 or b.ndim != 2:
+            raise UsageError(f"{folder}: the factors of {name} are no matrices: the file is damaged")
         if a.shape[1] != segment.in_features or b.shape[0] != segment.out_features or a.shape[0] != b.shape[1]:
             raise UsageError(
                 f"{folder}: the adapter of {name} is {tuple(b.shape)} x {tuple(a.shape)}, and the model's linear "

@@ -17,7 +17,7 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 
 from halfbyte.errors import HalfbyteError, UsageError
-from halfbyte.files import fsync_folder, require_free_space, sha256_file, write_atomic
+from halfbyte.files import new_file, require_free_space, sha256_file, write_atomic
 
 BLOCK_BYTES = 1 << 22
 INSTALL = "python -m pip install 'halfbyte[demo]'"
@@ -116,25 +116,17 @@ def _reinstall(packages: tuple[str, ...], version: str) -> str:
 def _join(parts: list[Path], target: Path, pieces: Pieces) -> None:
     """Write the parts one after another, hashing on the way; the name appears only once the whole is right."""
     require_free_space(target.parent, pieces.nbytes, "the demo's model")
-    partial = target.with_name(target.name + ".partial")
     digest = hashlib.sha256()
-    try:
+    with new_file(target) as partial:
         with partial.open("wb") as out:
             for block in _blocks(parts):
                 digest.update(block)
                 out.write(block)
-            out.flush()
-            os.fsync(out.fileno())
         if digest.hexdigest() != pieces.sha256:
             raise HalfbyteError(
                 f"the pieces of {pieces.name} join to a file with SHA-256 {digest.hexdigest()[:12]}…, expected "
                 f"{pieces.sha256[:12]}…: run {_reinstall(pieces.packages, pieces.version)}"
             )
-        partial.replace(target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-    fsync_folder(target.parent)
 
 
 def _blocks(parts: list[Path]) -> Iterator[bytes]:

@@ -135,7 +135,7 @@ def front_matter(config: Mapping[str, Any], method: str, source: ModelSource) ->
     """The Hub's metadata. `base_model` only where it is a Hub id: the Hub refuses a path."""
     model = str(config["model"])
     front: dict[str, Any] = {}
-    if source.kind == "hub" and is_hub_id(model):
+    if (source.kind == "hub" or source.revision is not None) and is_hub_id(model):  # a GGUF file's kind is "gguf"
         front["base_model"] = "/".join(model.split("/")[:2])
         front["base_model_relation"] = "finetune" if method == "full" else "adapter"
     licence = licence_of(source)

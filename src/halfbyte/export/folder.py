@@ -1,15 +1,13 @@
 """An output folder that is either whole or not there, and never takes another's place without being asked."""
 
-import errno
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from halfbyte.errors import DoesNotFit, HalfbyteError, UsageError
-from halfbyte.files import fsync_folder
+from halfbyte.errors import UsageError
+from halfbyte.files import fsync, fsync_folder, one_line, take_place
 
 
 def check_output(out: Path, overwrite: bool, keep: tuple[Path, ...] = (), marker: str = "config.json") -> None:
@@ -42,16 +40,16 @@ def new_folder(out: Path) -> Iterator[Path]:
     Where the block raises, nothing is left and what was at `out` is as it was.
     """
     out = out.resolve()
-    with _one_line(out):
+    with one_line(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".partial"))
-    with _one_line(out), _removed_unless_done(temporary):
+    with one_line(out), _removed_unless_done(temporary):
         yield temporary
         temporary.chmod(0o755)
         for path in sorted(temporary.rglob("*")):
-            _fsync(path)
+            fsync(path)
         fsync_folder(temporary)
-        _take_place(temporary, out)
+        take_place(temporary, out, temporary.with_suffix(".old"))
 
 
 @contextmanager
@@ -61,39 +59,3 @@ def _removed_unless_done(temporary: Path) -> Iterator[None]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-
-
-@contextmanager
-def _one_line(out: Path) -> Iterator[None]:
-    """What the disk refuses is told to the user, who can do something about it, and is not a traceback."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DoesNotFit(f"the disk became full while {out} was written: free some space and try again") from error
-        where = error.filename or out
-        raise HalfbyteError(f"{out} could not be written: {where}: {error.strerror or error}") from error
-
-
-def _take_place(new: Path, out: Path) -> None:
-    if not out.exists():
-        new.rename(out)
-        fsync_folder(out.parent)
-        return
-    old = new.with_suffix(".old")
-    out.rename(old)
-    try:
-        new.rename(out)
-    except BaseException:
-        old.rename(out)
-        raise
-    fsync_folder(out.parent)
-    shutil.rmtree(old)
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

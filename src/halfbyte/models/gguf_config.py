@@ -43,6 +43,8 @@ _SANDWICH = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+# No dimension of a real model comes near.
+_MOST, _MOST_LAYERS = 1 << 24, 4096
 _BLOCK_NAME = re.compile(r"blk\.(\d+)\.(.+)\.(weight|bias)")
 
 
@@ -86,7 +88,7 @@ def config_from_gguf(file: GgufFile, rope_tensor: dict[str, torch.Tensor]) -> di
             f"{file.path} holds a model of architecture {architecture!r}; GGUF files of {', '.join(ARCHITECTURES)} "
             "can be read. Use the model's Hugging Face folder instead"
         )
-    if (parts := file.get("split.count", 0)) > 1:
+    if isinstance(parts := file.get("split.count", 0), int) and parts > 1:
         raise UsageError(
             f"{file.path} is one of {parts} parts: join them with llama.cpp's `llama-gguf-split --merge` and give that"
         )
@@ -104,7 +106,7 @@ def config_from_gguf(file: GgufFile, rope_tensor: dict[str, torch.Tensor]) -> di
             "full_attention": rope,
             "sliding_attention": {
                 "rope_type": "default",
-                "rope_theta": float(keys.get("rope.freq_base_swa", 10000.0)),
+                "rope_theta": keys.number("rope.freq_base_swa", 10000.0),
             },
         }
     else:
@@ -125,38 +127,53 @@ class _Keys:
     def need(self, key: str) -> Any:
         return self.file.need(f"{self.architecture}.{key}")
 
-    def same_everywhere(self, key: str) -> Any:
-        """A number, or an array with the same number for each layer."""
+    def size(self, key: str, default: int | None = None, most: int = _MOST) -> int:
+        """A whole number, or an array with the same one for each layer. `default` where there is none, or 0."""
         full = f"{self.architecture}.{key}"
         values = self.file.array(full)
-        if not values:
-            return self.get(key)
-        if len(set(values)) != 1:
+        if len(set(values)) > 1:
             raise UsageError(f"{self.file.path}: {full} differs from layer to layer, which the decoder does not serve")
-        return values[0]
+        value = values[0] if values else self.get(key) or default
+        if value is None:
+            value = self.need(key)
+        if type(value) is not int or not 0 < value <= most:
+            raise UsageError(f"{self.file.path}: {full} is {value!r}, and should be a whole number from 1 to {most}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self.need(key) if default is None else self.get(key, default)
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            full = f"{self.architecture}.{key}"
+            raise UsageError(f"{self.file.path}: {full} is {value!r}, and should be a number above 0")
+        return float(value)
+
+    def token_id(self, name: str) -> int | None:
+        value = self.file.get(f"tokenizer.ggml.{name}_token_id")
+        if value is not None and type(value) is not int:
+            raise UsageError(f"{self.file.path}: tokenizer.ggml.{name}_token_id is {value!r}, and should be a number")
+        return value
 
 
 def _common(keys: _Keys) -> dict[str, Any]:
     file = keys.file
-    heads = keys.same_everywhere("attention.head_count") or keys.need("attention.head_count")
-    hidden = keys.need("embedding_length")
-    tokens = file.get("tokenizer.ggml.tokens") or keys.need("vocab_size")
+    heads, hidden = keys.size("attention.head_count"), keys.size("embedding_length")
+    tokens = len(file.array("tokenizer.ggml.tokens")) or keys.size("vocab_size")
     embedding = file.tensors.get("token_embd.weight")
     config: dict[str, Any] = {
         "vocab_size": embedding.shape[0] if embedding and len(embedding.shape) == 2 else tokens,
         "hidden_size": hidden,
-        "intermediate_size": keys.same_everywhere("feed_forward_length") or keys.need("feed_forward_length"),
-        "num_hidden_layers": keys.need("block_count"),
+        "intermediate_size": keys.size("feed_forward_length"),
+        "num_hidden_layers": keys.size("block_count", most=_MOST_LAYERS),
         "num_attention_heads": heads,
-        "num_key_value_heads": keys.same_everywhere("attention.head_count_kv") or heads,
-        "head_dim": keys.get("attention.key_length") or hidden // heads,
-        "max_position_embeddings": keys.need("context_length"),
-        "rms_norm_eps": float(keys.need("attention.layer_norm_rms_epsilon")),
+        "num_key_value_heads": keys.size("attention.head_count_kv", heads),
+        "head_dim": keys.size("attention.key_length", max(1, hidden // heads)),
+        "max_position_embeddings": keys.size("context_length"),
+        "rms_norm_eps": keys.number("attention.layer_norm_rms_epsilon"),
         "tie_word_embeddings": "output.weight" not in file.tensors,
-        "rope": {"rope_type": "default", "rope_theta": float(keys.get("rope.freq_base", 10000.0))},
+        "rope": {"rope_type": "default", "rope_theta": keys.number("rope.freq_base", 10000.0)},
     }
     for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
-        config[f"{name}_token_id"] = file.get(f"tokenizer.ggml.{key}_token_id")
+        config[f"{name}_token_id"] = keys.token_id(key)
     return config
 
 
@@ -191,8 +208,8 @@ def _qwen3(keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _phi3(keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
-    rotated = keys.get("rope.dimension_count") or config["head_dim"]
-    original = keys.get("rope.scaling.original_context_length") or config["max_position_embeddings"]
+    rotated = keys.size("rope.dimension_count", config["head_dim"])
+    original = keys.size("rope.scaling.original_context_length", config["max_position_embeddings"])
     return {
         "model_type": "phi3",
         "architectures": ["Phi3ForCausalLM"],
@@ -220,8 +237,8 @@ def _gemma2(keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": _query_scalar(config, largest_layers=46),
         "sliding_window": keys.get("attention.sliding_window", 4096),
-        "attn_logit_softcapping": float(keys.get("attn_logit_softcapping", 50.0)),
-        "final_logit_softcapping": float(keys.get("final_logit_softcapping", 30.0)),
+        "attn_logit_softcapping": keys.number("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": keys.number("final_logit_softcapping", 30.0),
         "layer_types": ["full_attention" if i % 2 else "sliding_attention" for i in range(layers)],
     }
 
@@ -229,8 +246,10 @@ def _gemma2(keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
 def _gemma3(keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
     layers = config["num_hidden_layers"]
     pattern = keys.file.array(f"{keys.architecture}.attention.sliding_window_pattern")
-    period = keys.get("attention.sliding_window_pattern", 6)
-    slides = [bool(value) for value in pattern] if pattern else [bool((i + 1) % period) for i in range(layers)]
+    slides = [bool(value) for value in pattern]
+    if not slides:
+        period = keys.size("attention.sliding_window_pattern", 6)
+        slides = [bool((i + 1) % period) for i in range(layers)]
     if len(slides) != layers:
         raise UsageError(f"{keys.file.path}: the sliding-window pattern has {len(slides)} entries for {layers} layers")
     return {
@@ -270,26 +289,27 @@ def _scale_rope(keys: _Keys, rope: dict[str, Any], tensors: dict[str, torch.Tens
     """Fill in RoPE scaling from the metadata, Llama 3.1's `rope_freqs` or Phi-3's factor tensors."""
     kind = keys.get("rope.scaling.type", "none")
     original = keys.get("rope.scaling.original_context_length")
+    long, short = (tensors.get(f"rope_factors_{length}.weight") for length in ("long", "short"))
     if "rope_freqs.weight" in tensors:
         rope |= _llama3_scaling(keys, tensors["rope_freqs.weight"], rope["rope_theta"], config["head_dim"])
-    elif "rope_factors_long.weight" in tensors:
+    elif long is not None and short is not None:
         rope |= {
             "rope_type": "longrope",
-            "long_factor": tensors["rope_factors_long.weight"].tolist(),
-            "short_factor": tensors["rope_factors_short.weight"].tolist(),
-            "original_max_position_embeddings": config["original_max_position_embeddings"],
+            "long_factor": long.flatten().tolist(),
+            "short_factor": short.flatten().tolist(),
+            "original_max_position_embeddings": config.get("original_max_position_embeddings", original),
         }
     elif kind == "linear":
-        rope |= {"rope_type": "linear", "factor": float(keys.need("rope.scaling.factor"))}
+        rope |= {"rope_type": "linear", "factor": keys.number("rope.scaling.factor")}
     elif kind == "yarn":
-        rope |= {"rope_type": "yarn", "factor": float(keys.need("rope.scaling.factor"))}
+        rope |= {"rope_type": "yarn", "factor": keys.number("rope.scaling.factor")}
         if original:
             rope["original_max_position_embeddings"] = original
         if (attention := keys.get("rope.scaling.attn_factor")) is not None:  # times llama.cpp's own
             rope["attention_factor"] = float(attention) * (0.1 * math.log(rope["factor"]) + 1)
         for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
-            if (value := keys.get(f"rope.scaling.{theirs}")) is not None:
-                rope[ours] = float(value)
+            if keys.get(f"rope.scaling.{theirs}") is not None:
+                rope[ours] = keys.number(f"rope.scaling.{theirs}")
     elif kind not in ("none", "longrope"):
         raise UsageError(f"{keys.file.path}: RoPE scaling {kind!r} cannot be read; use the Hugging Face folder")
 
@@ -304,6 +324,8 @@ def _llama3_scaling(keys: _Keys, factors: torch.Tensor, theta: float, head_dim: 
     low, high, original = 1.0, 4.0, 8192
     factor = float(factors.max())
     count = factors.numel()
+    if factors.ndim != 1 or count * 2 > head_dim:
+        raise UsageError(f"{keys.file.path}: rope_freqs {list(factors.shape)} is not for heads of {head_dim} features")
     wavelength = 2 * math.pi * theta ** (torch.arange(count, dtype=torch.float64) * 2 / head_dim)
     smooth = (original / wavelength - low) / (high - low)
     middle = 1 / ((1 - smooth) / factor + smooth)

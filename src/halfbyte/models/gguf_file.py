@@ -136,9 +136,11 @@ class GgufFile:
     def _table_row(self, cursor: "_Cursor") -> tuple[str, str, tuple[int, ...], int, int]:
         name = cursor.text()
         (dims,) = cursor.unpack("<I")
-        if dims > _MAX_DIMS:
+        if not 0 < dims <= _MAX_DIMS:
             raise UsageError(f"{self.path}: tensor {name} has {dims} dimensions; the file is damaged")
         shape = tuple(reversed(cursor.unpack(f"<{dims}Q")))
+        if 0 in shape:
+            raise UsageError(f"{self.path}: tensor {name} is empty, {list(shape)}; the file is damaged")
         type_id, offset = cursor.unpack("<IQ")
         try:
             kind = gguf.GGMLQuantizationType(type_id)
@@ -148,9 +150,10 @@ class GgufFile:
                 f"{self.path}: tensor {name} is of ggml type {type_id}, which the installed gguf package does not "
                 "know: update it (pip install -U gguf), or use a file in a common type such as Q4_K_M or Q8_0"
             ) from None
-        row = shape[-1] if shape else 1
-        if row % block:
-            raise UsageError(f"{self.path}: tensor {name} has rows of {row} in blocks of {block}; the file is damaged")
+        if shape[-1] % block:
+            raise UsageError(
+                f"{self.path}: tensor {name} has rows of {shape[-1]} in blocks of {block}; the file is damaged"
+            )
         elements = 1
         for size in shape:
             elements *= size

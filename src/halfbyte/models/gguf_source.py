@@ -55,6 +55,10 @@ class GgufSource(ModelSource):
                 )
             if not tensor.quantized and tensor.type_name not in _PLAIN:
                 raise UsageError(f"{self.path}: tensor {tensor.name} holds {tensor.type_name}, not weights")
+            if tensor.quantized and len(tensor.shape) != 2:
+                raise UsageError(
+                    f"{self.path}: tensor {tensor.name} is in {tensor.type_name}, and is no matrix: damaged"
+                )
             out[name] = tensor
         return out
 
@@ -87,7 +91,7 @@ class GgufSource(ModelSource):
         multiplied in place are decoded once, to the same values.
         """
         tensor = self._stored[name]
-        if not self._quantized or len(tensor.shape) != 2:
+        if not self._quantized or len(tensor.shape) != 2 or tensor.type_name == "F64":
             return None
         if not self._in_place(tensor):
             return DenseWeight(self.read(name))
@@ -103,7 +107,7 @@ class GgufSource(ModelSource):
         return {
             name: t.nbytes if self._in_place(t) else self.info(name).nbytes
             for name, t in self._stored.items()
-            if len(t.shape) == 2
+            if len(t.shape) == 2 and t.type_name != "F64"
         }
 
     @staticmethod
@@ -112,11 +116,13 @@ class GgufSource(ModelSource):
 
     def _permuted_heads(self, name: str) -> int:
         """How many heads' rows llama.cpp reordered in this tensor; 0: none."""
-        if self.architecture not in PERMUTED:
+        key = "num_attention_heads" if ".q_proj." in name else "num_key_value_heads" if ".k_proj." in name else None
+        if self.architecture not in PERMUTED or key is None:
             return 0
-        if ".q_proj." in name:
-            return int(self.config["num_attention_heads"])
-        return int(self.config["num_key_value_heads"]) if ".k_proj." in name else 0
+        heads, rows = int(self.config[key]), self._stored[name].shape[0]
+        if rows % (2 * heads):
+            raise UsageError(f"{self.path}: {name} has {rows} rows, which are not {heads} heads: the file is damaged")
+        return heads
 
     def _read_permuted(self, tensor: GgufTensor, info: TensorInfo, start: int, stop: int, heads: int) -> Tensor:
         """Whole heads are read and reordered: llama.cpp rotates rows 2p and 2p + 1, transformers p and p + d / 2."""

@@ -21,6 +21,8 @@ from halfbyte.errors import UsageError
 from halfbyte.models.gguf_file import GgufFile
 
 _CONTROL, _USER_DEFINED = 3, 4
+_LONGEST_TOKEN = 2048
+"""Characters; every way to cut a token in two is tried. Real vocabularies end at some 130."""
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -58,12 +60,12 @@ def pre_tokenizer_name(split: str | None, whole_first: bool) -> str | None:
 def build_backend(file: GgufFile) -> Tokenizer:
     """The `tokenizers` object, post-processor (BOS, EOS) included. UsageError for a vocabulary that we cannot read."""
     kind = file.need("tokenizer.ggml.model")
-    tokens = file.array("tokenizer.ggml.tokens")
+    tokens = _array(file, "tokens", str)
     if not tokens:
         raise UsageError(f"{file.path} has no vocabulary (tokenizer.ggml.tokens): convert it again with llama.cpp")
     for name in ("bos", "eos", "unknown", "padding"):
         index = file.get(f"tokenizer.ggml.{name}_token_id")
-        if index is not None and not 0 <= index < len(tokens):
+        if index is not None and not (type(index) is int and 0 <= index < len(tokens)):
             raise UsageError(f"{file.path} names token {index} as {name}, of {len(tokens)} tokens: the file is damaged")
     if kind not in ("llama", "gpt2"):
         raise UsageError(
@@ -78,6 +80,16 @@ def build_backend(file: GgufFile) -> Tokenizer:
     _add_tokens(backend, file, tokens)
     _add_post_processor(backend, file, tokens)
     return backend
+
+
+def _array(file: GgufFile, name: str, kind: Any) -> list[Any]:
+    """An array of the tokenizer's. UsageError if it holds other things than `kind`, or texts that no vocabulary has."""
+    values = file.array(f"tokenizer.ggml.{name}")
+    if not all(isinstance(value, kind) for value in values):
+        raise UsageError(f"{file.path}: tokenizer.ggml.{name} holds values of a wrong type: the file is damaged")
+    if kind is str and any(len(value) > _LONGEST_TOKEN for value in values):
+        raise UsageError(f"{file.path}: tokenizer.ggml.{name} has texts of over {_LONGEST_TOKEN} characters: damaged")
+    return values
 
 
 def special_tokens(file: GgufFile, backend: Tokenizer) -> dict[str, str]:
@@ -132,7 +144,7 @@ def _sentencepiece(file: GgufFile, tokens: list[str]) -> Tokenizer:
 
 def _by_score(file: GgufFile, tokens: list[str]) -> list[str]:
     """Best score first: SentencePiece merges by score."""
-    scores = file.array("tokenizer.ggml.scores")
+    scores = _array(file, "scores", int | float)
     if len(scores) != len(tokens):
         raise UsageError(f"{file.path} has {len(scores)} token scores for {len(tokens)} tokens: the file is damaged")
     return [tokens[i] for i in sorted(range(len(tokens)), key=lambda i: -scores[i])]
@@ -153,9 +165,10 @@ def _byte_level(file: GgufFile, tokens: list[str]) -> Tokenizer:
         raise UsageError(
             f"{file.path} has the pre-tokenizer {name!r}; {', '.join(_SPLITS)} can be read: use the Hugging Face folder"
         )
-    pairs = (merge.split(" ") for merge in file.array("tokenizer.ggml.merges"))
+    listed = _array(file, "merges", str)
+    pairs = (merge.split(" ") for merge in listed)
     merges = [(pair[0], pair[1]) for pair in pairs if len(pair) == 2]
-    if len(merges) != file.get("tokenizer.ggml.merges", 0):
+    if len(merges) != len(listed):
         raise UsageError(f"{file.path} has merges that are not of two parts: the file is damaged")
     backend = Tokenizer(
         models.BPE(
@@ -182,7 +195,7 @@ def _byte_level(file: GgufFile, tokens: list[str]) -> Tokenizer:
 
 def _add_tokens(backend: Tokenizer, file: GgufFile, tokens: list[str]) -> None:
     """Control tokens are special, user-defined ones are matched whole but kept when decoding."""
-    kinds = file.array("tokenizer.ggml.token_type")
+    kinds = _array(file, "token_type", int)
     control = [token for token, kind in zip(tokens, kinds, strict=False) if kind == _CONTROL]
     user = [token for token, kind in zip(tokens, kinds, strict=False) if kind == _USER_DEFINED]
     backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])

@@ -41,7 +41,7 @@ _NEEDED = (
 )
 _NOT_NEEDED = ("*/*", "consolidated*", "adapter_*")  # folders hold other formats; Mistral repeats itself in one file
 _PICKLE = re.compile(r"[^/]+\.(bin|pt|pth|ckpt)")
-_HTTP_ERROR: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # httpx's root error, whichever httpx the hub uses
+HTTP_ERROR: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # httpx's root error, whichever httpx the hub uses
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,12 @@ def download(model: str, revision: str | None = None, cache: Path | None = None)
         return _cached(repo, file, revision, folder, "HF_HUB_OFFLINE is set")
     with _one_line(repo, revision):
         try:
-            info = _api().model_info(repo, revision=revision, files_metadata=True)
+            info = api().model_info(repo, revision=revision, files_metadata=True)
         except errors.HfHubHTTPError as error:
             if error.response.status_code < 500:
                 raise
             return _cached(repo, file, revision, folder, f"the Hub answers {error.response.status_code}")
-        except _HTTP_ERROR as error:
+        except HTTP_ERROR as error:
             return _cached(repo, file, revision, folder, f"the Hub cannot be reached ({error})")
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
         wanted = [file] if file else _choose(repo, sizes)
@@ -100,7 +100,8 @@ def _endpoint() -> str | None:
     return os.environ.get("HF_ENDPOINT") or None
 
 
-def _api() -> huggingface_hub.HfApi:
+def api() -> huggingface_hub.HfApi:
+    """huggingface_hub's client, for HF_ENDPOINT as it is now (the library reads it once, when it is imported)."""
     return huggingface_hub.HfApi(endpoint=_endpoint())
 
 
@@ -181,19 +182,19 @@ def _one_line(repo: str, revision: str | None) -> Iterator[None]:
         raise
     except errors.GatedRepoError:
         raise UsageError(
-            f"{repo} is gated on the Hub: accept its conditions at {_page(repo)}, then log in with `hf auth login` "
+            f"{repo} is gated on the Hub: accept its conditions at {page(repo)}, then log in with `hf auth login` "
             "(or set HF_TOKEN)"
         ) from None
     except errors.RepositoryNotFoundError:
         raise UsageError(
             f"{repo} is neither a folder here nor a model on the Hub that you may see: check the spelling at "
-            f"{_page(repo)}; for a private model log in with `hf auth login`"
+            f"{page(repo)}; for a private model log in with `hf auth login`"
         ) from None
     except errors.RevisionNotFoundError:
-        raise UsageError(f"{repo} has no revision {revision!r} on the Hub: see {_page(repo)}/tree/main") from None
+        raise UsageError(f"{repo} has no revision {revision!r} on the Hub: see {page(repo)}/tree/main") from None
     except errors.HFValidationError as error:
         raise UsageError(f"{repo} is neither a folder here nor a Hub id: {error}") from None
-    except (OSError, _HTTP_ERROR) as error:
+    except (OSError, HTTP_ERROR) as error:
         raise _network_or_disk(repo, error) from error
 
 
@@ -207,5 +208,6 @@ def _network_or_disk(repo: str, error: Exception) -> HalfbyteError:
     return HalfbyteError(f"downloading {repo} failed: {first}; run again (it continues where it stopped)")
 
 
-def _page(repo: str) -> str:
+def page(repo: str) -> str:
+    """The web page of a repository."""
     return f"{_endpoint() or huggingface_hub.constants.ENDPOINT}/{repo}"

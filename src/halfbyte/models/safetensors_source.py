@@ -57,7 +57,7 @@ class FolderSource(ModelSource):
     def __init__(self, name: str, path: Path, kind: str = "folder", revision: str | None = None) -> None:
         super().__init__(name, kind, path, _read_config(path), revision)
         _refuse_foreign_quantization(path, self.config)
-        raw = _read_headers(path)
+        raw = read_headers(path)
         served = ModelSpec.serves(self.config)  # for the rest, transformers has renaming rules of its own
         self._entries = {normalised(key, raw) if served else key: entry for key, entry in raw.items()}
         self._bnb = bnb_keys(self._entries)
@@ -134,10 +134,10 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path} does not exist") from None
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror}") from error
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise UsageError(f"{path} is not JSON: {error}; download or copy it again") from error
     except json.JSONDecodeError as error:
         raise UsageError(f"{path}, line {error.lineno}: not JSON ({error.msg}); download or copy it again") from error
+    except (ValueError, RecursionError) as error:  # not UTF-8, a number of thousands of digits, nesting without end
+        raise UsageError(f"{path} is not JSON: {error}; download or copy it again") from error
     if not isinstance(value, dict):
         raise UsageError(f"{path} should hold a JSON object and holds a {type(value).__name__}")
     return value
@@ -176,7 +176,8 @@ def _refuse_foreign_quantization(folder: Path, config: dict[str, Any]) -> None:
     )
 
 
-def _read_headers(folder: Path) -> dict[str, _Entry]:
+def read_headers(folder: Path) -> dict[str, _Entry]:
+    """The tensors of a folder's safetensors files by the files' own names, checked against the files' sizes."""
     if (folder / INDEX).is_file():
         return _read_shards(folder)
     if (folder / SINGLE).is_file():

@@ -181,7 +181,8 @@ def _family(config: Mapping[str, Any]) -> str:
     return "gemma3_text" if family == "gemma3" and "text_config" in config else family
 
 
-_LIMIT = 1 << 24  # no dimension of a real model comes near; a hostile config must not make us allocate
+# No dimension of a real model comes near; a hostile config must not make us allocate.
+_LIMIT, _MOST_LAYERS, _HUGE = 1 << 24, 4096, 1e18
 
 
 class _Config:
@@ -198,13 +199,43 @@ class _Config:
         """As `get`, but an explicit null in the file switches the thing off instead of asking for the default."""
         return self.config[key] if key in self.config else self.defaults.get(key)
 
-    def size(self, key: str, default: int | None = None) -> int:
+    def size(self, key: str, default: int | None = None, most: int = _LIMIT) -> int:
         value = self.get(key, default)
         if value is None:
             raise UsageError(f"config.json has no {key}: the file is incomplete or of another kind of model")
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LIMIT:
-            raise UsageError(f"config.json: {key} is {value!r}, and should be a whole number from 1 to {_LIMIT}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= most:
+            raise UsageError(f"config.json: {key} is {value!r}, and should be a whole number from 1 to {most}")
         return value
+
+    def size_or_null(self, key: str) -> int | None:
+        return None if self.get_or_null(key) is None else self.size(key)
+
+    def number(self, key: str) -> float:
+        return _number(key, self.get(key))
+
+    def number_or_null(self, key: str) -> float | None:
+        value = self.get_or_null(key)
+        return None if value is None else _number(key, value)
+
+    def object(self, key: str) -> dict[str, Any]:
+        value = self.get(key) or {}
+        if not isinstance(value, Mapping):
+            raise UsageError(f"config.json: {key} is {value!r}, and should be an object")
+        return dict(value)
+
+    def token_ids(self, key: str) -> tuple[int, ...]:
+        value = self.get(key)
+        ids = value if isinstance(value, list | tuple) else () if value is None else (value,)
+        if not all(type(index) is int for index in ids):
+            raise UsageError(f"config.json: {key} is {value!r}, and should be a token's number")
+        return tuple(ids)
+
+
+def _number(key: str, value: Any) -> float:
+    """A positive, finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _HUGE:
+        raise UsageError(f"config.json: {key} is {value!r}, and should be a number above 0")
+    return float(value)
 
 
 # transformers' own defaults, for keys that a config.json may leave out.
@@ -264,17 +295,19 @@ def _read(config: Mapping[str, Any]) -> ModelSpec:
             f"({', '.join(FAMILIES)})"
         )
     if "text_config" in config:
-        config = {**{k: v for k, v in config.items() if k != "text_config"}, **config["text_config"]}
+        inner = _Config(config, {}).object("text_config")
+        config = {**{k: v for k, v in config.items() if k != "text_config"}, **inner}
     c = _Config(config, _DEFAULTS[family])
-    hidden, heads, layers = c.size("hidden_size"), c.size("num_attention_heads"), c.size("num_hidden_layers")
+    hidden, heads = c.size("hidden_size"), c.size("num_attention_heads")
+    layers = c.size("num_hidden_layers", most=_MOST_LAYERS)
     kv_heads = c.size("num_key_value_heads", heads)
     head_dim = c.size("head_dim", hidden // heads if hidden >= heads else None)
     if heads % kv_heads:
         raise UsageError(f"config.json: {heads} attention heads cannot share {kv_heads} key-value heads evenly")
     gemma = family.startswith("gemma")
-    scalar = c.get("query_pre_attn_scalar") if family in ("gemma2", "gemma3_text") else None
+    capped = family in ("gemma2", "gemma3_text")
+    scalar = c.number("query_pre_attn_scalar") if capped else float(head_dim)
     rope, local_rope = _ropes(family, c, head_dim)
-    eos = c.get("eos_token_id", ())
     attention_bias = bool(c.get("attention_bias", False))
     if bool(c.get("use_bidirectional_attention", False)):
         raise UsageError("config.json: use_bidirectional_attention is an encoder's switch; halfbyte trains decoders")
@@ -288,26 +321,26 @@ def _read(config: Mapping[str, Any]) -> ModelSpec:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         max_position=c.size("max_position_embeddings"),
-        norm_eps=float(c.get("rms_norm_eps")),
+        norm_eps=c.number("rms_norm_eps"),
         activation=_activation(family, c),
         tied=bool(c.get("tie_word_embeddings", False)),
         rope=rope,
         local_rope=local_rope,
         windows=_windows(family, c, layers),
-        attention_scale=float(scalar if scalar is not None else head_dim) ** -0.5,
-        attention_softcap=c.get_or_null("attn_logit_softcapping") if family in ("gemma2", "gemma3_text") else None,
-        final_softcap=c.get_or_null("final_logit_softcapping") if family in ("gemma2", "gemma3_text") else None,
+        attention_scale=scalar**-0.5,
+        attention_softcap=c.number_or_null("attn_logit_softcapping") if capped else None,
+        final_softcap=c.number_or_null("final_logit_softcapping") if capped else None,
         embed_scale=math.sqrt(hidden) if gemma else None,
         norm_plus_one=gemma,
-        sandwich_norms=family in ("gemma2", "gemma3_text"),
+        sandwich_norms=capped,
         qk_norm=family in ("qwen3", "gemma3_text"),
         fused=family == "phi3",
         qkv_bias=True if family == "qwen2" else attention_bias and family not in ("mistral", "phi3"),
         o_bias=attention_bias and family not in ("mistral", "phi3", "qwen2"),
         mlp_bias=bool(c.get("mlp_bias", False)) and family == "llama",
-        bos_token_id=c.get("bos_token_id"),
-        eos_token_ids=tuple(eos) if isinstance(eos, list | tuple) else (eos,),
-        pad_token_id=c.get("pad_token_id"),
+        bos_token_id=next(iter(c.token_ids("bos_token_id")), None),
+        eos_token_ids=c.token_ids("eos_token_id"),
+        pad_token_id=next(iter(c.token_ids("pad_token_id")), None),
     )
 
 
@@ -316,28 +349,32 @@ def _activation(family: str, c: _Config) -> str:
     name = name or c.get("hidden_act", "silu")
     if family.startswith("gemma") and name == "gelu":
         name = "gelu_pytorch_tanh"  # a legacy value of the official files, meant as the tanh form
-    if name not in _ACTIVATIONS:
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise UsageError(f"config.json: hidden_act {name!r} is not one of {', '.join(sorted(_ACTIVATIONS))}")
     return _ACTIVATIONS[name]
 
 
 def _windows(family: str, c: _Config, layers: int) -> tuple[int | None, ...]:
     """The window of each layer, in tokens, the token itself included."""
-    window = c.get_or_null("sliding_window")
+    window = c.size_or_null("sliding_window")
     types = c.get("layer_types")
     if family in ("mistral", "phi3"):
         types = ["sliding_attention"] * layers
     elif family in ("qwen2", "qwen3"):
         window = window if c.get("use_sliding_window", False) else None
         first = c.get("max_window_layers")
+        if type(first) is not int:
+            raise UsageError(f"config.json: max_window_layers is {first!r}, and should be a whole number")
         types = types or ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
     elif family in ("gemma2", "gemma3_text"):
-        period = 2 if family == "gemma2" else c.get("sliding_window_pattern", c.get("_sliding_window_pattern", 6))
+        name = "sliding_window_pattern" if c.get("sliding_window_pattern") is not None else "_sliding_window_pattern"
+        period = 2 if family == "gemma2" else c.size(name, 6)
         types = types or ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(layers)]
     else:
         types = ["full_attention"] * layers
-    if len(types) != layers:
-        raise UsageError(f"config.json: layer_types has {len(types)} entries for {layers} layers")
+    if not isinstance(types, list) or len(types) != layers:
+        count = len(types) if isinstance(types, list) else "no"
+        raise UsageError(f"config.json: layer_types has {count} entries for {layers} layers")
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
@@ -347,11 +384,11 @@ def _ropes(family: str, c: _Config, head_dim: int) -> tuple[RopeSpec, RopeSpec |
     transformers 5 writes `rope_parameters` (for Gemma 3 one per layer type), 4 wrote `rope_theta`,
     `rope_scaling` and `rope_local_base_freq`.
     """
-    params = c.get("rope_parameters") or {}
-    scaling = c.get("rope_scaling") or {}
+    params, scaling = c.object("rope_parameters"), c.object("rope_scaling")
     if family == "gemma3_text":
         if "full_attention" in params:
-            full, local = dict(params["full_attention"] or {}), dict(params.get("sliding_attention") or {})
+            nested = _Config(params, {})
+            full, local = nested.object("full_attention"), nested.object("sliding_attention")
         else:
             full = {"rope_theta": c.get("rope_theta", 1e6), **scaling, **params}
             local = {"rope_theta": c.get("rope_local_base_freq", 1e4)}
@@ -369,20 +406,59 @@ _ROPE_NEEDS = {
     "longrope": ("short_factor", "long_factor"),
 }
 
+_ROPE_NUMBERS = (
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+)
+
 
 def _rope(c: _Config, params: dict[str, Any], head_dim: int) -> RopeSpec:
     kind = params.pop("rope_type", None) or params.pop("type", None) or "default"
     params.pop("type", None)
-    kind = {"su": "longrope", "mrope": "default"}.get(kind, kind)
+    kind = {"su": "longrope", "mrope": "default"}.get(str(kind), str(kind))
     if kind not in _ROPE_NEEDS:
         raise UsageError(f"config.json: RoPE scaling {kind!r} is not one of {', '.join(_ROPE_NEEDS)}")
     for key in _ROPE_NEEDS[kind]:
         if params.get(key) is None:
             raise UsageError(f"config.json: RoPE scaling {kind!r} needs {key}")
-    theta = float(params.pop("rope_theta"))
-    partial = float(params.pop("partial_rotary_factor", None) or 1.0)
+    theta = _number("rope_theta", params.pop("rope_theta"))
+    partial = _number("partial_rotary_factor", params.pop("partial_rotary_factor", None) or 1.0)
     max_position = c.size("max_position_embeddings")
     if kind in ("yarn", "llama3", "longrope"):
         original = c.get("original_max_position_embeddings") or params.get("original_max_position_embeddings")
         params["original_max_position_embeddings"] = original or max_position
-    return RopeSpec(kind, theta, int(head_dim * partial), max_position, params)
+    dim = int(head_dim * partial)
+    if not 0 < dim <= head_dim or dim % 2:
+        raise UsageError(
+            f"config.json: RoPE cannot turn {dim} of a head's {head_dim} features: an even number is needed"
+        )
+    _check_rope(kind, theta, dim, params)
+    return RopeSpec(kind, theta, dim, max_position, params)
+
+
+def _check_rope(kind: str, theta: float, dim: int, params: Mapping[str, Any]) -> None:
+    """UsageError for numbers that the formulas of `models.rope` have no result for."""
+    values = {key: _number(key, params[key]) for key in _ROPE_NUMBERS if params.get(key) is not None}
+    for key in ("short_factor", "long_factor") if kind == "longrope" else ():
+        factors = params[key]
+        if not isinstance(factors, list) or len(factors) != dim // 2:
+            count = len(factors) if isinstance(factors, list) else "no"
+            raise UsageError(f"config.json: {key} has {count} factors, and should have {dim // 2}")
+        for factor in factors:
+            _number(key, factor)
+    original = values.get("original_max_position_embeddings", 2)
+    wrong = {
+        "dynamic": dim <= 2,
+        "yarn": theta <= 1,
+        "llama3": values.get("high_freq_factor") == values.get("low_freq_factor"),
+        "longrope": original <= 1,
+    }
+    if wrong.get(kind):
+        raise UsageError(f"config.json: RoPE scaling {kind!r} cannot be computed from its numbers ({dict(params)})")

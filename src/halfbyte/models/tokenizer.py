@@ -37,7 +37,9 @@ def from_folder(folder: Path) -> Any:
         raise UsageError(f"{folder} has no tokenizer (tokenizer.json): copy it from the model that this one came from")
     kind = transformers.PreTrainedTokenizerFast if whole else transformers.AutoTokenizer
     try:
-        return kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        made = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        made.decode(made("a").input_ids)  # settings of a wrong type are only found in use
+        return made
     except Exception as error:  # transformers raises whatever its parsers raise
         text = str(error).strip().splitlines() or [type(error).__name__]
         raise UsageError(f"{folder} has no tokenizer that transformers can load: {text[0]}") from error
@@ -50,6 +52,8 @@ def from_gguf(file: GgufFile) -> Any:
     backend = gguf_tokenizer.build_backend(file)
     names = gguf_tokenizer.special_tokens(file, backend)
     template = file.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise UsageError(f"{file.path}: tokenizer.chat_template is not a text: the file is damaged")
     tokenizer = PreTrainedTokenizerFast.__new__(PreTrainedTokenizerFast)
     # Handed over before __init__ runs: as an argument it would be copied through a JSON text of 35 MB.
     tokenizer._tokenizer = backend

@@ -22,6 +22,7 @@ import psutil
 import torch
 
 from halfbyte import ops
+from halfbyte.errors import HalfbyteError
 from halfbyte.files import write_atomic
 
 INSTRUCTION_SETS = {
@@ -238,7 +239,7 @@ def measure(hardware: Hardware, cache: Path | None = None, refresh: bool = False
             return Rates(str(saved["device"]), gemm, float(saved["bandwidth"]), float(saved["dequantize"]))
     rates = _measure(hardware)
     # A home that cannot be written costs two seconds the next time, not the run.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(HalfbyteError):
         write_atomic(path, json.dumps({"schema_version": 1, "key": key, **asdict(rates)}, indent=2) + "\n")
     return rates
 

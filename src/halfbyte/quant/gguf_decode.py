@@ -15,6 +15,7 @@ import gguf
 import torch
 from torch import Tensor
 
+from halfbyte.errors import UsageError
 from halfbyte.ops.linear import GGUF_TYPES, WeightView, decode_rows, gguf_view
 
 _CHUNK_WEIGHTS = 1 << 20  # float32 scratch of 4 MB: far above the cost of a call, small beside any model
@@ -162,5 +163,8 @@ def _one_thread() -> Iterator[None]:
 
 
 def _with_package(blocks: Tensor, type_name: str) -> Tensor:
-    values = gguf.quants.dequantize(blocks.contiguous().numpy(), gguf.GGMLQuantizationType[type_name])
+    try:
+        values = gguf.quants.dequantize(blocks.contiguous().numpy(), gguf.GGMLQuantizationType[type_name])
+    except NotImplementedError as error:
+        raise UsageError(f"blocks of GGUF's type {type_name} cannot be read: {error}") from None
     return torch.from_numpy(values)

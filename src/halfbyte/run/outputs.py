@@ -14,7 +14,7 @@ from halfbyte.evaluate.evaluate import BaseAndTuned
 from halfbyte.export.card import model_card
 from halfbyte.export.model_files import write_model_files
 from halfbyte.export.safetensors_file import INDEX, Planned, plan_shards, shard_index, write_file
-from halfbyte.files import require_free_space, write_atomic
+from halfbyte.files import new_files, require_free_space, write_atomic
 from halfbyte.models.load import LoadedModel
 from halfbyte.run.config import RunConfig
 from halfbyte.run.planning import Survey
@@ -67,18 +67,18 @@ def write_weights(path: Path, loaded: LoadedModel, dtype: str) -> None:
         planned.append(Planned(name, tuple(tensor.shape), tensor.dtype, pieces(dense)))
     require_free_space(path, sum(tensor.nbytes for tensor in planned), "the trained model")
     shards = plan_shards(planned, SHARD_BYTES)
-    for file, tensors in shards.items():
-        temporary = path / f".{file}.partial"
-        write_file(temporary, tensors)
-        temporary.replace(path / file)
-    if len(shards) > 1:
-        write_atomic(path / INDEX, shard_index(shards))
-    write_model_files(path, loaded.source, loaded.source.path, dtype)
+    with new_files(path) as part:
+        for file, tensors in shards.items():
+            write_file(part / file, tensors)
+        if len(shards) > 1:
+            (part / INDEX).write_text(shard_index(shards))
+        write_model_files(part, loaded.source, loaded.source.path, dtype)
 
 
 def write_tokenizer(path: Path, found: Survey, loaded: LoadedModel) -> None:
     """The tokenizer's files, and the template that the run was trained with, whichever it was."""
-    loaded.tokenizer.save_pretrained(path)
+    with new_files(path) as part:
+        loaded.tokenizer.save_pretrained(part)
     template = found.prepared.template if found.prepared is not None else None
     if template is not None:
         write_atomic(path / TEMPLATE, template.source)

@@ -20,7 +20,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from halfbyte.errors import HalfbyteError
-from halfbyte.files import fsync_folder, require_free_space, sha256_file, write_atomic
+from halfbyte.files import (
+    fsync,
+    fsync_folder,
+    one_line,
+    require_free_space,
+    sha256_file,
+    take_place,
+    write_atomic,
+)
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -91,8 +100,8 @@ def save(
     target = folder_of(run, step)
     partial = run / f".{target.name}.partial-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with one_line(target), _removed_unless_done(partial):
+        partial.mkdir(parents=True)
         if save_extras is not None:
             save_extras(partial)
         save_file(_on_cpu(trainable), partial / TRAINABLE)
@@ -100,7 +109,7 @@ def save(
         write_atomic(partial / STATE, _json({"schema_version": SCHEMA_VERSION, "step": step, **state}))
         files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
         for path in files:
-            _fsync(path)
+            fsync(path)
         listed = {
             path.relative_to(partial).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
             for path in files
@@ -110,24 +119,18 @@ def save(
             if path.is_dir():
                 fsync_folder(path)
         write_atomic(partial / MANIFEST, _json(manifest))
-        _move_into_place(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        # A folder of that name can only be a damaged checkpoint or the same step again, and goes.
+        take_place(partial, target, target.with_name(f".{target.name}.discarded-{os.getpid()}"))
     return target
 
 
-def _move_into_place(partial: Path, target: Path) -> None:
-    """Rename; a folder of that name can only be a damaged checkpoint or the same step again, and goes."""
-    discarded = None
-    if target.exists():
-        discarded = target.with_name(f".{target.name}.discarded-{os.getpid()}")
-        shutil.rmtree(discarded, ignore_errors=True)
-        target.rename(discarded)
-    partial.rename(target)
-    fsync_folder(target.parent)
-    if discarded is not None:
-        shutil.rmtree(discarded)
+@contextmanager
+def _removed_unless_done(partial: Path) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -188,8 +191,9 @@ def rotate(run: Path, keep: int, best_step: int | None) -> list[Path]:
     for folder in list_checkpoints(run)[:-keep]:
         if step_of(folder) != best_step:
             doomed = folder.with_name(f".{folder.name}.discarded-{os.getpid()}")
-            folder.rename(doomed)
-            shutil.rmtree(doomed)
+            with one_line(folder):
+                folder.rename(doomed)
+                shutil.rmtree(doomed)
             removed.append(folder)
     return removed
 
@@ -201,7 +205,10 @@ def remove_leftovers(run: Path) -> None:
         for folder in run.glob(pattern):
             shutil.rmtree(folder, ignore_errors=True)
     for path in run.glob(".*.partial"):
-        path.unlink(missing_ok=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
@@ -228,11 +235,3 @@ def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _json(value: object) -> str:
     return json.dumps(value, indent=1, allow_nan=False) + "\n"
-
-
-def _fsync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from halfbyte.errors import DoesNotFit, HalfbyteError, Interrupted, UsageError
+from halfbyte.errors import HalfbyteError, Interrupted, UsageError
 from halfbyte.files import require_free_space
 from halfbyte.optim.adamw import AdamW, clip_factor
 from halfbyte.optim.schedule import learning_rate_at
@@ -225,9 +225,9 @@ class Session:
                 description,
                 self.plan.save_extras,
             )
-        except (DoesNotFit, OSError) as error:
+        except HalfbyteError as error:
             if final:
-                raise DoesNotFit(f"the last checkpoint could not be written: {error}") from error
+                raise type(error)(f"the last checkpoint could not be written: {error}") from error
             self.warn(f"no checkpoint at step {self.state.step}, training goes on: {error}")
             return
         self.saved_step, self.last_checkpoint = self.state.step, folder
