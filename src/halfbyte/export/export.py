@@ -14,6 +14,7 @@ import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -263,16 +264,16 @@ def _plan_gguf(subject: Subject, options: ExportOptions, fixed: str | None = Non
     files = tuple(Exported(fixed or f"{subject.name}-{kind.upper()}.gguf", kind, "") for kind in kinds)
 
     def write(folder: Path, tell: OnEvent) -> list[str]:
-        from halfbyte.export.gguf_writer import write_gguf
+        from halfbyte.export.gguf_metadata import limits
+        from halfbyte.export.gguf_writer import spec_of, write_gguf
 
         planned = _planned(subject, options, torch.float32)
         source = None if subject.template is None else subject.template.source
         for one in files:
             write_gguf(
-                folder / one.file, planned, subject.source, one.kind, source,
-                lambda done, total, name=one.file: tell(f"writing {name}", done, total),
-            )  # fmt: skip
-        return []
+                folder / one.file, planned, subject.source, one.kind, source, partial(tell, f"writing {one.file}")
+            )
+        return limits(spec_of(subject.source))
 
     return _Plan(
         exported=files,
@@ -427,8 +428,7 @@ def _kind_over(subject: Subject, over: Path | None) -> str:
 def _trained_on(subject: Subject, over: Path) -> bool:
     if not (isinstance(subject.source, GgufSource) and over.resolve() == subject.source.path.resolve()):
         return False
-    linears = (name for name in subject.source.tensors() if name.endswith("_proj.weight"))
-    return subject.quant is None or any(subject.source.prequantized(name) is not None for name in linears)
+    return subject.quant is None or (not subject.quant.requantize and bool(subject.source.prequantized_bytes()))
 
 
 def _shown(path: Path) -> str:
