@@ -38,8 +38,8 @@ MOVED = 1e-3
 """Mean KL(trained || base), nats, below which an adapter has too little effect for its strength to be told."""
 
 TIE = 0.1
-"""Nats between two tokens' log-probabilities, in the trained model, below which either may be an answer's next: rounding
-decides, so an answer is compared up to there."""
+"""Nats between two tokens' log-probabilities, in the trained model, below which either may be an answer's next: it is
+rounding that decides, so the answer is compared up to there."""
 
 Progress = Callable[[str, int, int], None]
 """Hears (what is being done, rows done, rows in all)."""
