@@ -8,6 +8,8 @@
 #include <unistd.h>
 #endif
 
+#include <cmath>
+
 #include "engine/engine.h"
 #include "engine/export.h"
 #include "scalar.h"
@@ -232,6 +234,19 @@ EXPORT void hb_quantize(const void* x, int dtype, int64_t count, const float* mi
 
 // A binary search among 255 midpoints costs ten times as much as this: `first` says, for the upper 16 bits of a float,
 // the rank of the least value that has them, and at most two of the `midpoints` (256, the last infinite) lie between.
+template <class T>
+static void encode_dynamic(const T* from, int64_t size, int64_t blocksize, const uint8_t* first, const float* midpoints,
+                           uint8_t* codes, float* absmax) {
+  Scale scale = scale_of(from, size, size == blocksize, absmax);
+  for (int64_t i = 0; i < size; i++) {
+    float value = scale(T::read(from[i]));
+    int rank = first[bits_of(value) >> 16];
+    rank += midpoints[rank] < value;
+    rank += midpoints[rank] < value;
+    codes[i] = uint8_t(rank);
+  }
+}
+
 EXPORT void hb_quantize_dynamic(const void* x, int dtype, int64_t count, const uint8_t* first, const float* midpoints,
                                 int64_t blocksize, uint8_t* codes, float* absmax) {
   over_blocks((count + blocksize - 1) / blocksize, blocksize, [&](int64_t begin, int64_t end) {
@@ -239,17 +254,49 @@ EXPORT void hb_quantize_dynamic(const void* x, int dtype, int64_t count, const u
       using T = decltype(type);
       for (int64_t block = begin; block < end; block++) {
         const int64_t base = block * blocksize, size = std::min(blocksize, count - base);
-        const T* from = static_cast<const T*>(x) + base;
-        Scale scale = scale_of(from, size, size == blocksize, absmax + block);
-        for (int64_t i = 0; i < size; i++) {
-          float value = scale(T::read(from[i]));
-          int rank = first[bits_of(value) >> 16];
-          rank += midpoints[rank] < value;
-          rank += midpoints[rank] < value;
-          codes[base + i] = uint8_t(rank);
-        }
+        encode_dynamic(static_cast<const T*>(x) + base, size, blocksize, first, midpoints, codes + base, absmax + block);
       }
     });
+  });
+}
+
+// One moment in one byte an element: codes and a float for every 256, the map, and what `hb_quantize_dynamic` needs.
+struct ByteMoment {
+  uint8_t* codes;
+  float* absmax;
+  const float* table;
+  const uint8_t* first;
+  const float* midpoints;
+};
+
+// AdamW (arXiv 1711.05101) over weights whose moments are bytes (arXiv 2110.02861), a block at a time: nothing of the
+// moments exists in float but the block at hand.
+//   numbers: gradient's factor, beta1, beta2, learning rate / correction of the first moment, root of the correction of
+//            the second, epsilon, what decay leaves of a weight
+EXPORT void hb_adamw_bytes(int64_t count, float* weights, const float* gradients, const ByteMoment* moments,
+                           const float* numbers) {
+  constexpr int64_t blocksize = 256;
+  const float factor = numbers[0], beta1 = numbers[1], beta2 = numbers[2], step = numbers[3], root = numbers[4],
+              epsilon = numbers[5], keep = numbers[6];
+  const ByteMoment &m = moments[0], &v = moments[1];
+  over_blocks((count + blocksize - 1) / blocksize, blocksize, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; block++) {
+      const int64_t base = block * blocksize, size = std::min(blocksize, count - base);
+      Float32 first[blocksize], second[blocksize];
+      for (int64_t i = 0; i < size; i++) {
+        first[i].raw = m.table[m.codes[base + i]] * m.absmax[block];
+        second[i].raw = v.table[v.codes[base + i]] * v.absmax[block];
+      }
+      for (int64_t i = 0; i < size; i++) {
+        const float gradient = gradients[base + i] * factor;
+        first[i].raw += (gradient - first[i].raw) * (1 - beta1);
+        second[i].raw = second[i].raw * beta2 + gradient * gradient * (1 - beta2);
+        const float change = first[i].raw / (std::sqrt(second[i].raw) / root + epsilon);
+        weights[base + i] = weights[base + i] * keep - step * change;
+      }
+      encode_dynamic(first, size, blocksize, m.first, m.midpoints, m.codes + base, m.absmax + block);
+      encode_dynamic(second, size, blocksize, v.first, v.midpoints, v.codes + base, v.absmax + block);
+    }
   });
 }
 

@@ -38,7 +38,7 @@ def finished(model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempP
 
 @pytest.fixture
 def place(model_folder: Path, data_file: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """What the pages speak of: my-model(.gguf), prompts.txt, and (but for train) runs/mine."""
+    """What the pages speak of: my-model, my-model.gguf, rows and prompts, and (but for train) runs/mine."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model_folder, "my-model")
     config = families.config("qwen2")

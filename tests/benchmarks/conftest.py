@@ -17,7 +17,16 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture(scope="session")
 def scripts() -> Iterator[dict[str, ModuleType]]:
-    names = ("compare", "comparison_table", "gemm_rate", "machine", "operators", "operator_cases")
+    names = (
+        "compare",
+        "comparison_table",
+        "gemm_rate",
+        "machine",
+        "merge_study",
+        "operators",
+        "operator_cases",
+        "small_model",
+    )
     sys.path.insert(0, str(BENCHMARKS))
     yield {name: import_module(name) for name in names}
     sys.path.remove(str(BENCHMARKS))

@@ -202,3 +202,38 @@ def test_a_signal_saves_and_leaves_with_4(model_folder: Path, data_file: Path, t
     assert "halfbyte resume" in err.splitlines()[-1]
     assert "Traceback" not in err
     assert list((tmp_path / "r").glob("checkpoint-*/manifest.json"))
+
+
+def test_merge_prints_its_scores_and_refuses_past_the_threshold(
+    halfbyte: Run, model_folder: Path, data_file: Path
+) -> None:
+    trained = halfbyte("train", "-m", model_folder, "-d", data_file, "-o", "r", *SMALL, "--quant-type", "int4")
+    assert trained.code == 0, trained.err
+    quick = ("--rows", "4", "--answer-tokens", "4")
+    merged = halfbyte("merge", "r", "-o", "m", *quick)
+    assert merged.code == 0, merged.err
+    assert "scored against the unmerged model on 4 of 6 held-out rows (seed 42)" in merged.out
+    lines = [line.split() for line in merged.out.splitlines()]
+    assert [line[0] for line in lines if line and line[0] in ("unmerged", "16bit", "dequantized")] == [
+        "unmerged", "16bit", "dequantized"
+    ]  # fmt: skip
+    assert any(line[:2] == ["dequantized", "*"] for line in lines), "the chosen one is marked"
+    assert "scoring 16bit" in merged.err
+    refused = halfbyte("merge", "r", "-o", "no", *quick, "--requantized", "--max-kl", "1e-9", "--json")
+    assert refused.code == 1
+    assert "1e-09 is the limit; nothing was written" in refused.err
+    assert [one["name"] for one in refused.json["candidates"]][2:] == ["16bit, requantized", "dequantized, requantized"]
+    assert not Path("no").exists()
+    for words, message in (
+        (("merge", "r"), "one folder to write is needed: halfbyte merge r -o FOLDER"),
+        (("merge", "r", "a", "-o", "b"), "(a and --output b were both given)"),
+        (("merge", "r", "-o", "b", "--base", "8bit"), "--base"),
+        (("merge", "r", "-o", "b", "--adapter", "r:0"), "the weight is a number other than 0"),
+        (("merge", "r", "-o", "b", "--adapter", "r"), "is given twice"),
+        (("merge", "r", "-o", "b", "--adapter", "nowhere"), "has no adapter yet"),
+        (("merge", "r", "-o", "b", "--base", "auto", "--rows", "0"), "--rows"),
+        (("merge", "r", "-o", "b", "--data", "nowhere.jsonl"), "nowhere.jsonl"),
+    ):
+        done = halfbyte(*words)
+        assert done.code == 2, (words, done.out)
+        assert message in done.err, words

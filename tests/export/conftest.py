@@ -1,5 +1,6 @@
 """Tiny random models in Hugging Face folders, with a tokenizer, and trained-looking adapters on them."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import torch
 from transformers import GPT2Config, PreTrainedModel
 
 from halfbyte.adapters import LoraOptions, attach, save_adapter
+from halfbyte.data import DataOptions, prepare
+from halfbyte.export.score import HeldOut, choose_rows
 from halfbyte.linear import segments
 from halfbyte.models.load import load_model
 from halfbyte.models.options import ModelOptions
@@ -74,3 +77,14 @@ def gemma(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     return make_trained("llama3-gqa", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> HeldOut:
+    """Held-out rows to score on."""
+    folder = tmp_path_factory.mktemp("rows")
+    values = [{"prompt": f"say {i}:", "completion": f" {i % 7} and {i % 5}"} for i in range(8)]
+    for name in ("train", "eval"):
+        (folder / name).with_suffix(".jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
+    files = {"data": str(folder / "train.jsonl"), "eval_data": str(folder / "eval.jsonl")}
+    return choose_rows(prepare(DataOptions(**files), byte_tokenizer(), seed=0).eval, 8, seed=0)

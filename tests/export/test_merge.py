@@ -1,8 +1,10 @@
 """The merged folder in transformers' hands against our unmerged model and against PEFT's merge of the same adapter."""
 
 import json
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +16,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from halfbyte.adapters import LoraOptions, load_adapter
 from halfbyte.errors import DoesNotFit, HalfbyteError, UsageError
-from halfbyte.export.merge import MergeOptions, merge
+from halfbyte.export import bases
+from halfbyte.export.bases import Candidate, NotAsTrained
+from halfbyte.export.bnb_folder import write_bnb_folder
+from halfbyte.export.deltas import WeightedAdapter, attach_deltas, parse_adapter, read_deltas, read_sum
+from halfbyte.export.merge import MergeOptions, merge, plan_tensors
+from halfbyte.export.merged_tensors import base_is_the_sources_own
+from halfbyte.export.score import HeldOut
 from halfbyte.export.verify import compare_logits
 from halfbyte.linear import segments
 from halfbyte.models.load import load_model
 from halfbyte.models.options import ModelOptions
+from halfbyte.models.source import open_source
 from halfbyte.quant import QuantOptions
 from tests.evaluate.conftest import VOCAB, byte_tokenizer
 from tests.export.conftest import Trained, make_adapter, make_trained, save_base
 
 IDS = torch.randint(0, 256, (40,), generator=torch.Generator().manual_seed(0))
+SHORT = MergeOptions(answer_tokens=6)
 NF4 = QuantOptions(quant_type="nf4", blocksize=64, double_quant=True)
 
 
@@ -147,6 +157,192 @@ def test_gpt2_merges_through_the_loaded_model(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(in_transformers(tmp_path / "out")), unmerged(trained), rtol=1e-4, atol=1e-4)
 
 
+@pytest.fixture
+def two(llama: Trained, tmp_path: Path) -> tuple[Path, Path]:
+    """Two adapters of one base: of other ranks and scalings, on linears that only partly agree."""
+    one = LoraOptions(lora_r=4, lora_alpha=12, target_modules="q_proj,v_proj,down_proj")
+    other = LoraOptions(lora_r=6, lora_alpha=3, target_modules="q_proj,up_proj", use_rslora=True)
+    return (
+        make_adapter(llama.folder, tmp_path / "one", options=one),
+        make_adapter(llama.folder, tmp_path / "other", options=other, size=0.08),
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_several_adapters_are_pefts_weighted_sum(llama: Trained, two: tuple[Path, Path], tmp_path: Path) -> None:
+    weighted = [WeightedAdapter(two[0]), WeightedAdapter(two[1], -0.5)]
+    report = merge(llama.options, weighted, tmp_path / "out", options=MergeOptions(merge_dtype="float32", max_kl=1e-4))
+    model: Any = peft.PeftModel.from_pretrained(in_transformers(llama.folder), str(two[0]), adapter_name="one")
+    model.load_adapter(str(two[1]), adapter_name="other")
+    one_by_one = {}
+    for name in ("one", "other"):
+        alone = peft.PeftModel.from_pretrained(in_transformers(llama.folder), str(two[name == "other"]))
+        one_by_one[name] = alone.merge_and_unload().state_dict()
+    base = in_transformers(llama.folder).state_dict()
+    ours = in_transformers(tmp_path / "out").state_dict()
+    for key, value in base.items():  # W + D1 - D2 / 2
+        expected = value + (one_by_one["one"][key] - value) - 0.5 * (one_by_one["other"][key] - value)
+        torch.testing.assert_close(ours[key], expected, rtol=1e-5, atol=1e-6)
+    model.add_weighted_adapter(["one", "other"], [1.0, 0.75], "both", combination_type="cat")
+    model.set_adapter("both")
+    theirs = model.merge_and_unload(adapter_names=["both"]).state_dict()
+    weighted = [WeightedAdapter(two[0]), WeightedAdapter(two[1], 0.75)]
+    merge(llama.options, weighted, tmp_path / "cat", options=MergeOptions(merge_dtype="float32"))
+    ours = in_transformers(tmp_path / "cat").state_dict()
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=1e-5, atol=1e-6)
+    assert report.adapters == (str(two[0]), f"{two[1]} x -0.5")
+    assert report.merged == 8  # q and down and v of one, q and up of the other, in 2 layers
+    assert report.comparison is not None
+
+
+def test_several_adapters_on_a_quantized_base(llama: Trained, two: tuple[Path, Path], tmp_path: Path) -> None:
+    both = [WeightedAdapter(two[0]), WeightedAdapter(two[1], 2.0)]
+    merge(llama.options, both, tmp_path / "out", NF4, MergeOptions(merge_dtype="float32"))
+    loaded = load_model(llama.options, NF4, torch.float32, "cpu")
+    attach_deltas(loaded.model, read_sum(both))
+    expected = loaded.model.eval().logits(IDS)  # type: ignore[operator]
+    torch.testing.assert_close(logits(in_transformers(tmp_path / "out")), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_adapters_that_do_not_fit_together(gemma: Trained, llama: Trained, tmp_path: Path) -> None:
+    both = [WeightedAdapter(llama.adapter), WeightedAdapter(gemma.adapter)]
+    with pytest.raises(UsageError, match=r"of different bases: model\.layers\.0\.\S+ is 30 x 60 in .* and 48 x 60"):
+        merge(llama.options, both, tmp_path / "out")
+    with pytest.raises(UsageError, match="is given twice: give it once, with the sum of the weights"):
+        merge(llama.options, [both[0], WeightedAdapter(llama.adapter, 0.5)], tmp_path / "out")
+    with pytest.raises(UsageError, match="no adapter was given"):
+        merge(llama.options, [], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_that_is_not_the_configs(llama: Trained, tmp_path: Path) -> None:
+    shutil.copytree(llama.adapter, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"r": 8}))
+    with pytest.raises(UsageError, match=r"has rank 4 in the file and 8 in its adapter_config\.json"):
+        merge(llama.options, tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("text", "folder", "weight"),
+    [
+        ("a", "a", 1.0),
+        ("a:0.5", "a", 0.5),
+        ("x/a:-2", "x/a", -2.0),
+        ("C:folder", "C:folder", 1.0),
+        ("a:b:3", "a:b", 3.0),
+    ],
+)
+def test_an_adapters_weight(text: str, folder: str, weight: float) -> None:
+    assert parse_adapter(text) == WeightedAdapter(Path(folder), weight)
+
+
+def test_weights_that_add_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for text in ("a:0", "a:nan", "a:inf"):
+        with pytest.raises(UsageError, match="the weight is a number other than 0, as in a:0\\.5"):
+            parse_adapter(text)
+    monkeypatch.chdir(tmp_path)
+    Path("run:2").mkdir()
+    assert parse_adapter("run:2") == WeightedAdapter(Path("run:2"))  # it exists
+
+
+# -- which base -------------------------------------------------------------------------------------------------------
+
+COARSE = QuantOptions(quant_type="int4", blocksize=4096, double_quant=False)
+
+
+def test_auto_takes_the_base_that_was_trained_on(tmp_path: Path, rows: HeldOut) -> None:
+    trained = make_trained("llama3-gqa", tmp_path, COARSE)
+    heard: list[str] = []
+    report = merge(trained.options, trained.adapter, tmp_path / "out", COARSE, SHORT, rows=rows, on_event=heard.append)
+    assert report.scores is not None
+    assert report.scores.chosen == Candidate("dequantized")
+    found = {candidate.name: score.kl for candidate, score in report.scores.scores}
+    assert found["16bit"] > 100 * found["dequantized"]
+    assert "the base that the adapter was trained on" in report.base
+    assert heard == ["scoring the unmerged model", "scoring 16bit", "scoring dequantized"]
+    assert json.loads(json.dumps(report.to_json()))["scores"]["chosen"] == "dequantized"
+    expected = unmerged(trained, COARSE)
+    torch.testing.assert_close(logits(in_transformers(tmp_path / "out")), expected, rtol=0.1, atol=0.1)
+
+
+def test_auto_takes_the_16_bit_base_where_that_is_nearer(
+    llama: Trained, tmp_path: Path, rows: HeldOut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = bases.compare
+
+    def turned(name: str, *others: Any) -> Any:
+        score = real(name, *others)
+        return replace(score, kl=0.001 if name == "16bit" else 0.01 if name == "dequantized" else 0.0)
+
+    monkeypatch.setattr(bases, "compare", turned)
+    report = merge(llama.options, llama.adapter, tmp_path / "out", COARSE, SHORT, rows=rows)
+    assert "it has not seen this base" in report.base
+    torch.testing.assert_close(logits(in_transformers(tmp_path / "out")), unmerged(llama), rtol=0.1, atol=0.1)
+
+
+def test_past_the_threshold_nothing_is_written(llama: Trained, tmp_path: Path, rows: HeldOut) -> None:
+    served = SHORT.model_copy(update={"requantized": True})
+    with pytest.raises(NotAsTrained, match=r"0\.05 is the limit; nothing was written.*--max-kl") as refused:
+        merge(llama.options, llama.adapter, tmp_path / "out", COARSE, served, rows=rows)
+    assert list(tmp_path.iterdir()) == []
+    assert len(refused.value.table.scores) == 4
+    accepted = served.model_copy(update={"max_kl": refused.value.table.best.kl * 1.01})
+    report = merge(llama.options, llama.adapter, tmp_path / "out", COARSE, accepted, rows=rows)
+    assert report.scores is not None
+    assert report.scores.chosen.requantized
+
+
+def test_only_a_quantized_base_is_a_question(llama: Trained, tmp_path: Path, rows: HeldOut) -> None:
+    report = merge(llama.options, llama.adapter, tmp_path / "lora", options=SHORT, rows=rows)
+    assert report.scores is None  # both bases are one
+    auto = SHORT.model_copy(update={"base": "auto"})
+    report = merge(llama.options, llama.adapter, tmp_path / "asked", options=auto, rows=rows)
+    assert report.scores is not None
+    assert [score.name for _, score in report.scores.scores] == ["dequantized"]
+    one = SHORT.model_copy(update={"base": "16bit", "requantized": True, "max_kl": 100.0})
+    report = merge(llama.options, llama.adapter, tmp_path / "one", NF4, one, rows=rows)
+    assert report.scores is not None
+    assert [score.name for _, score in report.scores.scores] == ["16bit", "16bit, requantized"]
+
+
+def test_a_checkpoint_of_4_bit_blocks_has_one_base(llama: Trained, tmp_path: Path) -> None:
+    source = open_source(str(llama.folder))
+    write_bnb_folder(
+        tmp_path, plan_tensors(llama.options, source, {}, None, torch.bfloat16), source, NF4, llama.adapter
+    )
+    blocks = open_source(str(tmp_path))
+    assert base_is_the_sources_own(blocks, NF4)
+    assert not base_is_the_sources_own(source, NF4)
+    assert base_is_the_sources_own(source, None)
+    kept = NF4.model_copy(update={"quant_pattern": {"o_proj": "bf16"}})
+    assert not base_is_the_sources_own(source, kept)
+    everything = NF4.model_copy(update={"quant_pattern": {"*": "bf16"}})
+    assert base_is_the_sources_own(source, everything)
+
+
+def test_scores_that_cannot_be_had(
+    llama: Trained, tmp_path: Path, rows: HeldOut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match="--base auto scores on held-out rows, and there are none"):
+        merge(llama.options, llama.adapter, tmp_path / "out", NF4, MergeOptions(base="auto"))
+    with pytest.raises(UsageError, match="--requantized scores on held-out rows, and there are none"):
+        merge(llama.options, llama.adapter, tmp_path / "out", NF4, MergeOptions(requantized=True))
+    with pytest.raises(UsageError, match="--requantized is for adapters of a quantized base"):
+        merge(llama.options, llama.adapter, tmp_path / "out", None, MergeOptions(requantized=True), rows=rows)
+
+    def full(*_: Any) -> None:
+        raise DoesNotFit("no memory for this")
+
+    monkeypatch.setattr(bases, "require_memory", full)
+    with pytest.raises(DoesNotFit, match="no memory for this"):
+        merge(llama.options, llama.adapter, tmp_path / "out", NF4, MergeOptions(base="auto"), rows=rows)
+    report = merge(llama.options, llama.adapter, tmp_path / "out", NF4, SHORT, rows=rows)
+    assert report.scores is None
+    assert report.not_scored == "no memory for this"
+
+
 def test_another_models_adapter_is_refused(gemma: Trained, llama: Trained, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"another (base|model)"):
         merge(gemma.options, llama.adapter, tmp_path / "out")
@@ -200,14 +396,14 @@ def test_a_diverged_adapter_leaves_nothing(tmp_path: Path) -> None:
 def test_a_model_that_behaves_otherwise_is_caught(llama: Trained, tmp_path: Path) -> None:
     merge(llama.options, llama.adapter, tmp_path / "out")
     other = make_adapter(llama.folder, tmp_path / "other", size=0.2)
-    comparison = compare_logits(llama.options, other, tmp_path / "out", None, "bfloat16", 1000)
+    comparison = compare_logits(llama.options, read_deltas(other), tmp_path / "out", None, "bfloat16", 1000)
     with pytest.raises(HalfbyteError, match="does not behave as trained, nothing was written"):
         comparison.require_close(strict=True)
     comparison.require_close(strict=False)
 
 
 def test_too_little_memory_for_the_comparison_is_said(llama: Trained, tmp_path: Path) -> None:
-    comparison = compare_logits(llama.options, llama.adapter, llama.folder, None, "bfloat16", 10**15)
+    comparison = compare_logits(llama.options, read_deltas(llama.adapter), llama.folder, None, "bfloat16", 10**15)
     assert str(comparison).startswith("not compared with the unmerged model: it needs 1200000.0 GB of memory and")
     comparison.require_close(strict=True)
 
@@ -218,13 +414,26 @@ from pathlib import Path
 
 import psutil
 
-from halfbyte.export.merge import MergeOptions, merge
+from halfbyte.export import bases
+from halfbyte.export.bases import Candidate, NotAsTrained
+from halfbyte.export.bnb_folder import write_bnb_folder
+from halfbyte.export.deltas import WeightedAdapter, attach_deltas, parse_adapter, read_deltas, read_sum
+from halfbyte.export.merge import MergeOptions, merge, plan_tensors
+from halfbyte.export.merged_tensors import base_is_the_sources_own
+from halfbyte.export.score import HeldOut
 from halfbyte.models.options import ModelOptions
+from halfbyte.models.source import open_source
 from halfbyte.quant import QuantOptions
 
 Path("/proc/self/clear_refs").write_text("5")
 before = psutil.Process().memory_info().rss
-merge(ModelOptions(model=sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), QuantOptions(), MergeOptions(verify=False))
+model, adapter, out = ModelOptions(model=sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+if sys.argv[4] == "merge":
+    merge(model, adapter, out, QuantOptions(), MergeOptions(verify=False))
+else:
+    source = open_source(model.model)
+    planned = plan_tensors(model, source, read_deltas(adapter), QuantOptions(), torch.bfloat16)
+    write_bnb_folder(out, planned, source, QuantOptions(), adapter)
 line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith("VmHWM"))
 print(int(line.split()[1]) * 1024 - before)
 """
@@ -250,7 +459,9 @@ def test_memory_is_a_few_tensors_not_the_model(tmp_path: Path) -> None:
     del model
     options = LoraOptions(lora_r=4, target_modules="down_proj")
     adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", options=options)
-    command = [sys.executable, "-c", _PEAK, str(tmp_path / "base"), str(adapter), str(tmp_path / "out")]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    # The largest linear is 8 MB in bf16 and 17 in float32; the rest is the quantizer's and what the allocator keeps.
-    assert int(result.stdout.splitlines()[-1]) < 160e6
+    (tmp_path / "bnb").mkdir()
+    for what in ("merge", "bnb"):
+        command = [sys.executable, "-c", _PEAK, str(tmp_path / "base"), str(adapter), str(tmp_path / what), what]
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        # The largest linear is 8 MB in bf16, 17 in float32; the rest is the quantizer's and what the allocator keeps.
+        assert int(result.stdout.splitlines()[-1]) < 160e6, what

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from halfbyte.errors import UsageError
+from halfbyte.ops import native
 from halfbyte.optim import OptimOptions, adamw
 from halfbyte.optim.adamw import AdamW, clip_factor, global_norm, join_bits, split_bits
 
@@ -177,3 +178,35 @@ def test_clipping_equals_torch() -> None:
 def test_half_precision_parameters_are_refused() -> None:
     with pytest.raises(UsageError, match="float16"):
         AdamW({"w": nn.Parameter(torch.zeros(3, dtype=torch.float16))}, OptimOptions())
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_native_pass_over_bytes_equals_torch(weight_decay: float) -> None:
+    """The same codes but where rounding sits on an edge between two, over steps with clipping and blocks cut short."""
+    shapes = {"w": (130, 83), "v": (4099,)}
+    options = OptimOptions(optim="adamw_8bit", weight_decay=weight_decay)
+    generator = torch.Generator().manual_seed(0)
+    start = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    results = []
+    for isa in (None, "reference"):
+        native.use(isa)
+        params = {name: nn.Parameter(value.clone()) for name, value in start.items()}
+        optimizer = AdamW(params, options)
+        gradients = torch.Generator().manual_seed(1)
+        for step in range(20):
+            for p in params.values():
+                p.grad = torch.randn(p.shape, generator=gradients) * 10.0 ** -(step % 3)
+            optimizer.step(1e-2, scale=0.5)
+        results.append((params, optimizer.state_dict()))
+    native.use(None)
+    (ours, state), (theirs, expected) = results
+    for name, p in ours.items():
+        moved = (theirs[name] - start[name]).abs().mean()
+        assert (p - theirs[name]).abs().mean() < 2e-4 * moved
+        for moment in ("exp_avg", "exp_avg_sq"):
+            mine, reference = (s[f"{name}.{moment}.codes"].int() for s in (state, expected))
+            assert (mine != reference).float().mean() < 5e-3
+            assert (mine - reference).abs().max() <= 2
+            torch.testing.assert_close(
+                state[f"{name}.{moment}.absmax"], expected[f"{name}.{moment}.absmax"], rtol=0.02, atol=0
+            )

@@ -12,8 +12,8 @@ from halfbyte.batch import Batch
 from halfbyte.errors import Interrupted, UsageError
 from halfbyte.evaluate.evaluate import BaseAndTuned, EvaluateOptions, EvaluateResult
 from halfbyte.evaluate.sampling import GenerateOptions
-from halfbyte.export.merge import MergeOptions
-from halfbyte.run import target
+from halfbyte.export.merge import MergeOptions, WeightedAdapter
+from halfbyte.run import folder, target
 from halfbyte.run.config import RunConfig
 from halfbyte.run.run import run
 from tests.run.test_run import Events
@@ -156,3 +156,84 @@ def test_a_model_for_ones_own_loop(model_folder: Path, method: str) -> None:
         optimizer.zero_grad()
         losses.append(float(nll.detach()) / count)
     assert losses[-1] < losses[0]
+
+
+def test_merging_a_run_proves_the_base(done: Path, tmp_path: Path) -> None:
+    options = MergeOptions(rows=4, answer_tokens=4)
+    report = target.merge_target(target.find(str(done)), tmp_path / "merged", options)
+    assert report.scores is not None
+    assert report.scores.chosen.name == "dequantized"
+    config, _ = folder.read_config(done)
+    assert (report.scores.rows.seed, len(report.scores.rows.examples)) == (config.seed, 4)
+    assert report.scores.rows.available == 6
+    assert report.scores.rows.stop_ids, "answers end where evaluate's do"
+    assert report.adapters == (str(done),)
+
+
+def test_merging_scores_on_other_rows(done: Path, data_file: Path, model_folder: Path, tmp_path: Path) -> None:
+    options = MergeOptions(base="16bit", requantized=True, rows=5, answer_tokens=4, max_kl=50.0)
+    report = target.merge_target(target.find(str(done)), tmp_path / "merged", options, data=str(data_file))
+    assert report.scores is not None
+    assert (len(report.scores.rows.examples), report.scores.rows.available) == (5, 60)
+    found = target.find(str(model_folder), dtype="float32", method="qlora")
+    with pytest.raises(UsageError, match="scores on held-out rows, and there are none: give --data"):
+        target.merge_target(found, tmp_path / "out", MergeOptions(base="auto"), adapters=[WeightedAdapter(done)])
+    own = [WeightedAdapter(done)]
+    report = target.merge_target(
+        found, tmp_path / "out", MergeOptions(answer_tokens=4), adapters=own, data=str(data_file)
+    )
+    assert report.scores is not None
+    assert report.scores.chosen.name == "dequantized"
+
+
+def test_merging_without_rows_says_so(tiny_config: RunConfig, data_file: Path, tmp_path: Path) -> None:
+    path = run(tiny_config.replace(eval_split=0.0)).path
+    report = target.merge_target(target.find(str(path)), tmp_path / "one", MergeOptions())
+    assert (report.scores, report.not_scored) == (None, "the run held out no rows")
+    gone = tmp_path / "rows.jsonl"
+    shutil.copy(data_file, gone)
+    path = run(tiny_config.replace(data=str(gone), output_dir=tmp_path / "other")).path
+    gone.unlink()
+    report = target.merge_target(target.find(str(path)), tmp_path / "two", MergeOptions())
+    assert report.scores is None
+    assert "rows.jsonl" in report.not_scored
+    with pytest.raises(UsageError, match=r"rows\.jsonl"):
+        target.merge_target(target.find(str(path)), tmp_path / "three", MergeOptions(base="auto"))
+
+
+def test_merging_several_adapters(done: Path, tiny_config: RunConfig, model_folder: Path, tmp_path: Path) -> None:
+    other = run(tiny_config.replace(method="lora", seed=7, max_steps=2)).path
+    both = [WeightedAdapter(other, 0.5)]
+    options = MergeOptions(merge_dtype="float32", base="dequantized")
+    report = target.merge_target(target.find(str(done)), tmp_path / "sum", options, adapters=both)
+    assert report.adapters == (str(done), f"{other} x 0.5")
+    merged: Any = target.load(str(tmp_path / "sum"), dtype="float32")
+    alone: Any = target.load(str(done))
+    assert (ids(merged) - ids(alone)).abs().max() > 1e-3
+    base = target.find(str(model_folder), dtype="float32")
+    one_way = target.merge_target(base, tmp_path / "a", options, adapters=[WeightedAdapter(done), *both])
+    target.merge_target(base, tmp_path / "b", options, adapters=[*both, WeightedAdapter(done)])
+    assert one_way.scores is None
+    a, b = (target.load(str(tmp_path / name), dtype="float32") for name in "ab")
+    torch.testing.assert_close(ids(a), ids(b), rtol=1e-5, atol=1e-5)
+
+
+def test_adapters_of_different_bases_are_refused(done: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed"
+    shutil.copytree(done, changed)
+    text = (changed / "run.yaml").read_text()
+    (changed / "run.yaml").write_text(text.replace("fingerprint: sha256:", "fingerprint: sha256:f"))
+    found = target.find(str(done))
+    with pytest.raises(UsageError, match=r"of different bases: .* was trained on .*\(other weights\)"):
+        target.merge_target(found, tmp_path / "out", MergeOptions(), adapters=[WeightedAdapter(changed)])
+    (changed / "run.yaml").unlink()  # then the names decide
+    config = json.loads((changed / "adapter_config.json").read_text())
+    elsewhere = config | {"base_model_name_or_path": f"/elsewhere/{Path(config['base_model_name_or_path']).name}"}
+    (changed / "adapter_config.json").write_text(json.dumps(elsewhere))
+    options = MergeOptions(base="dequantized", verify=False)
+    target.merge_target(found, tmp_path / "moved", options, adapters=[WeightedAdapter(changed)])
+    (changed / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "meta/other"}))
+    with pytest.raises(UsageError, match=r"of different bases: .*, .* on meta/other"):
+        target.merge_target(found, tmp_path / "out", MergeOptions(), adapters=[WeightedAdapter(changed)])
+    with pytest.raises(UsageError, match="has no adapter yet"):
+        target.merge_target(found, tmp_path / "out", MergeOptions(), adapters=[WeightedAdapter(tmp_path)])

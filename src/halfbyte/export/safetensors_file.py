@@ -20,12 +20,16 @@ DTYPE_CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor to be written: `rows()` makes it in pieces along its first dimension, in `dtype`."""
+    """A tensor to be written: `rows()` makes it in pieces along its first dimension, in `dtype`.
+
+    read   rows start to stop without making the others, for tensors where that is possible; else None
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     rows: Callable[[], Iterator[Tensor]]
+    read: Callable[[int, int], Tensor] | None = None
 
     @property
     def nbytes(self) -> int:

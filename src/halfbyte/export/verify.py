@@ -5,7 +5,7 @@ for bit; then the written model and the unmerged one read the same short text, o
 """
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from halfbyte.adapters import load_adapter
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.session import inference
+from halfbyte.export.deltas import Delta, attach_deltas
 from halfbyte.export.safetensors_file import Planned
 from halfbyte.models.load import load_model
 from halfbyte.models.options import ModelOptions
@@ -61,11 +61,12 @@ class Comparison:
             f"{self.max_difference:.3g}, KL {self.mean_kl:.2g} nats a token, same top token {self.same_top:.0%}"
         )
 
-    def require_close(self, strict: bool) -> None:
-        """HalfbyteError where the models differ by more than rounding; not `strict`: where the numbers are broken."""
+    def require_close(self, strict: bool, limit: float = MAX_KL) -> None:
+        """HalfbyteError where the models differ by more than `limit`; not `strict`: where the numbers are broken."""
         broken = not (self.max_difference < float("inf") and self.mean_kl < float("inf"))
-        if not self.skipped and (broken or (strict and self.mean_kl > MAX_KL)):
-            raise HalfbyteError(f"the merged model does not behave as trained, nothing was written ({self})")
+        if not self.skipped and (broken or (strict and self.mean_kl > limit)):
+            accept = "" if broken else f"; {limit:g} nats is the limit, and --max-kl sets another"
+            raise HalfbyteError(f"the merged model does not behave as trained, nothing was written ({self}{accept})")
 
 
 def check_written(folder: Path, planned: Sequence[Planned]) -> None:
@@ -89,7 +90,12 @@ def check_written(folder: Path, planned: Sequence[Planned]) -> None:
 
 
 def compare_logits(
-    model: ModelOptions, adapter: Path, folder: Path, quant: QuantOptions | None, dtype: str, merged_bytes: int
+    model: ModelOptions,
+    deltas: Mapping[str, Delta],
+    folder: Path,
+    quant: QuantOptions | None,
+    dtype: str,
+    merged_bytes: int,
 ) -> Comparison:
     """Run both models on PROBE, one after the other. Skipped, and said so, where the merged one exceeds free memory."""
     free = psutil.virtual_memory().available
@@ -99,7 +105,7 @@ def compare_logits(
     # Half precision is for GPUs: what it would add here is its own overflow, not the merge's error.
     compute = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     loaded = load_model(model, quant, compute, "cpu")
-    load_adapter(loaded.model, adapter)
+    attach_deltas(loaded.model, deltas)
     ids = probe_ids(loaded.tokenizer)
     before = _logits(loaded.model, ids)
     del loaded

@@ -19,6 +19,8 @@ PERMUTED = ("llama",)
 """Architectures whose q and k rows llama.cpp reorders, because its RoPE rotates neighbouring pairs."""
 PLUS_ONE = ("gemma", "gemma2", "gemma3")
 """Architectures whose norm weights are stored with 1 added."""
+WRITTEN_AS = {"mistral": "llama", "gemma3_text": "gemma3"}
+"""Families (`spec.FAMILIES`) whose architecture in a GGUF file has another name."""
 NOT_WEIGHTS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -52,11 +54,27 @@ def hugging_face_name(architecture: str, name: str) -> str | None:
     if match is None:
         stem, _, suffix = name.rpartition(".")
         return f"{_TOP[stem]}.{suffix}" if stem in _TOP else None
-    table = _BLOCK | (_SANDWICH if architecture in ("gemma2", "gemma3") else {})
-    if architecture == "phi3":
-        table = table | {"ffn_up": "mlp.gate_up_proj"}
-    part = table.get(match[2])
+    part = _parts(architecture).get(match[2])
     return None if part is None else f"model.layers.{match[1]}.{part}.{match[3]}"
+
+
+def gguf_name(architecture: str, name: str) -> str | None:
+    """`model.layers.0.self_attn.q_proj.weight` -> `blk.0.attn_q.weight`: `hugging_face_name` the other way round."""
+    stem, _, suffix = name.rpartition(".")
+    tops = {ours: theirs for theirs, ours in _TOP.items()}
+    if stem in tops:
+        return f"{tops[stem]}.{suffix}"
+    match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", stem)
+    if match is None or suffix not in ("weight", "bias"):
+        return None
+    part = {ours: theirs for theirs, ours in _parts(architecture).items()}.get(match[2])
+    return None if part is None else f"blk.{match[1]}.{part}.{suffix}"
+
+
+def _parts(architecture: str) -> dict[str, str]:
+    """GGUF's names of a block's parts -> Hugging Face's, for one architecture."""
+    table = _BLOCK | (_SANDWICH if architecture in ("gemma2", "gemma3") else {})
+    return table | ({"ffn_up": "mlp.gate_up_proj"} if architecture == "phi3" else {})
 
 
 def config_from_gguf(file: GgufFile, rope_tensor: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -196,7 +214,7 @@ def _phi3(keys: _Keys, config: dict[str, Any]) -> dict[str, Any]:
         "model_type": "phi3",
         "architectures": ["Phi3ForCausalLM"],
         "hidden_act": "silu",
-        "sliding_window": keys.get("attention.sliding_window"),
+        "sliding_window": keys.get("attention.sliding_window") or None,  # llama.cpp's converter writes 0 for none
         "original_max_position_embeddings": original,
         "rope": config["rope"] | {"partial_rotary_factor": rotated / config["head_dim"]},
     }
@@ -287,6 +305,8 @@ def _scale_rope(keys: _Keys, rope: dict[str, Any], tensors: dict[str, torch.Tens
         rope |= {"rope_type": "yarn", "factor": keys.number("rope.scaling.factor")}
         if original:
             rope["original_max_position_embeddings"] = original
+        if (attention := keys.get("rope.scaling.attn_factor")) is not None:  # times llama.cpp's own
+            rope["attention_factor"] = float(attention) * (0.1 * math.log(rope["factor"]) + 1)
         for ours, theirs in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
             if keys.get(f"rope.scaling.{theirs}") is not None:
                 rope[ours] = keys.number(f"rope.scaling.{theirs}")

@@ -53,6 +53,7 @@ class GgufFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._metadata: dict[str, Any] = {}
+        self._spans: dict[str, tuple[int, int]] = {}
         self.tensors: dict[str, GgufTensor] = {}
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -78,6 +79,17 @@ class GgufFile:
     def __contains__(self, key: str) -> bool:
         return key in self._metadata
 
+    def keys_of(self, prefix: str) -> list[str]:
+        """The metadata keys that start so, in the file's order."""
+        return [key for key in self._metadata if key.startswith(prefix)]
+
+    def raw(self, key: str) -> bytes:
+        """A metadata value as it lies in the file, its type number first: to copy what need not be understood."""
+        start, stop = self._spans[key]
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return file.read(stop - start)
+
     def array(self, key: str) -> list[Any]:
         """An array of numbers or strings, decoded now; [] where the key is absent."""
         where = self._metadata.get(key)
@@ -101,8 +113,10 @@ class GgufFile:
         cursor.check_count(pair_count, 12, "metadata entries")
         for _ in range(pair_count):
             key = cursor.text()
+            start = cursor.position
             (kind,) = cursor.unpack("<I")
             self._metadata[key] = cursor.value(kind)
+            self._spans[key] = (start, cursor.position)
         cursor.check_count(tensor_count, 24, "tensors")
         table = [self._table_row(cursor) for _ in range(tensor_count)]
         alignment = self._metadata.get("general.alignment", 32)

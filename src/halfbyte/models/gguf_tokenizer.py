@@ -47,6 +47,16 @@ _WHOLE_FIRST = ("llama3", "llama-v3", "llama-bpe", "falcon3", "tekken")
 _NFC = ("qwen2", "deepseek-r1-qwen")
 
 
+def pre_tokenizer_name(split: str | None, whole_first: bool) -> str | None:
+    """The name of a byte-level pre-tokenizer, for writing a file; None where llama.cpp has none that does the same.
+
+    split        the regular expression, None for GPT-2's own
+    whole_first  the vocabulary is looked up whole before merges are tried
+    """
+    names = {_LLAMA3: ("smaug-bpe", "llama-bpe"), _QWEN2: ("qwen2", None), _TEKKEN: (None, "tekken")}
+    return (names | {None: ("gpt-2", None)}).get(split, (None, None))[whole_first]
+
+
 def build_backend(file: GgufFile) -> Tokenizer:
     """The `tokenizers` object, post-processor (BOS, EOS) included. UsageError for a vocabulary that we cannot read."""
     kind = file.need("tokenizer.ggml.model")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.errors import UsageError
+from halfbyte.ops.adamw import adamw_bytes, available
 from halfbyte.optim.moments import SMALLEST_QUANTIZED, ByteMoment, Float32Moment, MomentStore
 from halfbyte.optim.options import OptimOptions
 
@@ -133,8 +134,34 @@ class AdamW:
         self.updates += 1
         for chunk in self.chunks:
             spans = [span for span in chunk if span.parameter.parameter.grad is not None]
-            if spans:
-                self._update(spans, learning_rate, scale)
+            in_torch = [span for span in spans if not self._update_natively(span, learning_rate, scale)]
+            if in_torch:
+                self._update(in_torch, learning_rate, scale)
+
+    def _update_natively(self, span: _Span, learning_rate: float, scale: float) -> bool:
+        """One pass over weights with byte moments, where the native library has it; False: not done."""
+        slot, options = span.parameter, self.options
+        first, second = slot.exp_avg, slot.exp_avg_sq
+        if not isinstance(first, ByteMoment) or not isinstance(second, ByteMoment) or slot.low_bits is not None:
+            return False
+        weights = slot.load_weight(span.start, span.stop)
+        gradients = _flat_gradient(span)
+        if not available(weights) or not gradients.is_contiguous():
+            return False
+        betas = options.adam_beta1, options.adam_beta2
+        adamw_bytes(
+            weights,
+            gradients,
+            first.part(span.start, span.stop),
+            second.part(span.start, span.stop),
+            factor=scale,
+            betas=betas,
+            corrections=(1 - betas[0] ** self.updates, 1 - betas[1] ** self.updates),
+            learning_rate=learning_rate,
+            epsilon=options.adam_epsilon,
+            decay=options.weight_decay if slot.decays else 0.0,
+        )
+        return True
 
     def _update(self, spans: list[_Span], learning_rate: float, scale: float) -> None:
         options = self.options

@@ -62,9 +62,12 @@ class ByteMoment:
         self.codes = torch.full((n,), zero, dtype=torch.uint8, device=like.device)
         self.absmax = torch.zeros(-(-n // BLOCKSIZE), dtype=torch.float32, device=like.device)
 
+    def part(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Codes and constants of elements start..stop, as they are."""
+        return self.codes[start:stop], self.absmax[start // BLOCKSIZE : -(-stop // BLOCKSIZE)]
+
     def load(self, start: int, stop: int) -> Tensor:
-        absmax = self.absmax[start // BLOCKSIZE : -(-stop // BLOCKSIZE)]
-        return ops.dequantize_dynamic(self.codes[start:stop], absmax, BLOCKSIZE, self.signed)
+        return ops.dequantize_dynamic(*self.part(start, stop), BLOCKSIZE, self.signed)
 
     def store(self, start: int, stop: int, values: Tensor) -> None:
         codes, absmax = ops.quantize_dynamic(values, BLOCKSIZE, self.signed)

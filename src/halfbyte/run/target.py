@@ -6,8 +6,9 @@ anything else                   a model: a folder, a Hub id, a GGUF file
 """
 
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,9 @@ from halfbyte.evaluate.evaluate import (
 from halfbyte.evaluate.evaluate import against as pair
 from halfbyte.evaluate.generate import Generation, end_ids, generate_batch
 from halfbyte.evaluate.sampling import GenerateOptions
+from halfbyte.export.deltas import WeightedAdapter
 from halfbyte.export.merge import MergeOptions, MergeReport, merge
+from halfbyte.export.score import MAX_FALLBACK_TOKENS, MAX_TOKENS, HeldOut, choose_rows
 from halfbyte.models.load import LoadedModel, load_model
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import ModelSource
@@ -230,8 +233,93 @@ def chat_session(opened: Opened, options: GenerateOptions, system: str | None = 
     return ChatSession(opened.model, opened.encoder, opened.template, options, opened.end_ids, system)
 
 
-def merge_target(target: Target, out: Path, options: MergeOptions, on_progress: Any = None) -> MergeReport:
-    """Write base and adapter as one model folder. UsageError for a target without an adapter."""
-    if target.adapter is None:
+def merge_target(
+    target: Target,
+    out: Path,
+    options: MergeOptions,
+    on_progress: Any = None,
+    *,
+    adapters: Sequence[WeightedAdapter] = (),
+    data: str | None = None,
+    on_event: Callable[[str], None] | None = None,
+) -> MergeReport:
+    """Write base and adapters as one model folder.
+
+    adapters   further ones, beside the target's own
+    data       rows to score on, all of them; None: those that the run held out
+    on_event   hears what is being scored
+
+    UsageError for a target without an adapter, and for adapters of different bases.
+    """
+    own = [] if target.adapter is None else [WeightedAdapter(target.adapter)]
+    summed = [*own, *(WeightedAdapter(_adapter_folder(one.folder), one.weight) for one in adapters)]
+    if not summed:
         raise UsageError("there is nothing to merge: give a run or an adapter (a fully tuned run is a model already)")
-    return merge(target.config.pick(ModelOptions), target.adapter, out, target.quant, options, on_progress)
+    _require_one_base(summed)
+    needed = options.base == "auto" or options.requantized or data is not None
+    rows, source, why = None, None, ""
+    if needed or (options.base is None and target.quant is not None):
+        try:
+            rows, source, why = held_out_rows(target, data, options.rows)
+        except UsageError as error:
+            if needed:
+                raise
+            why = str(error)
+    config = target.config.pick(ModelOptions)
+    report = merge(config, summed, out, target.quant, options, on_progress, rows=rows, source=source, on_event=on_event)
+    return replace(report, not_scored=report.not_scored or why)
+
+
+def held_out_rows(target: Target, data: str | None, rows: int) -> tuple[HeldOut | None, ModelSource | None, str]:
+    """(rows to score on, the base's open source, why there are no rows): of `data`, else those that a run held out.
+
+    UsageError where the rows cannot be read.
+    """
+    if data is None and target.config.data is None:
+        return None, None, ""
+    found = planning.survey(rows_from(target, data).config)
+    assert found.prepared is not None
+    if not found.prepared.eval:
+        return None, found.source, "the run held out no rows"
+    encoder = Encoder(found.tokenizer)
+    ends = end_ids(encoder, found.prepared.template, found.source.config, found.source.generation)
+    stops = ends | frozenset(found.prepared.stop_ids)
+    limit = MAX_TOKENS if found.spec is not None else MAX_FALLBACK_TOKENS
+    chosen = choose_rows(found.prepared.eval, rows, target.config.seed, found.prepared.labels, stops, limit)
+    return chosen, found.source, ""
+
+
+def _require_one_base(adapters: Sequence[WeightedAdapter]) -> None:
+    """UsageError where two adapters were trained on different bases.
+
+    They are told apart by the weights' fingerprint where both recorded it, else by the base's name without its folder:
+    a model may have moved.
+    """
+    first = adapters[0].folder
+    fingerprint, name = _base_of(first)
+    for other in (one.folder for one in adapters[1:]):
+        their_fingerprint, their_name = _base_of(other)
+        if fingerprint and their_fingerprint:
+            same = fingerprint == their_fingerprint
+        else:
+            same = not (name and their_name) or _short(name) == _short(their_name)
+        if not same:
+            raise UsageError(
+                f"the adapters are of different bases: {first} was trained on {name}, {other} on {their_name}"
+                + (" (other weights)" if name == their_name else "")
+            )
+
+
+def _base_of(adapter: Path) -> tuple[str | None, str | None]:
+    """(fingerprint, name) of the base that an adapter's folder records; of a checkpoint, the run's around it."""
+    name = read_adapter_config(adapter).get("base_model_name_or_path")
+    for path in (adapter, adapter.parent):
+        if (path / CONFIG).is_file():
+            _, record = folder.read_config(path)
+            base = record.get("base_model", {})
+            return base.get("fingerprint"), str(base.get("name") or name)
+    return None, str(name) if name else None
+
+
+def _short(name: str) -> str:
+    return Path(name).name.removesuffix(".gguf")

@@ -1,0 +1,168 @@
+"""The merged model as named tensors: what each is called, its shape, and how its rows are made.
+
+W' = round(W + scaling * B A), computed in float32 and rounded once. W is the base that is asked for: with `quant` the
+weights as training held them, dequantized; without, the source's own.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.export.deltas import Delta
+from halfbyte.export.safetensors_file import Planned
+from halfbyte.models.load import load_model, read_weight
+from halfbyte.models.options import ModelOptions
+from halfbyte.models.source import ModelSource
+from halfbyte.models.spec import ModelSpec
+from halfbyte.quant import DTYPE_NAMES, DTYPES, QuantOptions, Weight
+
+_PIECE = 1 << 22  # elements in flight: 16 MB of float32
+
+
+def plan_tensors(
+    model: ModelOptions,
+    source: ModelSource,
+    deltas: Mapping[str, Delta],
+    quant: QuantOptions | None,
+    dtype: torch.dtype,
+) -> list[Planned]:
+    """Every tensor of the merged model, and how its rows are made. Reads no weights for the decoder's families."""
+    if ModelSpec.serves(source.config):
+        planned = _plan_streamed(source, deltas, quant, dtype)
+    else:
+        planned = _plan_loaded(model, deltas, quant, dtype)
+    names = {tensor.name for tensor in planned}
+    lost = sorted(name for name in deltas if f"{name}.weight" not in names)
+    if lost:
+        raise UsageError(
+            f"the adapter changes {lost[0]} ({len(lost)} such), which {source.name} has not: it is another model's"
+        )
+    return planned
+
+
+def _plan_streamed(
+    source: ModelSource, deltas: Mapping[str, Delta], quant: QuantOptions | None, dtype: torch.dtype
+) -> list[Planned]:
+    spec = ModelSpec.from_config(source.config)
+    linears = {f"{linear.name}.weight": linear.name for linear in spec.linears()}
+    planned = []
+    for name, shape in spec.tensors():
+        found = source.info(name)
+        if found.shape != shape:
+            raise UsageError(f"{source.path}: tensor {name} is {list(found.shape)}, the config says {list(shape)}")
+        if name not in linears:
+            planned.append(Planned(name, shape, dtype, *_copied(source, name, dtype)))
+            continue
+        delta = deltas.get(linears[name])
+        _require_fit(linears[name], delta, shape)
+
+        def weight(name: str = name) -> Weight:
+            own = source.info(name).dtype  # what stays unquantized keeps its precision until the sum
+            return read_weight(source, name, quant, own if own in DTYPE_NAMES else torch.float32, torch.device("cpu"))
+
+        planned.append(Planned(name, shape, dtype, _merged(weight, delta, name, dtype)))
+    return planned
+
+
+def _plan_loaded(
+    model: ModelOptions, deltas: Mapping[str, Delta], quant: QuantOptions | None, dtype: torch.dtype
+) -> list[Planned]:
+    loaded = load_model(model, quant, device="cpu").model
+    transposed: frozenset[str] = getattr(loaded, "transposed", frozenset())
+    planned = []
+    for name, dense in loaded.named_tensors():  # type: ignore[operator]
+        module = name.removesuffix(".weight")
+        delta = deltas.get(module) if name.endswith(".weight") else None
+        shape = tuple(dense().shape)
+        _require_fit(module, delta, shape[::-1] if module in transposed else shape)
+        rows = _whole(dense, delta, module in transposed, name, dtype)
+        planned.append(Planned(name, shape, dtype, rows))
+    return planned
+
+
+def _require_fit(name: str, delta: Delta | None, shape: tuple[int, ...]) -> None:
+    if delta is not None and (delta.b.shape[0], delta.a.shape[1]) != tuple(shape):
+        raise UsageError(
+            f"the adapter's update of {name} is {delta.b.shape[0]} x {delta.a.shape[1]}, the model's linear "
+            f"{' x '.join(map(str, shape))}: it was trained on another base"
+        )
+
+
+def _copied(
+    source: ModelSource, name: str, dtype: torch.dtype
+) -> tuple[Callable[[], Iterator[Tensor]], Callable[[int, int], Tensor]]:
+    def read(start: int, stop: int) -> Tensor:
+        return _finite(source.read_rows(name, start, stop).to(dtype), name)
+
+    def rows() -> Iterator[Tensor]:
+        for start, stop in _pieces(source.info(name).shape):
+            yield read(start, stop)
+
+    return rows, read
+
+
+def _merged(
+    weight: Callable[[], Weight], delta: Delta | None, name: str, dtype: torch.dtype
+) -> Callable[[], Iterator[Tensor]]:
+    def rows() -> Iterator[Tensor]:
+        held = weight()
+        for start, stop in _pieces(held.shape):
+            piece = held.dequantize(torch.float32, rows=slice(start, stop))
+            if delta is not None:
+                piece = piece + delta.rows(start, stop)
+            yield _finite(piece.to(dtype), name)
+
+    return rows
+
+
+def _whole(
+    dense: Callable[[], Tensor], delta: Delta | None, transposed: bool, name: str, dtype: torch.dtype
+) -> Callable[[], Iterator[Tensor]]:
+    def rows() -> Iterator[Tensor]:
+        tensor = dense().float()
+        if delta is not None:
+            update = delta.rows(0, delta.b.shape[0])
+            tensor = tensor + (update.t() if transposed else update)
+        yield _finite(tensor.to(dtype), name)
+
+    return rows
+
+
+def _pieces(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    width = 1
+    for size in shape[1:]:
+        width *= size
+    step = max(1, _PIECE // max(1, width))
+    for start in range(0, shape[0], step):
+        yield start, min(start + step, shape[0])
+
+
+def _finite(piece: Tensor, name: str) -> Tensor:
+    if not bool(torch.isfinite(piece).all()):
+        raise HalfbyteError(
+            f"{name} is not finite in {str(piece.dtype).removeprefix('torch.')}: the adapter has diverged, or the type "
+            "is too narrow (use bfloat16)"
+        )
+    return piece
+
+
+def base_is_the_sources_own(source: ModelSource, quant: QuantOptions | None) -> bool:
+    """Whether the weights that training held are the source's own, so that both bases of a merge are one.
+
+    Without quantization they are; and where the file brought the 4-bit blocks that training kept.
+    """
+    if quant is None:
+        return True
+    if not ModelSpec.serves(source.config):
+        return False
+
+    def kept(name: str) -> bool:
+        chosen = quant.format_of(name)
+        own = source.info(f"{name}.weight").dtype
+        if chosen in DTYPES:
+            return DTYPES[chosen] is own
+        return source.prequantized(f"{name}.weight") is not None
+
+    return all(kept(linear.name) for linear in ModelSpec.from_config(source.config).linears())
