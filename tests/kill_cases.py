@@ -1,6 +1,5 @@
 """What `tests/kill.py` kills: everything of halfbyte that writes final files, on tiny models."""
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from functools import cache
@@ -11,6 +10,8 @@ import torch
 
 from halfbyte.adapters import LoraOptions, attach, save_adapter
 from halfbyte.export.folder import new_folder
+from halfbyte.export.gguf_adapter import write_gguf_adapter
+from halfbyte.export.gguf_writer import write_gguf
 from halfbyte.export.merge import MergeOptions, merge, plan_tensors, read_deltas
 from halfbyte.files import new_file, new_files, write_atomic
 from halfbyte.models.load import load_model
@@ -79,9 +80,9 @@ def cases() -> Iterator[Case]:
     )
     yield Case("merge", nothing, lambda f: _merge(f / "out"), ("out",))
     yield Case("merge-over", lambda f: _merge(f / "out", "float32"), lambda f: _merge(f / "out"), ("out",))
-    if importlib.util.find_spec("halfbyte.export.gguf_writer") is not None:
-        yield Case("gguf", nothing, lambda f: _gguf(f / "out.gguf"))
-        yield Case("gguf-over", lambda f: _put(f / "out.gguf", "old"), lambda f: _gguf(f / "out.gguf"))
+    yield Case("gguf", nothing, lambda f: _gguf(f / "out.gguf"))
+    yield Case("gguf-over", lambda f: _put(f / "out.gguf", "old"), lambda f: _gguf(f / "out.gguf"))
+    yield Case("gguf-adapter", nothing, lambda f: _gguf_adapter(f / "out.gguf"))
 
 
 def naive() -> Case:
@@ -166,9 +167,12 @@ def _merge(out: Path, dtype: str = "bfloat16") -> None:
 
 def _gguf(path: Path) -> None:
     """A merged model as one GGUF file."""
-    from halfbyte.export.gguf_writer import write_gguf
-
     options = ModelOptions(model=str(model() / "base"))
     source = open_source(options.model)
     planned = plan_tensors(options, source, read_deltas(model() / "adapter"), None, torch.bfloat16)
-    write_gguf(path, planned, source, "Q8_0", None, None)
+    write_gguf(path, planned, source, "Q8_0", None)
+
+
+def _gguf_adapter(path: Path) -> None:
+    source = open_source(str(model() / "base"))
+    write_gguf_adapter(path, read_deltas(model() / "adapter"), source, "tiny")

@@ -191,6 +191,14 @@ def test_configs_with_other_values(family: str, change: dict[str, Any], message:
         ModelSpec.from_config(plain)
 
 
+@pytest.mark.parametrize("name", ["a" * 5000, "a\x00b", "\udc80", "missing.safetensors"])
+def test_a_shard_of_no_possible_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config("llama1-mha").to_dict()))
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
+    with pytest.raises(UsageError, match="is missing, which"):
+        open_source(str(tmp_path))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_still_read(family: str) -> None:
     plain = json.loads(json.dumps(config(family).to_dict()))

@@ -5,22 +5,16 @@ source's can be copied as they lie) and tensors come in pieces. Format (ggml's d
 magic, version, counts, key-value pairs, tensor table, padding to 32 bytes, then each tensor's bytes, padded likewise.
 """
 
-import errno
 import math
-import os
 import struct
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import gguf
 from torch import Tensor
 
-from halfbyte.errors import DoesNotFit, HalfbyteError
-from halfbyte.files import fsync_folder
+from halfbyte.files import new_file
 from halfbyte.quant.gguf_encode import row_bytes
 
 ALIGNMENT = 32
@@ -101,7 +95,7 @@ def write_container(
 
     `on_bytes` hears how many bytes of tensors each piece had.
     """
-    with _new_file(path) as file:
+    with new_file(path) as part, part.open("wb") as file:
         file.write(start)
         for entry in entries:
             written = 0
@@ -118,33 +112,3 @@ def write_container(
 
 def _padding(nbytes: int) -> int:
     return -nbytes % ALIGNMENT
-
-
-@contextmanager
-def _new_file(path: Path) -> Iterator[BinaryIO]:
-    """A temporary file beside `path`, which takes its place once it is on the disk."""
-    temporary: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fd, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
-        temporary = Path(name)
-        with os.fdopen(fd, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        _remove(temporary)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DoesNotFit(f"the disk became full while {path} was written: free some space and try again") from error
-        raise HalfbyteError(f"{path} could not be written: {error.strerror or error}") from error
-    except BaseException:
-        _remove(temporary)
-        raise
-    fsync_folder(path.parent)
-
-
-def _remove(temporary: Path | None) -> None:
-    if temporary is not None:
-        temporary.unlink(missing_ok=True)
