@@ -8,11 +8,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from halfbyte.models.gguf_dequant import dequantize_into
 from torch import Tensor
 
 from halfbyte.models.source import open_source
 from halfbyte.ops import native
+from halfbyte.quant.gguf_decode import dequantize_into
 from halfbyte.quant.gguf_encode import TYPES, block_of, encode, row_bytes
 from tests.ops.conftest import available
 

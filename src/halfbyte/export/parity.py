@@ -443,10 +443,14 @@ def _compare_answers(
     """Greedy answers to the trained model's ids, and the metrics of their texts."""
     agreed, total, same = 0, 0, 0
     texts: list[tuple[HeldOutRow, str, str]] = []
+    if not prompts:
+        return report
+    rooms = {i: _room(rows[i], question.max_new_tokens) for i in prompts}
+    most = max(rooms.values())
+    answered = dict(zip(prompts, trained.greedy_all(list(prompts.values()), most, question.stop_ids), strict=True))
     for i, ids in prompts.items():
-        length = sum(map(bool, rows[i].supervised)) or question.max_new_tokens
-        room = min(question.max_new_tokens, length + 16)
-        ours, theirs = (model.greedy(ids, room, question.stop_ids) for model in (trained, served))
+        ours = answered[i][: rooms[i]]
+        theirs = served.greedy(ids, rooms[i], question.stop_ids)
         common = next((k for k, (x, y) in enumerate(zip(ours, theirs, strict=False)) if x != y), None)
         common = min(len(ours), len(theirs)) if common is None else common
         # The end of an answer is a token too: stopping where the other goes on is a difference.
@@ -457,10 +461,13 @@ def _compare_answers(
         a, b = (str(trained.tokenizer.decode(x, skip_special_tokens=True)).strip() for x in (ours, theirs))
         texts.append((rows[i], a, b))
         tell("answers", i + 1, len(rows))
-    if not texts:
-        return report
     report = replace(report, answers=len(texts), same_answers=same, agreement=agreed / total if total else 1.0)
     return replace(report, metrics=_metrics(texts, question.metrics))
+
+
+def _room(row: HeldOutRow, most: int) -> int:
+    """Tokens that an answer may have: a few more than the right one, so that one that never ends costs little."""
+    return min(most, (sum(map(bool, row.supervised)) or most) + 16)
 
 
 def _is_tie(

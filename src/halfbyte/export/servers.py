@@ -27,7 +27,7 @@ from torch import Tensor
 from halfbyte.adapters import disabled
 from halfbyte.data import ChatTemplate, Encoder, render_prompt
 from halfbyte.errors import HalfbyteError, UsageError
-from halfbyte.evaluate.generate import generate
+from halfbyte.evaluate.generate import generate_batch
 from halfbyte.evaluate.sampling import GenerateOptions
 from halfbyte.evaluate.session import Session, inference
 
@@ -69,6 +69,7 @@ class TrainedModel:
         self.tokenizer = tokenizer
         self.template = template
         self._encoder = Encoder(tokenizer)
+        self._answers: dict[tuple[tuple[int, ...], int, frozenset[int]], list[int]] = {}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -93,8 +94,18 @@ class TrainedModel:
             return self.logprobs(ids, first)
 
     def greedy(self, ids: Sequence[int], max_new_tokens: int, stop_ids: Collection[int]) -> list[int]:
+        return self.greedy_all([ids], max_new_tokens, stop_ids)[0]
+
+    def greedy_all(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop_ids: Collection[int]
+    ) -> list[list[int]]:
+        """Answers to many prompts together; each prompt is answered once, however many files are compared with it."""
+        keys = [(tuple(ids), max_new_tokens, frozenset(stop_ids)) for ids in prompts]
+        new = [key for key in dict.fromkeys(keys) if key not in self._answers]
         options = GenerateOptions(max_new_tokens=max_new_tokens)
-        return list(generate(self.model, self.tokenizer, list(ids), options, stop_ids).tokens)
+        made = generate_batch(self.model, self.tokenizer, [ids for ids, _, _ in new], options, stop_ids) if new else []
+        self._answers |= {key: list(one.tokens) for key, one in zip(new, made, strict=True)}
+        return [self._answers[key] for key in keys]
 
     def close(self) -> None:
         self.model = None
