@@ -36,6 +36,7 @@ def test_values() -> None:
         "down_proj": "bf16",
         "o_proj": "int8",
     }
+    assert given(blocksize="4096").blocksize == 4096
     assert given(data=["a,b.jsonl"]).data == "a,b.jsonl"
     assert [s.path for s in given(data=["a", "b"]).data or () if not isinstance(s, str)] == ["a", "b"]
     assert given(report_to=["tensorboard,wandb"]).report_to == ("tensorboard", "wandb")

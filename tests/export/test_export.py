@@ -247,6 +247,15 @@ def test_an_adapter_is_compared_over_the_file_that_it_was_trained_on(tuned: Tune
     named = export(subject(tuned), tmp_path / "named", ExportOptions(to="gguf-adapter", over=str(base)))
     assert passed(named)
     assert named.exported[0].kind == "f32"
+    bare = tmp_path / "bare.gguf"
+    write_gguf(families.transformers.AutoModelForCausalLM.from_pretrained(tuned.base), bare,
+               vocabulary=vocabulary(None))  # fmt: skip
+    beside = export(subject(tuned, str(bare)), tmp_path / "beside", ExportOptions(to="gguf-adapter"))
+    assert passed(beside)
+    written_beside = tmp_path / "beside" / "chat_template.jinja"
+    assert written_beside.read_text() == tuned.template.source
+    assert beside.exported[0].command.endswith(f" --jinja --chat-template-file {written_beside}")
+    assert not (tmp_path / "own" / "chat_template.jinja").exists()
     other = make_tuned(tmp_path / "other", "llama3-head-dim")
     wrong = export(subject(tuned), tmp_path / "wrong", ExportOptions(
         to="gguf-adapter", over=str(other.gguf(tmp_path / "other.gguf"))))  # fmt: skip

@@ -170,6 +170,10 @@ def _value(name: str, value: Any, fields: Mapping[str, Any]) -> Any:
     """A flag's text as the field takes it: repeated flags or commas are a list, `a=b` a mapping."""
     alias = aliases.ALIASES.get(name)
     field = alias.field if alias is not None and name not in fields else name
+    if field in fields and isinstance(value, str):
+        # Pydantic makes an int of "64" anywhere but in a Literal.
+        choices = [w for m in _members(fields[field]) if get_origin(m) is Literal for w in get_args(m)]
+        return next((choice for choice in choices if isinstance(choice, int) and str(choice) == value), value)
     if not isinstance(value, list | tuple) or field not in fields:
         return value
     items = [str(item) for item in value]

@@ -42,7 +42,7 @@ from halfbyte.options import Options
 from halfbyte.quant import QuantOptions
 
 Format = Literal["gguf", "gguf-adapter", "hf", "ollama", "bnb-4bit", "gptq", "awq"]
-CARD = "README.md"
+CARD, TEMPLATE = "README.md", "chat_template.jinja"
 _SMALL_FILES = 64_000_000  # tokenizer, config, template: for the check of the disk
 _BITS = {
     "f32": 32.0, "f16": 16.0, "bf16": 16.0, "q8_0": 8.5, "q6_k": 7.0, "q5_k_m": 6.5, "q4_k_m": 6.0, "q4_0": 5.5,
@@ -270,9 +270,8 @@ def _plan_gguf(subject: Subject, options: ExportOptions, fixed: str | None = Non
         planned = _planned(subject, options, torch.float32)
         source = None if subject.template is None else subject.template.source
         for one in files:
-            write_gguf(
-                folder / one.file, planned, subject.source, one.kind, source, partial(tell, f"writing {one.file}")
-            )
+            progress = partial(tell, f"writing {one.file}")
+            write_gguf(folder / one.file, planned, subject.source, one.kind, source, progress)
         return limits(spec_of(subject.source))
 
     return _Plan(
@@ -290,25 +289,32 @@ def _plan_adapter(subject: Subject, options: ExportOptions, fixed: str | None = 
     adapter = subject.adapter
     file = fixed or f"{subject.name}-adapter.gguf"
     over = _base_file(subject, options.over)
+    template = _template_beside(subject, over)
 
     def write(folder: Path, tell: OnEvent) -> list[str]:
         from halfbyte.export.gguf_adapter import write_gguf_adapter
 
         write_gguf_adapter(folder / file, read_deltas(adapter), subject.source, subject.name)
+        if template is not None:
+            (folder / TEMPLATE).write_text(template, encoding="utf-8")
         return []
 
     def serve(out: Path, one: Exported, context: int, date: str | None) -> Served:
         if over is None:
             raise UsageError(f"the base {subject.source.name} is not a GGUF file: name the one it will be served over, "
                              "--over FILE.gguf")  # fmt: skip
-        return LlamaCppServer(over, context, lora=out / one.file, date=date)
+        return LlamaCppServer(over, context, lora=out / one.file, date=date, template=template)
 
-    base = "BASE.gguf" if over is None else _shown(over)
+    def command(out: Path, one: Exported) -> str:
+        base = "BASE.gguf" if over is None else _shown(over)
+        own = "" if template is None else f" --jinja --chat-template-file {_shown(out / TEMPLATE)}"
+        return f"llama-server -m {base} --lora {_shown(out / one.file)}{own}"
+
     return _Plan(
         exported=(Exported(file, _kind_over(subject, over), ""),),
         nbytes=sum(path.stat().st_size for path in adapter.glob("adapter_model.*")),
         write=write,
-        command=lambda out, one: f"llama-server -m {base} --lora {_shown(out / one.file)}",
+        command=command,
         program="llama.cpp",
         serve=serve,
     )
@@ -401,6 +407,14 @@ def _write_folder(folder: Path, subject: Subject, options: ExportOptions, kind: 
         from halfbyte.export.awq import write_awq_folder
 
         write_awq_folder(folder, subject.source, planned, rows, adapter=adapter)
+
+
+def _template_beside(subject: Subject, over: Path | None) -> str | None:
+    """The run's chat template, where the base's file does not have the same one: an adapter's file holds none."""
+    if subject.template is None:
+        return None
+    own = None if over is None else GgufFile(over).get("tokenizer.chat_template")
+    return None if own == subject.template.source else subject.template.source
 
 
 def _base_file(subject: Subject, over: str | None) -> Path | None:

@@ -151,18 +151,20 @@ def _finite(piece: Tensor, name: str) -> Tensor:
 def base_is_the_sources_own(source: ModelSource, quant: QuantOptions | None) -> bool:
     """Whether the weights that training held are the source's own, so that both bases of a merge are one.
 
-    Without quantization they are; and where the file brought the 4-bit blocks that training kept.
+    Without quantization they are; and where the file brought the blocks that training kept.
     """
     if quant is None:
         return True
     if not ModelSpec.serves(source.config):
         return False
 
+    blocks = {} if quant.requantize else source.prequantized_bytes()
+
     def kept(name: str) -> bool:
         chosen = quant.format_of(name)
         own = source.info(f"{name}.weight").dtype
         if chosen in DTYPES:
             return DTYPES[chosen] is own
-        return source.prequantized(f"{name}.weight") is not None
+        return f"{name}.weight" in blocks
 
     return all(kept(linear.name) for linear in ModelSpec.from_config(source.config).linears())

@@ -183,6 +183,7 @@ class LlamaCppServer:
 
     context   the most tokens of a prompt and its answer
     date      what a template that prints today's date is given, so that it is the one of training
+    template  takes the place of the file's own, as --chat-template-file does
 
     A conversation becomes a prompt as llama-server makes it (common/chat.cpp, tools/server): the file's Jinja template,
     rendered with `enable_thinking` set; a BOS that the template prints first is taken away where the tokenizer adds
@@ -191,7 +192,14 @@ class LlamaCppServer:
     Raises UsageError without llama-cpp-python, HalfbyteError where llama.cpp does not load the file, with its reason.
     """
 
-    def __init__(self, path: Path, context: int, lora: Path | None = None, date: str | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        context: int,
+        lora: Path | None = None,
+        date: str | None = None,
+        template: str | None = None,
+    ) -> None:
         self._api = require_llama_cpp()
         self.name = f"llama.cpp (llama-cpp-python {self._api.__version__})"
         self._date = date
@@ -221,7 +229,7 @@ class LlamaCppServer:
                 ) from None
         self._vocab = self._api.llama_model_get_vocab(self._model)
         self._size = int(self._api.llama_vocab_n_tokens(self._vocab))
-        self._formatter = self._make_formatter()
+        self._formatter = self._make_formatter(template)
         self._batch = self._api.llama_batch_init(self._llama.n_batch, 0, 1)
 
     def token_ids(self, prompt: Prompt, tools: Tools = None) -> list[int]:
@@ -281,10 +289,10 @@ class LlamaCppServer:
         if self._api.llama_set_adapters_lora(self._llama.ctx, one, 1, scale):
             raise RuntimeError("the adapter could not be put on the model")
 
-    def _make_formatter(self) -> Any:
+    def _make_formatter(self, template: str | None) -> Any:
         from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
-        raw = self._api.llama_model_chat_template(self._model, None)
+        raw = self._api.llama_model_chat_template(self._model, None) if template is None else template.encode()
         if not raw:
             return None
         bos, eos = self._api.llama_vocab_bos(self._vocab), self._api.llama_vocab_eos(self._vocab)

@@ -16,6 +16,7 @@ import torch
 
 from halfbyte.adapters.lora import LoraOptions
 from halfbyte.data import Example, Prepared, prepare
+from halfbyte.data.builtin_templates import BUILTINS
 from halfbyte.data.options import DataOptions, DataSource, sources_of
 from halfbyte.errors import UsageError
 from halfbyte.models.load import resolve_device, resolve_dtype
@@ -84,7 +85,8 @@ def absolute(config: RunConfig) -> RunConfig:
     changes: dict[str, Any] = {}
     for name in ("model", "adapter_path", "chat_template"):
         value = getattr(config, name)
-        if value is not None and Path(value).expanduser().exists():
+        word = name == "chat_template" and (value == "auto" or value in BUILTINS)
+        if value is not None and not word and Path(value).expanduser().exists():
             changes[name] = str(Path(value).expanduser().resolve())
     for name in ("data", "eval_data"):
         sources = tuple(_absolute_source(source) for source in sources_of(getattr(config, name)))
