@@ -365,8 +365,7 @@ def _plan_folder(subject: Subject, options: ExportOptions) -> _Plan:
     bits = _BITS[kind] if options.to == "hf" else 8  # embeddings and the output head stay in 16 bits
 
     def write(folder: Path, tell: OnEvent) -> list[str]:
-        _write_folder(folder, subject, options, kind, tell)
-        return []
+        return _write_folder(folder, subject, options, kind, tell)
 
     def serve(out: Path, one: Exported, context: int, date: str | None) -> Served:
         # In float32, so that what is seen is what the file holds and not the rounding of a 16-bit computation.
@@ -382,13 +381,14 @@ def _plan_folder(subject: Subject, options: ExportOptions) -> _Plan:
     )
 
 
-def _write_folder(folder: Path, subject: Subject, options: ExportOptions, kind: str, tell: OnEvent) -> None:
+def _write_folder(folder: Path, subject: Subject, options: ExportOptions, kind: str, tell: OnEvent) -> list[str]:
+    """Fill `folder`; returns what users should know."""
     if options.to == "hf":
         assert subject.adapter is not None
         base: Any = "trained" if options.base == "dequantized" else options.base
         merging = MergeOptions(base=base, merge_dtype=_HF_TYPES[kind], verify=False)
-        merge(subject.model, subject.adapter, folder, subject.quant, merging, lambda a, b: tell("writing", a, b))
-        return
+        merge(subject.model, subject.adapter, folder, subject.quant, merging, partial(tell, "writing"))
+        return []
     planned = _planned(subject, options, torch.bfloat16)
     adapter = subject.adapter or subject.source.path
     if options.to == "bnb-4bit":
@@ -397,16 +397,17 @@ def _write_folder(folder: Path, subject: Subject, options: ExportOptions, kind: 
         four_bit = subject.quant is not None and subject.quant.quant_type in ("nf4", "fp4")
         quant = subject.quant if four_bit and subject.quant is not None else QuantOptions()
         write_bnb_folder(folder, planned, subject.source, quant, adapter)
-        return
-    rows = subject.calibration()
+        return []
+    rows, progress = subject.calibration(), partial(tell, "quantizing")
     if options.to == "gptq":
         from halfbyte.export.gptq import write_gptq_folder
 
-        write_gptq_folder(folder, subject.source, planned, rows, adapter=adapter)
+        report = write_gptq_folder(folder, subject.source, planned, rows, adapter=adapter, on_progress=progress)
     else:
         from halfbyte.export.awq import write_awq_folder
 
-        write_awq_folder(folder, subject.source, planned, rows, adapter=adapter)
+        report = write_awq_folder(folder, subject.source, planned, rows, adapter=adapter, on_progress=progress)
+    return list(report.notes)
 
 
 def _template_beside(subject: Subject, over: Path | None) -> str | None:

@@ -32,8 +32,8 @@ from halfbyte.run.outputs import TEMPLATE
 from halfbyte.run.target import Target, open_target, rows_from
 from halfbyte.train.run_directory import RESULT
 
-CALIBRATION_ROWS = 128
-"""Rows of training on which gptq and awq see what the linears are given; both papers use 128."""
+CALIBRATION_TOKENS = 32_768
+"""Tokens of training rows, as they come, on which gptq and awq see what the linears are given: some hundred rows."""
 
 
 def export_target(
@@ -98,7 +98,7 @@ def subject_of(target: Target, source: ModelSource, options: ExportOptions, data
         system=config.system_prompt if template is not None else None,
         trained=lambda: _trained(target, source, template),
         held_out=held_out,
-        calibration=lambda: [_ids(example) for example in prepared().train[:CALIBRATION_ROWS]],
+        calibration=lambda: calibration_rows(prepared().train),
         card=None if target.run is None else _card(target.run, source),
     )
 
@@ -181,5 +181,12 @@ def _texts(tokenizer: Any, ids: Iterable[int]) -> list[str]:
     return [str(tokenizer.convert_ids_to_tokens(index)) for index in sorted(ids)]
 
 
-def _ids(example: Example) -> Tensor:
-    return torch.from_numpy(example.input_ids).long()
+def calibration_rows(examples: Sequence[Example]) -> list[Tensor]:
+    found: list[Tensor] = []
+    tokens = 0
+    for example in examples:
+        if found and tokens + len(example) > CALIBRATION_TOKENS:
+            break
+        found.append(torch.from_numpy(example.input_ids).long())
+        tokens += len(example)
+    return found
