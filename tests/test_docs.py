@@ -9,15 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
+import torch
 
 from halfbyte.cli import VERBS, load, main
+from halfbyte.export.gguf_writer import write_gguf
+from halfbyte.export.merge import plan_tensors
+from halfbyte.models.options import ModelOptions
+from halfbyte.models.source import open_source
 from halfbyte.run import reference
 from halfbyte.run.config import RunConfig, load_config
 from halfbyte.run.run import run
+from tests.evaluate.conftest import VOCAB, byte_tokenizer
 from tests.models import families
-from tests.models.gguf_files import write_gguf
 from tests.run.conftest import _no_measuring, _own_cache, data_file, model_folder, rows, write_rows
 
 __all__ = ["_no_measuring", "_own_cache", "data_file", "model_folder"]
@@ -36,14 +40,33 @@ def finished(model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempP
     return run(config).path
 
 
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model in blocks of 8 bits."""
+    folder = tmp_path_factory.mktemp("gguf")
+    config = families.config("qwen2")
+    config.vocab_size, config.hidden_size, config.intermediate_size = VOCAB, 64, 96
+    families.make_model(config).save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    source = open_source(str(folder / "model"))
+    planned = plan_tensors(ModelOptions(model=str(folder / "model")), source, {}, None, torch.float32)
+    write_gguf(folder / "my-model.gguf", planned, source, "q8_0", None)
+    return folder / "my-model.gguf"
+
+
 @pytest.fixture
-def place(model_folder: Path, data_file: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(
+    model_folder: Path,
+    gguf_file: Path,
+    data_file: Path,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
     """What the pages speak of: my-model, my-model.gguf, rows and prompts, and (but for train) runs/mine."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(model_folder, "my-model")
-    config = families.config("qwen2")
-    config.hidden_size, config.intermediate_size = 64, 96
-    write_gguf(families.make_model(config), Path("my-model.gguf"), gguf.GGMLQuantizationType.Q8_0)
+    shutil.copy(gguf_file, "my-model.gguf")
     shutil.copy(data_file, "rows.jsonl")
     write_rows(Path("heldout.jsonl"), rows(70)[60:])
     Path("prompts.txt").write_text("say 1:\nsay 2:\n")

@@ -2,6 +2,7 @@
 
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 from halfbyte.errors import DoesNotFit
 from halfbyte.export import bases
-from halfbyte.export.bases import Candidate, Merging, NotAsTrained, ScoreTable, score_candidates
+from halfbyte.export.bases import Candidate, Merging, NotAsTrained, ScoreTable, score_candidates, unmerged_says
 from halfbyte.export.deltas import read_deltas
 from halfbyte.export.merge import MergeOptions, merge
 from halfbyte.export.score import HeldOut, compare, listen
@@ -18,8 +19,9 @@ from halfbyte.models.load import load_model
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import open_source
 from halfbyte.quant import QuantOptions
-from tests.export.conftest import Trained, make_trained
+from tests.export.conftest import Trained, make_adapter, make_trained, save_base
 
+NF4 = QuantOptions(quant_type="nf4", blocksize=64, double_quant=False)
 COARSE = QuantOptions(quant_type="int4", blocksize=4096, double_quant=False)
 ALL = [Candidate(base, again) for again in (False, True) for base in ("16bit", "dequantized")]
 
@@ -38,7 +40,7 @@ def test_a_score_is_that_of_the_written_folder(name: str, tmp_path: Path, rows: 
     trained = make_trained(name, tmp_path, COARSE)
     made = merging(trained, COARSE)
     table = scored(made, rows)
-    unmerged = bases.unmerged_says(made, lambda model, tokenizer: listen(model, tokenizer, rows, 6))
+    unmerged = unmerged_says(made, lambda model, tokenizer: listen(model, tokenizer, rows, 6))
     for candidate, score in table.scores:
         folder = tmp_path / candidate.base
         if not folder.exists():
@@ -72,6 +74,18 @@ def test_what_is_served_in_4_bits_decides_where_it_is_asked_for(llama: Trained, 
         table.require_close()
     assert [candidate["name"] for candidate in table.to_json()["candidates"]] == [c.name for c in ALL]
     assert json.loads(json.dumps(table.to_json()))["chosen"] == table.chosen.name
+
+
+def test_quantizing_again_erases_a_small_update_from_the_dequantized_base(tmp_path: Path, rows: HeldOut) -> None:
+    reference = save_base("llama3-gqa", tmp_path / "base")
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", NF4, size=0.005)  # about 1 % of the weights
+    made = merging(Trained(tmp_path / "base", reference, adapter), NF4, torch.float32)
+    found = {candidate.name: score.kl for candidate, score in scored(made, rows).scores}
+    tuned = unmerged_says(made, lambda model, tokenizer: listen(model, tokenizer, rows, 6))
+    bare = unmerged_says(replace(made, deltas={}), lambda model, tokenizer: listen(model, tokenizer, rows, 6))
+    untuned = compare("untuned", bare, tuned, rows).kl
+    assert found["dequantized"] < 0.05 * untuned
+    assert found["dequantized, requantized"] > 0.5 * untuned
 
 
 def test_models_are_in_memory_one_at_a_time(llama: Trained, rows: HeldOut, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -311,7 +311,7 @@ def test_what_the_file_says_about_itself(tmp_path: Path) -> None:
 
 
 def spm_tokenizer(spm: sentencepiece.SentencePieceProcessor, folder: Path, **changes: Any) -> Any:
-    """transformers' own conversion of a SentencePiece model."""
+    """A SentencePiece model as a fast tokenizer; `tests.models.test_gguf_tokenizer` shows that they agree."""
     fields = {**spm_fields(spm), **changes}
     source = write_vocabulary(folder / "vocabulary.gguf", "llama", **fields)
     return from_gguf(source)
@@ -348,7 +348,6 @@ def assert_same_ids(path: Path, tokenizer: Any, texts: list[str]) -> None:
         for text in texts:
             expected = tokenizer(text)["input_ids"]
             assert model.tokenize(text.encode(), add_bos=True, special=True) == expected, text
-            assert model.detokenize(expected, special=True).decode(errors="replace") is not None
 
 
 @pytest.mark.parametrize("pre", ["qwen2", "llama-bpe", "gpt-2"])

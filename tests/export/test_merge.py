@@ -413,14 +413,10 @@ import sys
 from pathlib import Path
 
 import psutil
+import torch
 
-from halfbyte.export import bases
-from halfbyte.export.bases import Candidate, NotAsTrained
 from halfbyte.export.bnb_folder import write_bnb_folder
-from halfbyte.export.deltas import WeightedAdapter, attach_deltas, parse_adapter, read_deltas, read_sum
-from halfbyte.export.merge import MergeOptions, merge, plan_tensors
-from halfbyte.export.merged_tensors import base_is_the_sources_own
-from halfbyte.export.score import HeldOut
+from halfbyte.export.merge import MergeOptions, merge, plan_tensors, read_deltas
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import open_source
 from halfbyte.quant import QuantOptions

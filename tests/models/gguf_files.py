@@ -1,6 +1,7 @@
 """Writes a transformers model as a GGUF file the way llama.cpp's converter does, in any of ggml's types."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,18 +76,16 @@ def write_gguf(
     model: PreTrainedModel,
     path: Path,
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    vocabulary: Callable[[gguf.GGUFWriter, int], None] | None = None,
 ) -> None:
-    """Matrices in `kind` where their rows divide into its blocks, else (and all vectors) float32."""
+    """Matrices in `kind` where their rows divide into its blocks, else (and all vectors) float32.
+
+    `vocabulary` writes the tokenizer of that many tokens; by default made-up words.
+    """
     config, architecture = model.config, architecture_of(model)
     writer = gguf.GGUFWriter(path, architecture)
     write_metadata(writer, architecture, config)
-    writer.add_tokenizer_model("llama")
-    tokens = ["<unk>", "<s>", "</s>"] + [f"t{i}" for i in range(config.vocab_size - 3)]
-    writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * len(tokens))
-    writer.add_token_types([2, 3, 3] + [1] * (len(tokens) - 3))
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    (vocabulary or _made_up_words)(writer, config.vocab_size)
     names = gguf.get_tensor_name_map(_arch(architecture), config.num_hidden_layers)
     if config.rope_parameters.get("rope_type") == "llama3":
         writer.add_tensor("rope_freqs.weight", llama3_factors(config).numpy())
@@ -112,6 +111,16 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _made_up_words(writer: gguf.GGUFWriter, size: int) -> None:
+    writer.add_tokenizer_model("llama")
+    tokens = ["<unk>", "<s>", "</s>"] + [f"t{i}" for i in range(size - 3)]
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * len(tokens))
+    writer.add_token_types([2, 3, 3] + [1] * (len(tokens) - 3))
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
 
 
 def _arch(architecture: str) -> gguf.MODEL_ARCH:

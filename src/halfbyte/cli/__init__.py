@@ -28,6 +28,7 @@ VERBS: dict[str, str] = {
     "generate": "Complete prompts.",
     "chat": "Talk to a model.",
     "merge": "Write base and adapter as one model folder.",
+    "export": "Files that llama.cpp, Ollama, transformers or vLLM serve, compared with what was trained.",
     "push": "Upload an adapter or an exported model to the Hugging Face Hub.",
     "runs": "List runs.",
     "watch": "Follow a run.",

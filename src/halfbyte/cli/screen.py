@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +22,17 @@ def console(stderr: bool = False) -> Console:
 def print_json(value: Any) -> None:
     """One JSON document on stdout, nothing else."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, default=str))
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A function for (what is being done, done, in all): one line on stderr, nothing where that is no terminal."""
+    made = Console(stderr=True, highlight=False)
+    if not made.is_terminal:
+        yield lambda what, done, total: None
+        return
+    with made.status("") as status:
+        yield lambda what, done, total: status.update(f"{what} {done / max(total, 1):.0%}")
 
 
 def printable(text: str) -> str:

@@ -4,6 +4,9 @@
     dequantized                the 4-bit weights that it was trained on, dequantized
     ..., requantized           the merged result quantized once more: what a server sees that loads it in 4 bits
 
+The last is another question with another answer: dequantized weights lie on the format's levels, and quantizing them
+again rounds a small update away, while around the 16-bit weights, which lie between levels, part of it survives.
+
 Nothing is written for this. A candidate is loaded from its plan (`planned_source`) as it would be from its folder, one
 at a time, and beside it lies only the unmerged model's output matrix.
 """

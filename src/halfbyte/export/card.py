@@ -57,6 +57,80 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def export_card(
+    config: Mapping[str, Any],
+    record: Mapping[str, Any],
+    result: Mapping[str, Any],
+    source: ModelSource,
+    exported: Mapping[str, Any],
+) -> str:
+    """The text of an export's README.md: the run's card, with how it is served and how it compares.
+
+    exported   parity.json's content
+    """
+    method = str(result.get("method", config["method"]))
+    front = front_matter(config, method, source)
+    gguf = exported["format"] in ("gguf", "gguf-adapter", "ollama")
+    front["library_name"] = "gguf" if gguf else "transformers"
+    front["tags"] = [*front["tags"], *(["gguf"] if gguf else [])]
+    if exported["format"] != "gguf-adapter" and "base_model_relation" in front:
+        front["base_model_relation"] = "finetune"
+    parts = [
+        f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
+        f"# {_short(str(config['model']))}, tuned with {_METHODS.get(method, method)}, as {exported['format']}",
+        _summary(config, record, result, source, method),
+        _serving(exported),
+        parity_section(exported),
+        _numbers(result),
+        _data(config, record),
+        _training(config, result, method),
+        _versions(record),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def parity_section(exported: Mapping[str, Any]) -> str:
+    """What was compared of an export, and the verdict: from parity.json's content."""
+    rows, words = [["file", "weights", "verdict", "prompts", "KL, nats a token", "greedy", "perplexity"]], []
+    for file in exported["files"]:
+        found, name = file["parity"], file["file"] or "this folder"
+        if found["passed"] is None:
+            rows.append([name, file["kind"], "not compared", "", "", "", ""])
+            words.append(f"- {name} was not compared: {found['skipped']}")
+            continue
+        perplexity = f"{_number(found['trained_perplexity'])} trained, {_number(found['served_perplexity'])} served"
+        rows.append(
+            [
+                name,
+                file["kind"],
+                "passed" if found["passed"] else "**failed**",
+                f"{found['same_prompts']} of {found['prompts']}" if found["prompts"] else "",
+                f"{found['mean_kl']:.2g}" if isinstance(found["mean_kl"], float) and found["tokens"] else "",
+                f"{found['same_answers']} of {found['answers']}" if found["answers"] else "",
+                perplexity if found["tokens"] else "",
+            ]
+        )
+        words += [f"- {name}: {failure}" for failure in found["failures"]]
+        words += [
+            f"- {name}: {k} {_number(a)} as trained, {_number(b)} served" for k, (a, b) in found["metrics"].items()
+        ]
+    programs = sorted({file["parity"]["program"] for file in exported["files"] if file["parity"]["program"]})
+    how = (
+        f"The same held-out rows through the trained, unmerged model and through {' and '.join(programs)}: prompts "
+        "with identical token ids, divergence of the answers' tokens, identical greedy answers. All figures are in "
+        "`parity.json`."
+    )
+    return "\n\n".join(
+        ["## Does it behave as trained?", how if programs else "", _table(rows), "\n".join(words)]
+    ).rstrip()
+
+
+def _serving(exported: Mapping[str, Any]) -> str:
+    commands = "\n".join(file["command"] for file in exported["files"])
+    notes = "\n".join(f"- {note}" for note in exported["notes"])
+    return f"## How to serve it\n\n```sh\n{commands}\n```" + (f"\n\n{notes}" if notes else "")
+
+
 def front_matter(config: Mapping[str, Any], method: str, source: ModelSource) -> dict[str, Any]:
     """The Hub's metadata. `base_model` only where it is a Hub id: the Hub refuses a path."""
     model = str(config["model"])

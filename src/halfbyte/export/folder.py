@@ -10,11 +10,11 @@ from halfbyte.errors import UsageError
 from halfbyte.files import fsync, fsync_folder, one_line, take_place
 
 
-def check_output(out: Path, overwrite: bool, keep: tuple[Path, ...] = ()) -> None:
+def check_output(out: Path, overwrite: bool, keep: tuple[Path, ...] = (), marker: str = "config.json") -> None:
     """UsageError unless a model folder may be written at `out`.
 
-    An empty folder is fine. A full one is replaced only with `overwrite`, only if it is a model's folder, and never
-    if it is, or holds, one of `keep` (the inputs).
+    An empty folder is fine. A full one is replaced only with `overwrite`, only if it is what it should be (it has the
+    file `marker`: a model's config.json), and never if it is, or holds, one of `keep` (the inputs).
     """
     target = out.resolve()
     for path in (p.resolve() for p in keep):
@@ -28,8 +28,9 @@ def check_output(out: Path, overwrite: bool, keep: tuple[Path, ...] = ()) -> Non
         return
     if not overwrite:
         raise UsageError(f"{out} exists and is not empty: choose another folder, or replace it with --overwrite")
-    if not (out / "config.json").is_file():
-        raise UsageError(f"{out} is not a model folder (it has no config.json), so it is not overwritten: remove it")
+    if not (out / marker).is_file():
+        what = "a model folder" if marker == "config.json" else "an export"
+        raise UsageError(f"{out} is not {what} (it has no {marker}), so it is not overwritten: remove it")
 
 
 @contextmanager

@@ -36,7 +36,7 @@ TensorProvider = Callable[[str], Tensor]
 
 
 @dataclass
-class _Context:
+class Context:
     """What all layers of one forward pass share."""
 
     lengths: tuple[int, ...]
@@ -99,7 +99,7 @@ class Layer(nn.Module):
         self.q_norm = norm("self_attn.q_norm") if spec.qk_norm else None
         self.k_norm = norm("self_attn.k_norm") if spec.qk_norm else None
 
-    def forward(self, x_TD: Tensor, context: _Context, rows: Tensor | None = None) -> Tensor:
+    def forward(self, x_TD: Tensor, context: Context, rows: Tensor | None = None) -> Tensor:
         """The layer's output; only of `rows` (int64) where given: behind the attention, positions do not meet."""
         x_TD, y_TD = self.input_norm.of_sum(x_TD)
         out_TS = self._attention(self.qkv(y_TD, self.input_norm.remake(x_TD)), context)
@@ -114,7 +114,7 @@ class Layer(nn.Module):
         after = None if self.after_mlp is None else self.after_mlp.weight
         return residual_add(s_TD, h, after, self.spec.norm_eps, self.spec.norm_plus_one)
 
-    def _attention(self, qkv: Tensor, context: _Context) -> Tensor:
+    def _attention(self, qkv: Tensor, context: Context) -> Tensor:
         spec = self.spec
         norms = None
         if self.q_norm is not None and self.k_norm is not None:
@@ -199,13 +199,7 @@ class Decoder(nn.Module):
         rows: Tensor | None = None,
     ) -> Tensor:
         """Final hidden states after the last norm, [T, D], of documents laid end to end; [N, D] of N `rows` only."""
-        x = self._embed(input_ids)
-        context = _Context(lengths, cache=cache)
-        held = cache.lengths if cache is not None else [0] * len(lengths)
-        totals = [old + new for old, new in zip(held, lengths, strict=True)]
-        for kind in {self.spec.rope, self.spec.local_rope} - {None}:
-            assert kind is not None
-            context.tables[kind] = rope.table(kind, position_ids, totals, x.dtype, lengths)
+        x, context = self.begin(input_ids, position_ids, lengths, cache)
         recompute = self.checkpointing and torch.is_grad_enabled() and cache is None
         for index, layer in enumerate(self.layers):
             wanted = rows if index == len(self.layers) - 1 else None
@@ -214,6 +208,22 @@ class Decoder(nn.Module):
             cache.advance(list(lengths))
         result: Tensor = self.norm(x)
         return result
+
+    def begin(
+        self, input_ids: Tensor, position_ids: Tensor, lengths: tuple[int, ...], cache: KVCache | None = None
+    ) -> tuple[Tensor, Context]:
+        """(the embedded tokens [T, D], what all layers of this pass share): where `hidden` begins.
+
+        Quantization after training goes on from here by itself, one layer at a time.
+        """
+        x = self._embed(input_ids)
+        context = Context(lengths, cache=cache)
+        held = cache.lengths if cache is not None else [0] * len(lengths)
+        totals = [old + new for old, new in zip(held, lengths, strict=True)]
+        for kind in {self.spec.rope, self.spec.local_rope} - {None}:
+            assert kind is not None
+            context.tables[kind] = rope.table(kind, position_ids, totals, x.dtype, lengths)
+        return x, context
 
     def _embed(self, input_ids: Tensor) -> Tensor:
         table = self.embed.trainable_tensor()

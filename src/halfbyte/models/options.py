@@ -11,7 +11,8 @@ class ModelOptions(Options):
     """Which model, from where, in which type, on which device."""
 
     model: str = Field(
-        description="the base model: a Hugging Face folder, a Hub id such as Qwen/Qwen3-0.6B, or a GGUF file",
+        description="the base model: a Hugging Face folder, a Hub id such as Qwen/Qwen3-0.6B, a GGUF file, or "
+        "ollama:NAME[:TAG] for a model in Ollama's store",
     )
     revision: str | None = Field(None, description="the Hub's branch, tag or commit; the main branch by default")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
