@@ -130,7 +130,8 @@ def session(seed: int, seconds: float, cases: int | None = None, names: list[str
             words = ["--worker", str(folder), "--start", str(number), "--cases", str(cases or 1 << 60)]
             command = [sys.executable, __file__, "--seed", str(seed), *words, *(names or [])]
             (folder / "now").unlink(missing_ok=True)
-            with (folder / "stderr").open("wb") as stderr, subprocess.Popen(command, cwd=ROOT, stderr=stderr) as worker:
+            quiet: Any = {"cwd": ROOT, "stdout": subprocess.DEVNULL}  # tokenizers prints what it does not know
+            with (folder / "stderr").open("wb") as stderr, subprocess.Popen(command, stderr=stderr, **quiet) as worker:
                 ended = _watch(worker, folder, end)
             done = _collect(folder, result)
             number = max(number, done + 1)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from halfbyte.cli import main
 from halfbyte.errors import UsageError
 from halfbyte.export.push import PushOptions
 from halfbyte.run.config import RunConfig
@@ -70,3 +71,27 @@ def test_a_checkpoint_is_an_adapter_too(finished: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
+
+
+@pytest.mark.parametrize(("kind", "relation"), [("hf", "finetune"), ("gguf", "quantized"), ("gguf-adapter", "adapter")])
+def test_exports(finished: Path, kind: str, relation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as leaving:
+        main(["export", str(finished), "--to", kind, "--output", str(tmp_path / "out"), "--no-parity"])
+    assert leaving.value.code == 0
+    assert str(tmp_path) in Path("out/parity.json").read_text(), "the command that serves it"
+    model = collect_target("out", "me/mine", PushOptions(base_model="owner/base"))
+    files = {upload.name: upload.content for upload in model.uploads}
+    assert {"README.md", "parity.json"} <= set(files)
+    assert [name for name in files if name.endswith((".safetensors", ".gguf"))]
+    assert any("was not compared" in note for note in model.notes)
+    card = files["README.md"]
+    assert isinstance(card, bytes)
+    front = yaml.safe_load(card.decode().split("---\n")[1])
+    assert (front["base_model"], front["base_model_relation"]) == ("owner/base", relation)
+    for name, content in files.items():
+        raw = content if isinstance(content, bytes) else content.read_bytes()
+        assert str(tmp_path).encode() not in raw, name
+    parity = Path("out/parity.json")
+    parity.write_text(json.dumps(json.loads(parity.read_text()) | {"passed": False}))
+    assert any("does not behave as trained" in note for note in collect_target("out", "me/mine", PushOptions()).notes)

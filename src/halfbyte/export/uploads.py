@@ -30,8 +30,10 @@ from halfbyte.models.gguf_file import GgufFile
 from halfbyte.models.safetensors_source import read_headers, read_json_object
 
 Kind = Literal["adapter", "model", "gguf"]
-CARD = "README.md"
-_CONFIGS = ("config.json", "generation_config.json", "quantize_config.json", "quant_config.json", "parity.json")
+_RELATIONS: dict[Kind, str] = {"adapter": "adapter", "model": "finetune", "gguf": "quantized"}
+"""The Hub's words for what a model is to its base."""
+CARD, PARITY = "README.md", "parity.json"
+_CONFIGS = ("config.json", "generation_config.json", "quantize_config.json", "quant_config.json", PARITY)
 _SERVING = ("Modelfile",)
 _FRONT = re.compile(r"\A---\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 # /home/me/x, ~/x, C:\\x, file:///home/x; not the path of a web address, not ./x, not a single /x.
@@ -108,8 +110,11 @@ def collect(path: Path, origin: Origin | None = None) -> Model:
     for file in others:
         content = _clean(file, origin, notes)
         uploads.append(Upload(file.name, content))
+    notes += _parity(path)
     card = folder / CARD if folder is not None and (folder / CARD).is_file() else None
-    uploads.append(Upload(CARD, _card(card, kind, origin, path, notes)))
+    lone_adapter = kind == "gguf" and all(GgufFile(file).get("general.type") == "adapter" for file in weights)
+    relation = "adapter" if lone_adapter else _RELATIONS[kind]
+    uploads.append(Upload(CARD, _card(card, kind, relation, origin, path, notes)))
     if origin.base_model is None:
         notes.append("the card names no base model on the Hub: give its id with --base-model")
     return Model(path, kind, tuple(sorted(uploads, key=lambda upload: upload.name)), tuple(notes))
@@ -141,6 +146,16 @@ def _weights(path: Path) -> tuple[Kind, list[Path]]:
     )
 
 
+def _parity(path: Path) -> list[str]:
+    """What `halfbyte export` found when it compared the model with the trained one, where that is not good news."""
+    if not (path / PARITY).is_file():
+        return []
+    passed = read_json_object(path / PARITY).get("passed", True)
+    if passed is None:
+        return ["the export was not compared with the trained model (parity.json)"]
+    return [] if passed else ["the export does not behave as trained: its comparison failed (parity.json)"]
+
+
 def _check_adapter(path: Path) -> None:
     try:
         with safe_open(path, "pt") as file:
@@ -154,8 +169,8 @@ def _check_adapter(path: Path) -> None:
 def _beside(kind: Kind) -> tuple[str, ...]:
     """The names of a model's other files."""
     if kind == "gguf":
-        return ("parity.json", "chat_template.jinja", *_SERVING, *LICENCE_FILES)
-    own = (ADAPTER_CONFIG, "parity.json") if kind == "adapter" else _CONFIGS
+        return (PARITY, "chat_template.jinja", *_SERVING, *LICENCE_FILES)
+    own = (ADAPTER_CONFIG, PARITY) if kind == "adapter" else _CONFIGS
     return (*own, *TOKENIZER_FILES, *LICENCE_FILES)
 
 
@@ -171,7 +186,7 @@ def _clean(file: Path, origin: Origin, notes: list[str]) -> Path | bytes:
         return _json(_without_paths(config))
     if file.name in (*_CONFIGS, "tokenizer_config.json"):
         plain = read_json_object(file)
-        cleaned = _without_paths(plain)
+        cleaned = _without_paths(plain, in_sentences=file.name == PARITY)
         if cleaned != plain:
             notes.append(f"{file.name}: paths of this machine are left out")
             return _json(cleaned)
@@ -193,12 +208,14 @@ def _json(value: Any) -> bytes:
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def _without_paths(value: Any) -> Any:
-    """The same JSON, its texts that are a path of this machine replaced by the file's name."""
+def _without_paths(value: Any, in_sentences: bool = False) -> Any:
+    """The same JSON with the file's name for each text that is a path of this machine, or has some in it (commands)."""
     if isinstance(value, dict):
-        return {key: _without_paths(item) for key, item in value.items()}
+        return {key: _without_paths(item, in_sentences) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_paths(item) for item in value]
+        return [_without_paths(item, in_sentences) for item in value]
+    if in_sentences and isinstance(value, str):
+        return _LOCAL_PATH.sub(lambda match: _name_of(match[0]), value)
     return _name_of(value) if _is_path(value) else value
 
 
@@ -219,7 +236,7 @@ def _read_text(file: Path) -> str:
         raise UsageError(f"{file} is not UTF-8 text: save it as that") from None
 
 
-def _card(file: Path | None, kind: Kind, origin: Origin, path: Path, notes: list[str]) -> bytes:
+def _card(file: Path | None, kind: Kind, relation: str, origin: Origin, path: Path, notes: list[str]) -> bytes:
     """README.md with the front matter that the Hub needs, and no path of this machine."""
     text = _read_text(file) if file is not None else f"# {path.resolve().name}\n\n{_introduction(kind, origin)}\n"
     match = _FRONT.match(text)
@@ -232,7 +249,7 @@ def _card(file: Path | None, kind: Kind, origin: Origin, path: Path, notes: list
     body, count = _say_instead(text[match.end() :] if match else text, origin.here)
     if count:
         notes.append(f"{CARD}: {count} paths of this machine are left out")
-    front = _front_matter(front, kind, origin)
+    front = _front_matter(front, kind, relation, origin)
     return f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=True)}---\n\n{body.lstrip()}".encode()
 
 
@@ -242,12 +259,12 @@ def _introduction(kind: Kind, origin: Origin) -> str:
     return f"{what}{base}, written by halfbyte."
 
 
-def _front_matter(front: Mapping[str, Any], kind: Kind, origin: Origin) -> dict[str, Any]:
+def _front_matter(front: Mapping[str, Any], kind: Kind, relation: str, origin: Origin) -> dict[str, Any]:
     """The card's own entries, completed. The Hub refuses a `base_model` that is not an id of its own."""
     made = dict(front)
     if origin.base_model is not None:
         made["base_model"] = origin.base_model
-        made.setdefault("base_model_relation", {"adapter": "adapter", "model": "finetune", "gguf": "quantized"}[kind])
+        made.setdefault("base_model_relation", relation)
     elif isinstance(made.get("base_model"), str) and not _can_be_id(made["base_model"]):
         del made["base_model"]
         made.pop("base_model_relation", None)
