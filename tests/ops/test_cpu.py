@@ -212,3 +212,18 @@ def test_without_torchs_pool_one_thread_works(monkeypatch):
     assert "on one thread" in native.use(None).reason
     x = torch.randn(300, 512)
     assert same(ops.quantize_blockwise(x, "nf4", 64)[0], reference.quantize_blockwise(x, "nf4", 64)[0])
+
+
+def test_a_module_imported_after_the_library_was_loaded_is_served() -> None:
+    """Without argument types ctypes would cut its addresses to 32 bits, and the process would die."""
+    program = (
+        "import torch; from halfbyte import ops; ops.backend()\n"
+        "from halfbyte.ops import adamw, linear, loss, attention, native\n"
+        "from halfbyte.quant import gguf_encode\n"
+        "library = native.library()\n"
+        "missing = [name for name in native._SIGNATURES if library and not hasattr(library, name)]\n"
+        "unbound = [name for name in native._SIGNATURES if library and getattr(library, name).argtypes is None]\n"
+        "print(missing, unbound)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["[]", "[]"]

@@ -518,7 +518,7 @@ def _judge(report: ParityReport) -> list[str]:
     if report.strength is not None and not abs(report.strength - 1) <= bounds.strength:
         failures.append(
             f"the adapter acts {report.strength:.2f} times as strong as trained, {bounds.strength:g} more or less is "
-            f"{allowed}: its scale is wrong, or a part of it is missing"
+            f"{allowed}: {_why_weak(report)}"
         )
     if report.strength is not None and report.base_kl is not None and report.mean_kl >= report.base_kl:
         failures.append(
@@ -533,6 +533,18 @@ def _judge(report: ParityReport) -> list[str]:
         if ours - theirs > bounds.metric + 1 / max(report.answers, 1):
             failures.append(f"{name} falls from {ours:.4f} to {theirs:.4f}, more than {bounds.metric:g} and one row")
     return failures
+
+
+def _why_weak(report: ParityReport) -> str:
+    """What makes an adapter act otherwise than it was trained."""
+    wrong = "its scale is wrong, or a part of it is missing"
+    rounded = report.strength is not None and report.strength < 1 and BOUNDS[report.kind.lower()].kl > SIXTEEN.kl
+    if not rounded or report.kind == "adapter":
+        return wrong
+    return (
+        "quantizing has rounded a small update away (take more bits, or serve the adapter beside its base, --to "
+        f"gguf-adapter), or {wrong}"
+    )
 
 
 def _perplexity(loss: float) -> float:

@@ -35,8 +35,21 @@ _RETURNING_INT = frozenset(_SIGNATURES)
 
 
 def declare(signatures: Mapping[str, list[Any]]) -> None:
-    """Functions of the library by name with the ctypes of their arguments; they return nothing. At import only."""
+    """Functions of the library by name with the ctypes of their arguments; they return nothing.
+
+    A module that is imported after the library was loaded is served too: called without argument types, ctypes cuts
+    every address to 32 bits.
+    """
     _SIGNATURES.update(signatures)
+    if _choice.library is not None:
+        _bind(_choice.library, signatures)
+
+
+def _bind(library: ctypes.CDLL, signatures: Mapping[str, list[Any]]) -> None:
+    """AttributeError where the library lacks a function."""
+    for name, arguments in signatures.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, INT if name in _RETURNING_INT else None
 
 
 @dataclass(frozen=True)
@@ -76,9 +89,7 @@ def _open() -> ctypes.CDLL | str:
         return "halfbyte was installed without its native library: reinstall it where there is a C++ compiler"
     try:
         library = ctypes.CDLL(str(path))
-        for name, arguments in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = arguments, INT if name in _RETURNING_INT else None
+        _bind(library, _SIGNATURES)
     except (OSError, AttributeError) as error:
         return f"{path} cannot be loaded: {error}"
     if library.hb_version() != _VERSION:
