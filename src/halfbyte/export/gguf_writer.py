@@ -9,8 +9,10 @@ where transformers rotates halves), 1 added to Gemma's norms, vectors in float32
 """
 
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gguf
@@ -22,15 +24,19 @@ from halfbyte.export.card import licence_of
 from halfbyte.export.gguf_container import Entry, Fields, header, string, uint32, write_container
 from halfbyte.export.gguf_metadata import extra_tensors, metadata
 from halfbyte.export.gguf_names import architecture_of, gguf_tensor_name, heads_in
-from halfbyte.export.gguf_types import find_quantization, types_of
+from halfbyte.export.gguf_types import Quantization, find_quantization, types_of
 from halfbyte.export.gguf_vocabulary import vocabulary
 from halfbyte.export.safetensors_file import Planned
 from halfbyte.files import require_free_space
 from halfbyte.models.gguf_config import PLUS_ONE
+from halfbyte.models.gguf_source import GgufSource
 from halfbyte.models.hub import is_hub_id
 from halfbyte.models.source import ModelSource
 from halfbyte.models.spec import ModelSpec
-from halfbyte.quant.gguf_encode import encode
+from halfbyte.quant.gguf_encode import TYPES as WRITTEN
+from halfbyte.quant.gguf_encode import block_of, encode
+from halfbyte.quant.gguf_reround import TYPES as REROUNDED
+from halfbyte.quant.gguf_reround import reround
 
 
 @dataclass(frozen=True)
@@ -83,14 +89,27 @@ def plan_gguf(
     """The file as a value; reads no weights. `name` becomes `general.name`."""
     chosen = find_quantization(quantization)
     spec = spec_of(source)
-    types = types_of(spec, quantization)
+    types = _own_types(source, chosen) or types_of(spec, quantization)
     _check_complete(planned, spec, source)
     words = vocabulary(source, spec, template)
     fields = general(spec, source, "model", _safe_name(name, words.strips_after_special))
     fields["general.file_type"] = uint32(chosen.file_type)
-    entries = [_entry(tensor, spec, types) for tensor in planned]
+    entries = [_entry(tensor, spec, types, source) for tensor in planned]
     entries += [_constant(name, values) for name, values in extra_tensors(spec).items()]
     return GgufPlan(header({**fields, **metadata(spec), **words.fields}, entries), tuple(entries))
+
+
+def _own_types(source: ModelSource, chosen: Quantization) -> dict[str, str] | None:
+    """The types of the base's own file, where that is a file of the quantization that is asked for.
+
+    Recipes differ between llama.cpp's versions; on the file's own blocks a small update survives (`_onto_own_blocks`).
+    """
+    if not isinstance(source, GgufSource) or not source.prequantized_bytes():
+        return None
+    if source.file.get("general.file_type") != chosen.file_type:
+        return None
+    types = {tensor.name: tensor.type_name for tensor in source.file.tensors.values()}
+    return types if {*types.values()} <= {*WRITTEN, *REROUNDED} else None
 
 
 def spec_of(source: ModelSource) -> ModelSpec:
@@ -141,18 +160,22 @@ def _check_complete(planned: Sequence[Planned], spec: ModelSpec, source: ModelSo
         )
 
 
-def _entry(tensor: Planned, spec: ModelSpec, types: dict[str, str]) -> Entry:
+def _entry(tensor: Planned, spec: ModelSpec, types: dict[str, str], source: ModelSource) -> Entry:
     name = gguf_tensor_name(spec, tensor.name)
     type_name = types[name]
     plus_one = architecture_of(spec) in PLUS_ONE and tensor.name.endswith("norm.weight")
     heads = heads_in(spec, tensor.name)
+    linear = any(f"{each.name}.weight" == tensor.name for each in spec.linears())
+    quantize = _onto_own_blocks(tensor, type_name, source, linear) or partial(_encode_rows, type_name)
 
     def pieces() -> Iterator[Tensor]:
         rows = _reordered(tensor.rows(), spec.head_dim) if heads else tensor.rows()
+        at = 0
         for piece in rows:
             values = piece.float() + 1 if plus_one else piece
             try:
-                yield encode(values.view(1, -1) if values.ndim == 1 else values, type_name)
+                yield quantize(at, values)
+                at += piece.shape[0]
             except ValueError as error:
                 raise HalfbyteError(
                     f"{tensor.name} cannot be written as {type_name}: {error}; the adapter has diverged, or the type "
@@ -160,6 +183,31 @@ def _entry(tensor: Planned, spec: ModelSpec, types: dict[str, str]) -> Entry:
                 ) from error
 
     return Entry(name, tensor.shape, type_name, pieces)
+
+
+def _encode_rows(type_name: str, at: int, values: Tensor) -> Tensor:
+    return encode(values.view(1, -1) if values.ndim == 1 else values, type_name)
+
+
+def _onto_own_blocks(
+    tensor: Planned, type_name: str, source: ModelSource, linear: bool
+) -> Callable[[int, Tensor], Tensor] | None:
+    """How rows from `at` on are rounded where the base's own file has this tensor in blocks of this type; else None.
+
+    A base that lies on the levels of its blocks would be all that is left of base plus a small update.
+    """
+    if not isinstance(source, GgufSource) or type_name not in REROUNDED or source.blocks(tensor.name)[0] != type_name:
+        return None
+    own, weights = source, block_of(type_name)[0]
+    # The same file from the same model: the draws depend on the tensor's name alone.
+    generator = torch.Generator().manual_seed(zlib.crc32(tensor.name.encode())) if linear else None
+
+    def quantize(at: int, values: Tensor) -> Tensor:
+        raw = own.read_blocks(tensor.name, at, at + values.shape[0])
+        blocks = raw.view(-1, block_of(type_name)[1])
+        return reround(blocks, type_name, values.reshape(-1, weights), generator).view(raw.shape)
+
+    return quantize
 
 
 def _reordered(pieces: Iterator[Tensor], head_dim: int) -> Iterator[Tensor]:

@@ -84,6 +84,19 @@ class GgufSource(ModelSource):
             out = (out.float() - 1).to(info.dtype)
         return out
 
+    def blocks(self, name: str) -> tuple[str, int]:
+        """(type, bytes of a row) of a tensor as the file has it; its bytes are `read_blocks`'."""
+        tensor = self._stored[name]
+        return tensor.type_name, tensor.nbytes // tensor.shape[0]
+
+    def read_blocks(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows of the file, in the file's order, as they are: uint8 [rows, bytes of a row]."""
+        tensor = self._stored[name]
+        row_bytes = tensor.nbytes // tensor.shape[0]
+        raw = torch.empty(stop - start, row_bytes, dtype=torch.uint8)
+        self._open.read_into(raw, tensor.offset + start * row_bytes)
+        return raw
+
     def prequantized(self, name: str) -> Weight | None:
         """The matrix as the file has it: its blocks, or its 16-bit values beside quantized ones.
 

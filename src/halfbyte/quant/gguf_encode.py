@@ -1,4 +1,4 @@
-"""Float rows to GGUF's quantized blocks: what `models.gguf_dequant` reads, written.
+"""Float rows to GGUF's quantized blocks: what `quant.gguf_decode` reads, written.
 
 The simple formats (Q8_0, Q4_0, Q5_0, Q5_1) have one rounding each, ggml's; the bytes are those of the `gguf` package,
 which has no encoder for the K-quants. These are an optimisation problem, and the solution here is our own: for every
@@ -248,8 +248,7 @@ def _q4_k(values: Tensor) -> Tensor:
 
 def _q5_k(values: Tensor) -> Tensor:
     start, codes = _affine(values, 31)
-    fifth = ((codes >> 4) * _BITS.view(1, 8, 1)).sum(1, dtype=torch.uint8)
-    return torch.cat([start, fifth, _nibbles(codes.view(-1, 256), 32)], 1)
+    return torch.cat([start, _fifth_bits_of_runs(codes), _nibbles(codes.view(-1, 256), 32)], 1)
 
 
 def _fit_symmetric(x: Tensor) -> Tensor:
@@ -278,10 +277,20 @@ def _q6_k(values: Tensor) -> Tensor:
     step = (unit * scale).unsqueeze(2)
     codes = (values.view(count, 16, 16) / torch.where(step != 0, step, 1.0)).clamp_(-32, 31).round_()
     codes = (torch.where(step != 0, codes, 0.0) + 32).to(torch.uint8)
+    return torch.cat([_six_bit_codes(codes), _bytes(scale.to(torch.int8)), _bytes(unit.half())], 1)
+
+
+def _six_bit_codes(codes: Tensor) -> Tensor:
+    """uint8 [N, 256], or any shape of as many, in Q6_K's order: nibbles, then pairs of upper bits: [N, 192]."""
+    count = codes.numel() // 256
     upper = (codes >> 4).view(count, 2, 4, 32)
     pairs = upper[:, :, 0] | (upper[:, :, 1] << 2) | (upper[:, :, 2] << 4) | (upper[:, :, 3] << 6)
-    low = _nibbles(codes.view(count, 256), 64)
-    return torch.cat([low, pairs.view(count, 64), _bytes(scale.to(torch.int8)), _bytes(unit.half())], 1)
+    return torch.cat([_nibbles(codes.view(count, 256), 64), pairs.view(count, 64)], 1)
+
+
+def _fifth_bits_of_runs(codes: Tensor) -> Tensor:
+    """Bit 4 of Q5_K's codes, bit j of a byte from sub-block j: uint8 [N, 256] -> [N, 32]."""
+    return ((codes.view(-1, 8, 32) >> 4) * _BITS.view(1, 8, 1)).sum(1, dtype=torch.uint8)
 
 
 _ENCODERS: dict[str, Callable[[Tensor], Tensor]] = {
