@@ -22,7 +22,7 @@ from halfbyte.batch import IGNORE
 from halfbyte.linear import segments
 from halfbyte.models import rope
 from halfbyte.models.blocks import rms_norm
-from halfbyte.models.decoder import Layer, _Context
+from halfbyte.models.decoder import Context, Layer
 from halfbyte.models.load import load_model
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import ModelSource, open_source
@@ -181,7 +181,7 @@ class Ours:
         def run(x: Tensor) -> Tensor:
             length = x.shape[0]
             table = rope.table(self.spec.rope, torch.arange(length), [length], x.dtype)
-            result: Tensor = self.made(x, _Context((length,), {self.spec.rope: table}))
+            result: Tensor = self.made(x, Context((length,), {self.spec.rope: table}))
             return result
 
         return run
