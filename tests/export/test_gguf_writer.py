@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,16 @@ from halfbyte.export.gguf_container import header, string
 from halfbyte.export.gguf_metadata import limits
 from halfbyte.export.gguf_types import QUANTIZATIONS, types_of
 from halfbyte.export.gguf_writer import write_gguf
-from halfbyte.export.merge import plan_tensors
+from halfbyte.export.merge import Delta, plan_tensors
 from halfbyte.export.safetensors_file import Planned
 from halfbyte.models.gguf_file import GgufFile
+from halfbyte.models.gguf_source import GgufSource
 from halfbyte.models.load import load_model
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import open_source
 from halfbyte.models.spec import ModelSpec
 from halfbyte.models.tokenizer import from_gguf
+from halfbyte.quant import QuantOptions
 from tests.evaluate.conftest import VOCAB, byte_tokenizer
 from tests.export import served
 from tests.models import families
@@ -274,6 +277,62 @@ def test_a_gguf_source_is_written_again(tmp_path: Path) -> None:
                 ours.seek(tensor.offset)
                 theirs.seek(files[0].tensors[name].offset)
                 assert ours.read(tensor.nbytes) == theirs.read(tensor.nbytes), name
+
+
+def _own_blocks(folder: Path, name: str, quantization: str) -> tuple[Path, GgufSource]:
+    config = copy.deepcopy(MIXTURES[name])
+    config.num_hidden_layers = 2
+    if hasattr(config, "layer_types"):
+        config.layer_types = config.layer_types[:2]
+    save(config, folder / "hf")
+    base = export(folder / "hf", folder / "base.gguf", quantization)
+    source = open_source(str(base))
+    assert isinstance(source, GgufSource)
+    return base, source
+
+
+@pytest.mark.parametrize("quantization", ["q4_0", "q8_0", "q4_k_m", "q5_k_m", "q6_k"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "fallback"])
+def test_a_files_own_blocks_are_kept(name: str, quantization: str, tmp_path: Path) -> None:
+    """Merged with nothing, a quantized file comes back with the same values, drawn levels or not."""
+    base, source = _own_blocks(tmp_path, name, quantization)
+    planned = plan_tensors(ModelOptions(model=str(base)), source, {}, QuantOptions(), torch.float32)
+    write_gguf(tmp_path / "again.gguf", planned, source, quantization, None)
+    again = open_source(str(tmp_path / "again.gguf"))
+    assert isinstance(again, GgufSource)
+    for tensor in source.file.tensors.values():
+        assert again.file.tensors[tensor.name].type_name == tensor.type_name
+    for tensor_name, info in source.tensors().items():
+        own = source.prequantized(tensor_name) if len(info.shape) == 2 else None
+        same = again.prequantized(tensor_name) if own is not None else None
+        if own is not None and same is not None:
+            assert torch.equal(own.dequantize(torch.float32), same.dequantize(torch.float32)), tensor_name
+        else:
+            assert torch.equal(source.read(tensor_name), again.read(tensor_name)), tensor_name
+
+
+@pytest.mark.parametrize("name", ["llama", "fallback"])
+def test_a_small_update_survives_in_the_files_own_blocks(name: str, tmp_path: Path) -> None:
+    """An update of two hundredths of a step is there in the mean; the nearest level would be the base's."""
+    base, source = _own_blocks(tmp_path, name, "q4_0")
+    linears = ModelSpec.from_config(source.config).linears()
+    torch.manual_seed(0)
+    deltas = {
+        x.name: Delta(torch.randn(4, x.in_features) / 500, torch.randn(x.out_features, 4) / 100, 1.0) for x in linears
+    }
+    plan = partial(plan_tensors, ModelOptions(model=str(base)), source)
+    write_gguf(tmp_path / "merged.gguf", plan(deltas, QuantOptions(), torch.float32), source, "q4_0", None)
+    merged = open_source(str(tmp_path / "merged.gguf"))
+    along = moved = 0.0
+    for linear in linears:
+        before, after = (s.prequantized(f"{linear.name}.weight") for s in (source, merged))
+        assert before is not None
+        assert after is not None
+        wanted = deltas[linear.name].rows(0, linear.out_features)
+        found = after.dequantize(torch.float32) - before.dequantize(torch.float32)
+        along += float((found * wanted).sum())
+        moved += float((wanted * wanted).sum())
+    assert 0.85 < along / moved < 1.15
 
 
 def test_what_the_file_says_about_itself(tmp_path: Path) -> None:
