@@ -11,6 +11,7 @@ map tensors where they lie and the format knows no gaps: so a weight's parts go 
 """
 
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ from halfbyte.export.model_files import write_model_files
 from halfbyte.export.planned_source import PlannedSource
 from halfbyte.export.safetensors_file import DTYPE_CODES, INDEX, Planned, plan_shards
 from halfbyte.heap import give_back
-from halfbyte.models.load import LARGE
+from halfbyte.models.load import LARGE, read_weight
 from halfbyte.models.source import ModelSource
 from halfbyte.models.spec import ModelSpec
-from halfbyte.quant import DTYPES, QuantOptions, quantize
+from halfbyte.quant import DTYPES, BlockWeight, QuantOptions, quantize
+from halfbyte.quant.block_reround import reround
 
 _CODES = {**DTYPE_CODES, torch.uint8: "U8"}
 _SHARD_BYTES = 16 * 10**9  # of the 16-bit model: about 5 GB in 4 bits
@@ -43,25 +45,33 @@ _PARTS = (
 
 
 def write_bnb_folder(
-    folder: Path, planned: Sequence[Planned], source: ModelSource, quant: QuantOptions, adapter: Path
+    folder: Path,
+    planned: Sequence[Planned],
+    source: ModelSource,
+    quant: QuantOptions,
+    adapter: Path,
+    trained_on: bool = False,
 ) -> None:
     """Write weights, config and tokenizer into `folder`, which exists (see `folder.new_folder`).
 
-    planned   the merged model, of `plan_tensors`, in bfloat16, float16 or float32
-    source    its base: config and tokenizer
-    quant     the format; `quant_pattern` may leave linears in the merged type
-    adapter   the run's folder: its chat template replaces the base's
+    planned     the merged model, of `plan_tensors`, in bfloat16, float16 or float32
+    source      its base: config and tokenizer
+    quant       the format; `quant_pattern` may leave linears in the merged type
+    adapter     the run's folder: its chat template replaces the base's
+    trained_on  the base of `planned` is `source` in `quant`, as training held it: its blocks are kept, and base plus
+                update is rounded onto their levels by chance. To the nearest level, a small update would be lost
 
     Raises UsageError for an architecture whose linears are not known before it is loaded, and for formats that
     bitsandbytes' 4-bit files lack (int4, int8).
     """
     formats = _formats(planned, source, quant)
     made = PlannedSource(planned, source)
+    base = source if trained_on else None
     shards = plan_shards(planned, _SHARD_BYTES)
     places: dict[str, str] = {}
     total = 0
     for file, tensors in shards.items():
-        names, nbytes = _write_file(folder / file, tensors, made, quant, formats)
+        names, nbytes = _write_file(folder / file, tensors, made, quant, formats, base)
         places |= dict.fromkeys(names, file)
         total += nbytes
     if len(shards) > 1:
@@ -106,7 +116,12 @@ def _formats(planned: Sequence[Planned], source: ModelSource, quant: QuantOption
 
 
 def _write_file(
-    path: Path, tensors: Sequence[Planned], made: PlannedSource, quant: QuantOptions, formats: dict[str, str | None]
+    path: Path,
+    tensors: Sequence[Planned],
+    made: PlannedSource,
+    quant: QuantOptions,
+    formats: dict[str, str | None],
+    base: ModelSource | None,
 ) -> tuple[list[str], int]:
     """Write one file; returns its tensors' names and their bytes."""
     room = _header_room(tensors, formats)
@@ -116,7 +131,7 @@ def _write_file(
     with path.open("wb") as file:
         file.seek(8 + room)
         for tensor in sorted(tensors, key=lambda one: kinds[one.name] is None):
-            for name, shape, piece in _parts_of(tensor, made, quant, kinds[tensor.name]):
+            for name, shape, piece in _parts_of(tensor, made, quant, kinds[tensor.name], base):
                 raw = piece.contiguous().view(-1).view(torch.uint8).numpy()
                 file.write(raw.data)
                 entry = {"dtype": _CODES[piece.dtype], "shape": list(shape), "data_offsets": [at, at]}
@@ -139,8 +154,18 @@ def _header_room(tensors: Sequence[Planned], formats: dict[str, str | None]) -> 
     return (names + 64) // 8 * 8 + 8
 
 
+def _quantized(tensor: Planned, made: PlannedSource, options: QuantOptions, base: ModelSource | None) -> BlockWeight:
+    if base is None:
+        return quantize(made.read(tensor.name), options)
+    own = read_weight(base, tensor.name, options, torch.float32, torch.device("cpu"))
+    if not isinstance(own, BlockWeight):
+        raise UsageError(f"{tensor.name} was trained on as {own.format}, which a bitsandbytes 4-bit folder cannot hold")
+    # The same folder from the same model: the draws depend on the tensor's name alone.
+    return reround(own, made.read(tensor.name), torch.Generator().manual_seed(zlib.crc32(tensor.name.encode())))
+
+
 def _parts_of(
-    tensor: Planned, made: PlannedSource, quant: QuantOptions, kind: str | None
+    tensor: Planned, made: PlannedSource, quant: QuantOptions, kind: str | None, base: ModelSource | None
 ) -> Iterator[tuple[str, tuple[int, ...], Tensor]]:
     """(name, shape, bytes) of everything that stands for a planned tensor; pieces of one name follow each other."""
     if kind is None:
@@ -148,7 +173,7 @@ def _parts_of(
             yield tensor.name, tensor.shape, piece
         return
     options = quant if kind == quant.quant_type else quant.model_copy(update={"quant_type": kind})
-    parts = quantize(made.read(tensor.name), options).to_bnb(tensor.name)
+    parts = _quantized(tensor, made, options, base).to_bnb(tensor.name)
     state = next(name for name in parts if ".quant_state." in name)
     written = sum(part.nbytes for part in parts.values())
     parts[state] = torch.cat([parts[state], torch.full((-written % 8,), ord(" "), dtype=torch.uint8)])

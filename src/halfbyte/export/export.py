@@ -38,6 +38,7 @@ from halfbyte.models.gguf_source import GgufSource
 from halfbyte.models.ollama import OllamaSource, is_ollama_name
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import ModelSource, open_source
+from halfbyte.models.spec import ModelSpec
 from halfbyte.options import Options
 from halfbyte.quant import QuantOptions
 
@@ -389,15 +390,23 @@ def _write_folder(folder: Path, subject: Subject, options: ExportOptions, kind: 
         merging = MergeOptions(base=base, merge_dtype=_HF_TYPES[kind], verify=False)
         merge(subject.model, subject.adapter, folder, subject.quant, merging, partial(tell, "writing"))
         return []
-    planned = _planned(subject, options, torch.bfloat16)
     adapter = subject.adapter or subject.source.path
     if options.to == "bnb-4bit":
         from halfbyte.export.bnb_folder import write_bnb_folder
 
-        four_bit = subject.quant is not None and subject.quant.quant_type in ("nf4", "fp4")
-        quant = subject.quant if four_bit and subject.quant is not None else QuantOptions()
-        write_bnb_folder(folder, planned, subject.source, quant, adapter)
+        quant = subject.quant
+        four_bit = quant is not None and quant.quant_type in ("nf4", "fp4")
+        # A GGUF file's own blocks are another format: what was trained on them is quantized like 16-bit weights.
+        served = ModelSpec.serves(subject.source.config)
+        same = served and four_bit and options.base == "dequantized" and not _trained_in_gguf_blocks(subject)
+        planned = _planned(subject, options, torch.float32 if same else torch.bfloat16)
+        if same:
+            linears = {f"{linear.name}.weight" for linear in ModelSpec.from_config(subject.source.config).linears()}
+            planned = [one if one.name in linears else _as_bfloat16(one) for one in planned]
+        chosen = quant if four_bit and quant is not None else QuantOptions()
+        write_bnb_folder(folder, planned, subject.source, chosen, adapter, trained_on=same)
         return []
+    planned = _planned(subject, options, torch.bfloat16)
     rows, progress = subject.calibration(), partial(tell, "quantizing")
     if options.to == "gptq":
         from halfbyte.export.gptq import write_gptq_folder
@@ -408,6 +417,17 @@ def _write_folder(folder: Path, subject: Subject, options: ExportOptions, kind: 
 
         report = write_awq_folder(folder, subject.source, planned, rows, adapter=adapter, on_progress=progress)
     return list(report.notes)
+
+
+def _trained_in_gguf_blocks(subject: Subject) -> bool:
+    kept = subject.quant is not None and not subject.quant.requantize
+    return kept and isinstance(subject.source, GgufSource) and bool(subject.source.prequantized_bytes())
+
+
+def _as_bfloat16(tensor: Planned) -> Planned:
+    return Planned(
+        tensor.name, tensor.shape, torch.bfloat16, lambda: (piece.to(torch.bfloat16) for piece in tensor.rows())
+    )
 
 
 def _template_beside(subject: Subject, over: Path | None) -> str | None:
