@@ -18,6 +18,7 @@ EXTRAS = {
     "pyarrow": "Parquet files",
     "datasets": "data sets of the Hub",
     "peft": "PEFT's own loader",
+    "llama-cpp-python": "exports compared in llama.cpp",
     "tensorboard": "--report-to tensorboard",
     "wandb": "--report-to wandb",
     "mlflow-skinny": "--report-to mlflow",

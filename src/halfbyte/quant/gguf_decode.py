@@ -52,7 +52,7 @@ _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
 def _fifth_bits(data: Tensor) -> Tensor:
     """32 bits, lowest first, as 0 or 16: [N, 4] -> uint8 [N, 32]."""
-    bits = torch.bitwise_and(data.unsqueeze(2), _BITS).view(data.shape[0], 32)
+    bits = torch.bitwise_and(data.unsqueeze(2), _BITS.to(data.device)).view(data.shape[0], 32)
     return bits.ne_(0).mul_(16)
 
 
@@ -93,7 +93,7 @@ def _q4_k(blocks: Tensor) -> Tensor:
 def _q5_k(blocks: Tensor) -> Tensor:
     """`_k_scales`, 32 bytes of fifth bits (bit j belongs to sub-block j), 128 bytes of nibbles: q scale - min."""
     scale, offset = _k_scales(blocks)
-    fifth = torch.bitwise_and(blocks[:, None, 16:48], _BITS.view(1, 8, 1)).ne_(0).mul_(16)
+    fifth = torch.bitwise_and(blocks[:, None, 16:48], _BITS.to(blocks.device).view(1, 8, 1)).ne_(0).mul_(16)
     q = _nibbles(blocks[:, 48:176], 32).view(-1, 8, 32).add_(fifth).float()
     return q.mul_(scale).sub_(offset).view(-1, 256)
 
@@ -105,7 +105,7 @@ def _q6_k(blocks: Tensor) -> Tensor:
     """
     count = blocks.shape[0]
     pairs = blocks[:, 128:192].reshape(count, 2, 1, 32)
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8).view(1, 1, 4, 1)
+    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8, device=blocks.device).view(1, 1, 4, 1)
     upper = torch.bitwise_right_shift(pairs, shifts).bitwise_and_(3).bitwise_left_shift_(4).view(count, 256)
     q = _nibbles(blocks[:, 0:128], 64).view(count, 256).add_(upper).float().sub_(32)
     scale = blocks[:, 192:208].view(torch.int8).float().mul_(_half(blocks[:, 208:210]))

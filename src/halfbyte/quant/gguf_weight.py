@@ -60,6 +60,8 @@ class GgufWeight(Weight):
         return None if self.shape[0] % 2 else self._decoded_by()
 
     def _decoded_by(self) -> WeightView | None:
+        if not self.data.is_cpu:
+            return None
         key = self.data.data_ptr()
         if self._view is None or self._view[0] != key:
             self._view = key, gguf_view(self.data, self.type_name, self.shape, self.head_rows)
@@ -75,7 +77,8 @@ class GgufWeight(Weight):
         view = self._decoded_by()
         if view is not None and out.is_contiguous() and decode_rows(view, out, first):
             return out
-        self._decode(torch.arange(first, last) if self.head_rows else slice(first, last), out)
+        whole = slice(first, last)
+        self._decode(torch.arange(first, last, device=self.data.device) if self.head_rows else whole, out)
         return out
 
     def look_up(self, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -87,8 +90,11 @@ class GgufWeight(Weight):
 
     def _decode(self, rows: Tensor | slice, out: Tensor) -> None:
         """Rows of the matrix into `out`, by torch."""
-        stored = self._stored(rows) if isinstance(rows, Tensor) and self.head_rows else rows
-        raw = self.data.view(self.shape[0], self.row_bytes)[stored]
+        raw = self.data.view(self.shape[0], self.row_bytes)
+        if isinstance(rows, Tensor):
+            raw = raw.index_select(0, self._stored(rows) if self.head_rows else rows)
+        else:
+            raw = raw[rows]
         dequantize_into(raw.reshape(-1, self.block_bytes), self.type_name, out)
 
     def _stored(self, rows: Tensor) -> Tensor:
