@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from halfbyte.errors import UsageError
+from halfbyte.data.options import DataOptions
+from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.export.export import ExportOptions
 from halfbyte.models.source import open_source
-from halfbyte.run import target
+from halfbyte.run import planning, target
 from halfbyte.run.config import RunConfig, load_config
-from halfbyte.run.exporting import export_target, subject_of
+from halfbyte.run.exporting import export_target, held_out_rows, subject_of
 from halfbyte.run.run import run
 
 HF = ExportOptions(to="hf", quantization=("f32",), rows=4, max_new_tokens=8)
@@ -73,6 +74,21 @@ def test_a_run_on_conversations(chats: Path, tmp_path: Path) -> None:
     assert "| this folder | f32 | passed | 4 of 4 |" in card
     assert "vllm serve" in card
     assert "library_name: transformers" in card
+
+
+def test_other_rows_by_a_relative_path(chats: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their conversations are found again, whatever the path was: a rendered text rendered once more is no prompt."""
+    monkeypatch.chdir(tmp_path)
+    talk = [{"role": "user", "content": "say 3"}, {"role": "assistant", "content": "3 and 3"}]
+    Path("other.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(3)))
+    found = target.find(str(chats))
+    subject = subject_of(found, open_source(found.config.model), HF, "other.jsonl")
+    rows, _ = subject.held_out()
+    assert [row.prompt for row in rows] == [talk[:1]] * 3
+    prepared = planning.survey(planning.absolute(target.rows_from(found, "other.jsonl").config)).prepared
+    assert prepared is not None
+    with pytest.raises(HalfbyteError, match=r"this held-out row was not found again"):
+        held_out_rows(prepared.eval, target.rows_from(found, "other.jsonl").config.pick(DataOptions))
 
 
 def test_prompts_and_completions_are_plain_text(model_folder: Path, tmp_path: Path, tiny_config: RunConfig) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from halfbyte.data import ChatTemplate, Encoder, Example, Prepared, load_rows, resolve_template
 from halfbyte.data.options import DataOptions, sources_of
 from halfbyte.data.records import Chat, Origin
-from halfbyte.errors import UsageError
+from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate.generate import end_ids
 from halfbyte.evaluate.metrics import ACCURACY, find_metrics
 from halfbyte.export.card import export_card
@@ -28,6 +28,7 @@ from halfbyte.export.servers import TrainedModel
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.run import folder, planning
+from halfbyte.run.config import RunConfig
 from halfbyte.run.outputs import TEMPLATE
 from halfbyte.run.target import Target, open_target, rows_from
 from halfbyte.train.run_directory import RESULT
@@ -69,17 +70,19 @@ def subject_of(target: Target, source: ModelSource, options: ExportOptions, data
     template = _template(target, encoder)
     ends = end_ids(encoder, template, source.config, source.generation)
 
+    def with_rows() -> RunConfig:
+        return planning.absolute(rows_from(target, data).config)  # rows are told apart by the paths of their files
+
     @cache
     def prepared() -> Prepared:
-        with_rows = rows_from(target, data)
-        found = planning.survey(with_rows.config).prepared
+        found = planning.survey(with_rows()).prepared
         assert found is not None
         return found
 
     def held_out() -> tuple[Sequence[HeldOutRow], Question]:
         found = prepared()
         chosen = found.eval[: options.rows]
-        rows = held_out_rows(chosen, rows_from(target, data).config.pick(DataOptions))
+        rows = held_out_rows(chosen, with_rows().pick(DataOptions))
         names = [name for name in options.metrics if name != ACCURACY]
         question = Question(ends | set(found.stop_ids), found.labels, find_metrics(names), options.max_new_tokens)
         return rows, question
@@ -106,12 +109,17 @@ def subject_of(target: Target, source: ModelSource, options: ExportOptions, data
 def held_out_rows(examples: Sequence[Example], options: DataOptions) -> list[HeldOutRow]:
     """Examples with what was asked, as a server is given it: messages of conversations are read from the data again."""
     conversations: dict[Origin, Chat] = {}
+    talks = False
     wanted = {example.origin for example in examples}
     sources = (True, False) if sources_of(options.eval_data) else (False,)
     for evaluation in sources:
         for part in load_rows(options, evaluation=evaluation):
-            chats = (row for row in part.rows if isinstance(row, Chat) and row.origin in wanted)
-            conversations = {chat.origin: chat for chat in chats} | conversations
+            chats = [row for row in part.rows if isinstance(row, Chat)]
+            talks |= bool(chats)
+            conversations = {chat.origin: chat for chat in chats if chat.origin in wanted} | conversations
+    lost = [example.origin for example in examples if example.prompt_length and example.origin not in conversations]
+    if talks and lost:  # its rendered text is no prompt: rendered again it would be another
+        raise HalfbyteError(f"{lost[0]}: this held-out row was not found again; were its data changed meanwhile?")
     return [_row(example, conversations.get(example.origin)) for example in examples]
 
 
