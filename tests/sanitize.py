@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "sanitize"
 ENGINE = ["tests/models/test_attention.py", "tests/models/test_blocks.py", "tests/models/test_rope.py"]
 ENGINE += ["tests/models/test_decoder.py", "tests/adapters/test_lora.py"]
-TESTS = ["tests/ops", "tests/quant", "tests/linear", *ENGINE, "-m", "not slow"]
+TESTS = ["tests/ops", "tests/quant", "tests/linear", "tests/optim", *ENGINE, "-m", "not slow"]
 
 
 def build(folder: Path = BUILD) -> Path:
