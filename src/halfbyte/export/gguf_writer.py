@@ -196,7 +196,7 @@ def _onto_own_blocks(
 
     A base that lies on the levels of its blocks would be all that is left of base plus a small update.
     """
-    if not isinstance(source, GgufSource) or type_name not in REROUNDED or source.blocks(tensor.name)[0] != type_name:
+    if not isinstance(source, GgufSource) or type_name not in REROUNDED or source.type_of(tensor.name) != type_name:
         return None
     own, weights = source, block_of(type_name)[0]
     # The same file from the same model: the draws depend on the tensor's name alone.

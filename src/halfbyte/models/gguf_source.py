@@ -84,10 +84,9 @@ class GgufSource(ModelSource):
             out = (out.float() - 1).to(info.dtype)
         return out
 
-    def blocks(self, name: str) -> tuple[str, int]:
-        """(type, bytes of a row) of a tensor as the file has it; its bytes are `read_blocks`'."""
-        tensor = self._stored[name]
-        return tensor.type_name, tensor.nbytes // tensor.shape[0]
+    def type_of(self, name: str) -> str:
+        """ggml's name of the type that the file has a tensor in; its bytes are `read_blocks`'."""
+        return self._stored[name].type_name
 
     def read_blocks(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of the file, in the file's order, as they are: uint8 [rows, bytes of a row]."""
