@@ -119,8 +119,10 @@ def weight_bytes(count: int, form: str, blocksize: int = 64, double_quant: bool 
 
 
 def adapter_parameters(spec: ModelSpec, job: Job) -> int:
-    """Trainable parameters of the adapters: r (in + out) for each linear that has one."""
-    return sum(job.lora.rank_of(x.name) * (x.in_features + x.out_features) for x in targets(spec, job))
+    """Trainable parameters of the adapters: r (in + out) for each linear that has one, and DoRA's magnitudes."""
+    linears = targets(spec, job)
+    magnitudes = sum(x.out_features for x in linears) if job.lora.use_dora else 0
+    return magnitudes + sum(job.lora.rank_of(x.name) * (x.in_features + x.out_features) for x in linears)
 
 
 def trainable_parameters(spec: ModelSpec, job: Job) -> int:
@@ -193,7 +195,20 @@ def _adapters_keep(spec: ModelSpec, job: Job) -> int:
     """
     masked = 2 if job.lora.lora_dropout > 0 else 0
     linears = targets(spec, job)
-    return sum(job.lora.rank_of(linear.name) + masked * linear.in_features for linear in linears) // spec.num_layers
+    ranks = sum(job.lora.rank_of(linear.name) + masked * linear.in_features for linear in linears)
+    return (ranks + _magnitudes_keep(spec, job, linears)) // spec.num_layers
+
+
+def _magnitudes_keep(spec: ModelSpec, job: Job, linears: list[LinearSpec]) -> int:
+    """Elements that DoRA keeps of all layers beside LoRA, per token: the outputs that it scales (`linear.dora`).
+
+    Gate and up are kept anyway, and so is what a norm behind the projection or behind its rotation reads.
+    """
+    if not job.lora.use_dora:
+        return 0
+    read = {"gate_up"} | ({"o", "down"} if spec.sandwich_norms else set()) | ({"qkv"} if spec.qk_norm else set())
+    groups = {(linear.layer, linear.group) for linear in linears}
+    return sum(x.out_features for x in spec.linears() if (x.layer, x.group) in groups and x.group not in read)
 
 
 def activation_bytes(spec: ModelSpec, job: Job) -> int:
@@ -201,8 +216,8 @@ def activation_bytes(spec: ModelSpec, job: Job) -> int:
     per_token, size = layer_activations(spec, job), DTYPE_BYTES[job.dtype]
     if job.native:
         # A normed input, the gated product and its gradient, gradients of the residual; those of gate and up take the
-        # place of gate and up.
-        working = (2 * spec.intermediate_size + 3 * spec.hidden_size) * size
+        # place of gate and up, but where DoRA reads them.
+        working = ((4 if job.lora.use_dora else 2) * spec.intermediate_size + 3 * spec.hidden_size) * size
     else:
         # Gradients of gate and up, of their product and of the residual, and float32 temporaries of a norm.
         working = (4 * spec.intermediate_size + 3 * spec.hidden_size) * size + 3 * 4 * spec.hidden_size

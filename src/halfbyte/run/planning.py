@@ -155,6 +155,7 @@ def resolve(found: Survey, plan: Plan | None, today: datetime.date | None = None
         per_device, accumulation = batch_rows(config.pick(TrainOptions), fits=1)
         checkpointing = bool(config.gradient_checkpointing)
     rate = FULL_LEARNING_RATE if method == "full" else ADAPTER_LEARNING_RATE
+    name = config.replace(method=method).method_name
     return config.replace(
         method=method,
         revision=found.source.revision or config.revision,
@@ -164,7 +165,7 @@ def resolve(found: Survey, plan: Plan | None, today: datetime.date | None = None
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=accumulation,
         gradient_checkpointing=checkpointing,
-        output_dir=config.output_dir or default_output(config.model, method, today or datetime.date.today()),
+        output_dir=config.output_dir or default_output(config.model, name, today or datetime.date.today()),
     )
 
 
