@@ -7,12 +7,12 @@ import yaml
 
 import halfbyte
 from halfbyte.errors import UsageError
+from halfbyte.options import parse_bytes
 from halfbyte.run import aliases
 from halfbyte.run.config import (
     COMPONENTS,
     RunConfig,
     load_config,
-    parse_bytes,
     template_yaml,
     to_yaml,
     translate,

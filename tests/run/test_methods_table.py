@@ -1,10 +1,10 @@
 """The tables of docs/methods.md are read here, and every cell is run: what it says is what happens.
 
 A cell that says yes is two updates of a tiny model, saved after each. The run is cut back to its first checkpoint and
-resumed: the trained tensors are the same bit for bit. Loaded again it has the loss that it ended with, and merged (full:
-as it lies) transformers' own model of it has too. A cell with a number is refused with one line before a run's folder
-is made. The fast tests take one base and one optimizer of every kind for each method; the slow ones take every cell,
-method x base x optimizer.
+resumed: the trained tensors are the same bit for bit. Loaded again it has the loss that it ended with, and so has
+transformers' own model of it, merged (full: as it lies). A cell with a number is refused with one line before a run's
+folder is made. The fast tests take one base and one optimizer of every kind for each method; the slow ones take every
+cell, method x base x optimizer.
 """
 
 import re

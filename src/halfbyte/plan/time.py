@@ -102,4 +102,4 @@ def phases(spec: ModelSpec, job: Job, rates: Rates, length: float) -> dict[str, 
 def trainable_update_bytes(spec: ModelSpec, job: Job) -> float:
     """Memory that one optimizer step reads and writes: parameter, gradient and two moments, most of them twice."""
     count = spec.total_parameters if job.method == "full" else adapter_parameters(spec, job)
-    return count * (4.0 * 7 if job.optim == "adamw" else 4.0 * 4)
+    return count * (4.0 * 4 if job.optim.endswith("8bit") else 4.0 * 7)

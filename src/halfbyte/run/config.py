@@ -6,14 +6,13 @@ keys are answered with the nearest known one, wrong values with the file, the li
 """
 
 import difflib
-import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from halfbyte.adapters.lora import LoraOptions
 from halfbyte.data.options import DataOptions
@@ -21,7 +20,7 @@ from halfbyte.errors import UsageError
 from halfbyte.files import write_atomic
 from halfbyte.models.options import ModelOptions
 from halfbyte.optim.options import OptimOptions
-from halfbyte.options import Options
+from halfbyte.options import Options, Size
 from halfbyte.quant.options import QuantOptions
 from halfbyte.run import aliases, methods
 from halfbyte.run.yamlfile import Entry, read_yaml
@@ -32,22 +31,6 @@ SCHEMA_VERSION = 2
 RECORD_KEY = "record"
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-
-
-def parse_bytes(value: Any) -> Any:
-    """Bytes of `6GiB`, `6GB` (10⁹ each), `800M` or a plain number. ValueError for anything else."""
-    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
-        return value
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(value))
-    if match is None or match[2].lower() not in _UNITS:
-        raise ValueError("a size is a number and a unit, as in 6GiB, 6GB or 800MB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
-
-
-Size = Annotated[int, BeforeValidator(parse_bytes)]
 
 
 class RunOptions(Options):
@@ -91,6 +74,20 @@ class RunConfig(ModelOptions, DataOptions, QuantOptions, LoraOptions, OptimOptio
     def method_name(self) -> str:
         """The method's name for people: `qdora`, where `method` is qlora and `use_dora` is set."""
         return methods.name_of(self.model_dump())
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "RunConfig":
+        """What options of two components cannot mean together."""
+        if self.galore and self.method != "full":
+            raise ValueError(f"optim: {self.optim} is for full fine-tuning: set method: full")
+        if self.loraplus_lr_ratio is not None and self.method == "full":
+            raise ValueError("loraplus_lr_ratio is for adapters, and method full has none: leave it out")
+        if self.by_layer and (self.gradient_accumulation_steps or 1) > 1:
+            raise ValueError(
+                "gradient_accumulation_steps must be 1 with per_layer_updates (on with optim: galore_…): gradients are "
+                "gone after each backward pass; raise per_device_train_batch_size, or set per_layer_updates to false"
+            )
+        return self
 
     def pick(self, options: type[Options]) -> Any:
         """The part of this config that a component declared, as that component's own class."""
