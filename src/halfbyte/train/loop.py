@@ -31,7 +31,7 @@ from halfbyte.train.memory import process_memory
 from halfbyte.train.run_directory import RunDirectory
 from halfbyte.train.signals import StopRequest
 from halfbyte.train.state import TrainPlan, TrainResult, TrainState, environment
-from halfbyte.train.update import FIRST_LOSS_SCALE, LossScale, Model, NonFinite, Stopped, backward, to_device
+from halfbyte.train.update import FIRST_LOSS_SCALE, LossScale, Model, NonFinite, Stopped, backward
 
 
 def train(model: Model, plan: TrainPlan, run: RunDirectory, listeners: Iterable[Listener] = ()) -> TrainResult:
@@ -55,7 +55,7 @@ def train(model: Model, plan: TrainPlan, run: RunDirectory, listeners: Iterable[
                     break
 
                 started, step = time.perf_counter(), state.step + 1
-                batches = [to_device(batch, plan.device) for batch in plan.batches_for_update(step)]
+                batches = [batch.to(plan.device) for batch in plan.batches_for_update(step)]
                 model.train()
                 update = backward(model, optimizer, batches, options.seed, step, scale, stop, plan.locate)
                 rate = learning_rate_at(step, plan.total_steps, optim)
@@ -63,7 +63,8 @@ def train(model: Model, plan: TrainPlan, run: RunDirectory, listeners: Iterable[
                 optimizer.zero_grad()
                 scale.grow()
                 state.take_scale(scale)
-                state.add(update.loss, update.tokens, update.supervised_tokens, time.perf_counter() - started)
+                figures = plan.figures() if plan.figures is not None else {}
+                state.add(update, time.perf_counter() - started, figures)
                 if step % options.logging_steps == 0 or step == plan.total_steps:
                     s.log_step(rate, update.grad_norm)
         except Stopped:
@@ -273,7 +274,7 @@ class Session:
             tokens=state.tokens,
             supervised_tokens=state.supervised_tokens,
             tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
-            train_loss=state.nll / state.supervised_tokens if state.supervised_tokens else None,
+            train_loss=state.loss_sum / state.terms if state.terms else None,
             final_loss=state.last_loss,
             eval_loss=state.eval_loss,
             best_step=state.best_step,
