@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from halfbyte.adapters.lora import LoraOptions
 from halfbyte.data.options import DataOptions
 from halfbyte.errors import UsageError
+from halfbyte.evaluate.preference import DpoOptions
 from halfbyte.files import write_atomic
 from halfbyte.models.options import ModelOptions
 from halfbyte.optim.options import OptimOptions
@@ -59,7 +60,9 @@ class RunOptions(Options):
         return name if isinstance(value, str) else value
 
 
-class RunConfig(ModelOptions, DataOptions, QuantOptions, LoraOptions, OptimOptions, TrainOptions, RunOptions):
+class RunConfig(
+    ModelOptions, DataOptions, QuantOptions, LoraOptions, OptimOptions, DpoOptions, TrainOptions, RunOptions
+):
     """One run: a frozen value. `model_dump()` gives it back as plain data; `run.yaml` is exactly that.
 
     `method` may be given as any name of `run.methods.PRESETS`; it is held written out.
@@ -105,6 +108,7 @@ COMPONENTS: dict[str, type[Options]] = {
     "quantization": QuantOptions,
     "adapter": LoraOptions,
     "optimizer": OptimOptions,
+    "preference": DpoOptions,
     "training": TrainOptions,
 }
 """Title → options class, in the order in which a person fills them in."""
