@@ -20,7 +20,13 @@ STORAGES = {
 
 
 def random_codes(
-    outputs: int, inputs: int, group_size: int, bits: int = 4, seed: int = 0, shuffled: bool = False, first_zero: int = 1
+    outputs: int,
+    inputs: int,
+    group_size: int,
+    bits: int = 4,
+    seed: int = 0,
+    shuffled: bool = False,
+    first_zero: int = 1,
 ) -> GroupCodes:
     """Every code, zero points from `first_zero` on, scales that make values of about 1 / sqrt(inputs)."""
     generator = torch.Generator().manual_seed(seed)

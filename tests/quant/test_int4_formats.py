@@ -10,9 +10,17 @@ from torch import Tensor
 
 from halfbyte.errors import UsageError
 from halfbyte.quant import awq_format, gptq_format
-from halfbyte.quant.group_codes import GroupCodes, contiguous_groups
+from halfbyte.quant.group_codes import GroupCodes
 from halfbyte.quant.int32_words import pack_words, unpack_words
 from tests.quant.group_codes import random_codes
+
+
+def test_one_group_of_all_inputs() -> None:
+    """Zero points of one row, turned, are contiguous in name only."""
+    codes = random_codes(16, 64, -1)
+    turned = GroupCodes(codes.codes, codes.scales, codes.zeros.t().contiguous().t(), codes.group_of, 4)
+    for module in (gptq_format, awq_format):
+        assert equal(module.unpack(module.pack(turned, "x"), "x"), codes)
 
 
 def equal(one: GroupCodes, other: GroupCodes) -> bool:

@@ -155,7 +155,7 @@ def group_view(
     groups = constants.shape[1]
     if codes.numel() * 8 < shape[0] * shape[1] * bits or constants.shape[0] != shape[0]:
         raise ValueError(f"{codes.numel()} bytes and constants {list(constants.shape)} do not reach {list(shape)}")
-    if group_of is None and groups * group_size < shape[1] or group_of is not None and len(group_of) < shape[1]:
+    if (groups * group_size if group_of is None else len(group_of)) < shape[1]:
         raise ValueError(f"{groups} groups of {group_size} do not reach {shape[1]} columns")
     view = WeightView(
         _GROUP_KIND[bits],
