@@ -227,8 +227,7 @@ def test_config_that_is_not_text(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "'gptq'"),
-        ({"quant_method": "awq"}, "'awq'"),
+        ({"quant_method": "aqlm", "bits": 2}, "'aqlm'"),
         ({"quant_method": "fp8"}, "'fp8'"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes 8-bit"),
     ],

@@ -20,6 +20,7 @@ from torch import Tensor
 from halfbyte.errors import UsageError
 from halfbyte.models.model_source import TensorInfo
 from halfbyte.quant import GroupWeight, awq_format, gptq_format
+from halfbyte.quant.group_codes import GroupCodes
 from halfbyte.quant.group_weight import held_bytes
 
 METHODS = ("gptq", "awq")
@@ -119,19 +120,20 @@ class GroupFolder:
                 "tensor NAME.qweight is there: config and weights are not of the same model"
             )
 
-    def weight(self, name: str, read: Callable[[str], Tensor]) -> GroupWeight:
-        """The linear's weight; `read` gives a tensor of the files by name. UsageError where it is damaged."""
+    def codes(self, name: str, read: Callable[[str], Tensor]) -> GroupCodes:
+        """What the file holds for NAME.weight; `read` gives a tensor of the files by name. UsageError where damaged."""
         tensors = {key: read(key) for key in self.parts[name]}
         linear, stated = name.removesuffix(".weight"), self.stated
         try:
             if stated.quant_method == "awq":
-                codes = awq_format.unpack(tensors, linear)
-            else:
-                codes = gptq_format.unpack(tensors, linear, stated.bits, stated.layout or "gptq", stated.group_size)
+                return awq_format.unpack(tensors, linear)
+            return gptq_format.unpack(tensors, linear, stated.bits, stated.layout or "gptq", stated.group_size)
         except UsageError as error:
             raise UsageError(f"{self.path}: {error}") from None
-        del tensors
-        return GroupWeight.from_codes(codes, stated.quant_method, self.dtype)
+
+    def weight(self, name: str, read: Callable[[str], Tensor]) -> GroupWeight:
+        """NAME.weight as a base; as `codes`."""
+        return GroupWeight.from_codes(self.codes(name, read), self.stated.quant_method, self.dtype)
 
     def nbytes(self, name: str) -> int:
         """What the weight takes in memory, by the headers."""

@@ -23,6 +23,7 @@ from halfbyte.models.names import normalised
 from halfbyte.models.pread import OpenFile
 from halfbyte.models.spec import ModelSpec
 from halfbyte.quant import BlockWeight, Weight, bnb_keys
+from halfbyte.quant.group_codes import GroupCodes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _HEADER_LIMIT = 100_000_000  # safetensors' own
@@ -99,6 +100,12 @@ class FolderSource(ModelSource):
         if self._groups is not None and name in self._groups.parts:
             return self._groups.weight(name, self._raw)
         return None
+
+    def group_codes(self, name: str) -> GroupCodes | None:
+        """The integer codes of a linear's weight in a GPTQ or AWQ folder; None for another tensor."""
+        if self._groups is None or name not in self._groups.parts:
+            return None
+        return self._groups.codes(name, self._raw)
 
     def prequantized_bytes(self) -> dict[str, int]:
         blocks = {name: sum(self._entries[part].nbytes for part in parts) for name, parts in self._bnb.items()}
