@@ -14,6 +14,7 @@ from torch import Tensor
 
 from halfbyte.export.awq import write_awq_folder
 from halfbyte.export.gptq import GptqOptions, write_gptq_folder
+from halfbyte.models.source import open_source
 from halfbyte.quant.group_codes import GroupCodes
 from tests.export import int4_models
 from tests.export.int4_models import Tiny, documents, read_codes
@@ -95,8 +96,13 @@ def test_the_public_loader_unpacks_what_we_packed(loaded: dict[str, Loaded], nam
     public = load_file(folder / "public.safetensors")
     codes = read_codes(folder)
     assert {key for key in public if key.endswith(".weight")} == {f"{linear}.weight" for linear in codes}
+    source = open_source(str(folder))
     for linear, held in codes.items():
         assert torch.equal(public[f"{linear}.weight"], as_multiplied(held, variant)), linear
+        base = source.prequantized(f"{linear}.weight")
+        assert base is not None
+        rounded = base.dequantize(torch.float32 if variant == "awq" else torch.float16).float()
+        assert torch.equal(public[f"{linear}.weight"], rounded), linear
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)

@@ -58,6 +58,7 @@ def test_what_is_read(form: str, tmp_path: Path) -> None:
     assert {name: info.shape for name, info in source.tensors().items()} == dict(spec.tensors())
     assert set(made) == {linear.name for linear in spec.linears()}
     assert source.prequantized_bytes().keys() == {f"{name}.weight" for name in made}
+    assert source.blocks == FORMS[form].method
     for name, codes in made.items():
         held = source.prequantized(f"{name}.weight")
         assert isinstance(held, GroupWeight)

@@ -150,6 +150,7 @@ def test_a_bitsandbytes_folder(double: bool, quant_type: str, tmp_path: Path) ->
         assert torch.equal(source.read(name), exact.bfloat16())
         assert torch.equal(source.read_rows(name, 3, 11), exact.bfloat16()[3:11])
     assert source.prequantized("model.norm.weight") is None
+    assert (source.blocks, open_source(str(tmp_path / "plain")).blocks) == ("bitsandbytes", None)
     assert source.fingerprint != open_source(str(tmp_path / "plain")).fingerprint
 
 

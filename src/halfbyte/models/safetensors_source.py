@@ -111,6 +111,12 @@ class FolderSource(ModelSource):
         blocks = {name: sum(self._entries[part].nbytes for part in parts) for name, parts in self._bnb.items()}
         return blocks | ({} if self._groups is None else {n: self._groups.nbytes(n) for n in self._groups.parts})
 
+    @property
+    def blocks(self) -> str | None:
+        if self._groups is not None:
+            return self._groups.stated.quant_method
+        return "bitsandbytes" if self._bnb else None
+
     def reads_rows(self, name: str) -> bool:
         return name not in self._bnb and (self._groups is None or name not in self._groups.parts)
 
