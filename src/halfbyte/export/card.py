@@ -190,6 +190,8 @@ def already_quantized(source: ModelSource) -> str | None:
         formats = [name for name in formats if name not in ("F16", "F32", "F64", "BF16")]
         return f"a GGUF file in {', '.join(formats)}" if formats else None
     quantization = source.config.get("quantization_config")
+    if isinstance(quantization, dict) and source.blocks in ("gptq", "awq"):
+        return f"a checkpoint in {quantization.get('bits', 4)} bits by {str(source.blocks).upper()}"
     if isinstance(quantization, dict):
         return f"a bitsandbytes 4-bit checkpoint ({quantization.get('bnb_4bit_quant_type', 'fp4')})"
     return None
