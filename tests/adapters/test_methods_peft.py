@@ -136,7 +136,7 @@ def test_ours_in_peft(family: str, kind: str, tmp_path: Path) -> None:
     attach(ours, options)
     assert error(ours.logits(ids), plain) < CLOSE  # nothing has changed yet, DoRA's magnitudes included
     disturb(ours)
-    save_adapter(ours, tmp_path / "adapter", options, base="tiny")
+    save_adapter(ours, tmp_path / "adapter", options, base=str(tmp_path / "base"))
     theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter", is_trainable=True)
     assert error(their_logits(theirs, ids), plain) > 0.05
     compare(ours, theirs, ids)
@@ -144,7 +144,7 @@ def test_ours_in_peft(family: str, kind: str, tmp_path: Path) -> None:
         assert error(ours.logits(ids), plain) < CLOSE
     merged = merged_weights(theirs)
     for name, segment in segments(ours).items():
-        assert error(segment.merged(), merged[f"{name}.weight"]) < 1e-5, name
+        assert error(segment.merged().detach(), merged[f"{name}.weight"]) < 1e-5, name
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -158,7 +158,7 @@ def test_pefts_in_ours(kind: str, tmp_path: Path) -> None:
     ours, base = ours_of(tmp_path / "base")
     options = load_adapter(ours, tmp_path / "adapter", base)
     compare(ours, theirs, ids)
-    save_adapter(ours, tmp_path / "again", options, base="tiny")
+    save_adapter(ours, tmp_path / "again", options, base=str(tmp_path / "base"))
     again = peft.PeftModel.from_pretrained(make_model(config("qwen3")), tmp_path / "again")
     assert torch.equal(their_logits(again, ids), their_logits(theirs, ids))
 
@@ -173,12 +173,14 @@ def test_pissa_through_a_file(init: str, rslora: bool, quantized: bool, tmp_path
     plain = their_logits(model, ids)
     quant = QuantOptions() if quantized else None
     ours, base = ours_of(tmp_path / "base", quant)
+    before = error(ours.logits(ids), plain)
     options = LoraOptions(lora_r=5, lora_alpha=7, use_rslora=rslora, init_lora_weights=init)
     attach(ours, options, base=base)
-    assert error(ours.logits(ids), plain) < (0.3 if quantized else CLOSE)  # base and adapter together are the weight
+    # Base and adapter together are the weight; quantized, nearer to it: the largest components stay as they were.
+    assert error(ours.logits(ids), plain) < (before if quantized else CLOSE)
     start = ours.logits(ids)
     disturb(ours)
-    save_adapter(ours, tmp_path / "adapter", options, base="tiny")
+    save_adapter(ours, tmp_path / "adapter", options, base=str(tmp_path / "base"))
     with disabled(ours):
         assert error(ours.logits(ids), start) < CLOSE
     again, base = ours_of(tmp_path / "base", quant)
@@ -244,7 +246,7 @@ def test_loftq_through_a_file(steps: int, dora: bool, double_quant: bool, tmp_pa
     attach(ours, options, base=base)
     assert error(ours.logits(ids), full) < before
     disturb(ours)
-    save_adapter(ours, tmp_path / "adapter", options, base="tiny")
+    save_adapter(ours, tmp_path / "adapter", options, base=str(tmp_path / "base"))
     again, base = ours_of(tmp_path / "base", quant)
     load_adapter(again, tmp_path / "adapter", base)
     assert torch.equal(again.logits(ids), ours.logits(ids))
@@ -283,7 +285,7 @@ def test_tied_embeddings_are_one_tensor(name: str, tmp_path: Path) -> None:
     attach(ours, options)
     assert ours.embed is ours.head
     disturb(ours)
-    save_adapter(ours, tmp_path / "adapter", options, base="tiny")
+    save_adapter(ours, tmp_path / "adapter", options, base=str(tmp_path / "base"))
     theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter", is_trainable=True)
     compare(ours, theirs, ids)
     again, base = ours_of(tmp_path / "base")
