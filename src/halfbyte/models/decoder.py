@@ -239,15 +239,16 @@ class Decoder(nn.Module):
 
         Divide by the tokens of the whole update, not of the micro-batch: that is what makes accumulation exact.
         """
-        nll = self._token_nll(batch)
+        nll = self.token_nll(batch)
         return nll.sum(), nll.numel()
 
     @torch.no_grad()
     def token_logprobs(self, batch: Batch) -> Tensor:
         """Log-probability of every supervised token in order, float32 [supervised tokens]."""
-        return -self._token_nll(batch)
+        return -self.token_nll(batch)
 
-    def _token_nll(self, batch: Batch) -> Tensor:
+    def token_nll(self, batch: Batch) -> Tensor:
+        """Negative log-likelihood of every supervised token in order, float32 [supervised tokens], with a graph."""
         supervised = (batch.targets != IGNORE).nonzero()[:, 0]
         hidden = self.hidden(*_rounded_up(batch), rows=supervised)
         return linear_cross_entropy(hidden, self.head, batch.targets[supervised], self.spec.final_softcap)

@@ -97,6 +97,11 @@ class Fallback(nn.Module):
         logits_PV, targets_P = self._supervised(batch)
         return nn.functional.cross_entropy(logits_PV, targets_P, reduction="sum"), targets_P.numel()
 
+    def token_nll(self, batch: Batch) -> Tensor:
+        """Negative log-likelihood of every supervised token in the batch's order, float32, with a graph."""
+        logits_PV, targets_P = self._supervised(batch)
+        return nn.functional.cross_entropy(logits_PV, targets_P, reduction="none")
+
     @property
     def checkpointing(self) -> bool:
         """Whether a training forward keeps only the inputs of each layer and recomputes the rest."""
@@ -123,8 +128,7 @@ class Fallback(nn.Module):
     @torch.no_grad()
     def token_logprobs(self, batch: Batch) -> Tensor:
         """The log-probability of each supervised token, float32, in the batch's order."""
-        logits_PV, targets_P = self._supervised(batch)
-        return -nn.functional.cross_entropy(logits_PV, targets_P, reduction="none")
+        return -self.token_nll(batch)
 
     @torch.no_grad()
     def logits(

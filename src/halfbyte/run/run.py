@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from halfbyte import ops
 from halfbyte.adapters import AttachReport, attach, load_adapter, read_options
@@ -37,7 +37,7 @@ from halfbyte.models.source import ModelSource
 from halfbyte.optim.options import OptimOptions
 from halfbyte.plan.recommend import check_fits
 from halfbyte.quant.options import QuantOptions
-from halfbyte.run import folder, outputs, planning
+from halfbyte.run import folder, outputs, planning, preference
 from halfbyte.run.config import RunConfig, to_yaml
 from halfbyte.run.planning import Survey
 from halfbyte.train.checkpoint import list_checkpoints, step_of
@@ -198,15 +198,23 @@ def _train(directory: RunDirectory, config: RunConfig, record: Event, found: Sur
     )
     base = _base_of_full(directory.path, config, loaded, prepared)
     plan = train_plan(config, loaded, trainable, prepared, identity(found))
+    model: Any = loaded.model
+    reference: Tensor | None = None
+    if prepared.pairs:
+        feed = feed_of(config, prepared)
+        model, plan, reference = preference.paired(directory.path, config, loaded, prepared, plan, feed, on_event)
     sinks = open_sinks(config.report_to, directory.path, config.model_dump(mode="json"))
     before = clock()
     try:
-        trained = train(loaded.model, plan, directory, [on_event, *sinks])  # type: ignore[arg-type]
+        trained = train(model, plan, directory, [on_event, *sinks])
     finally:
         for sink in sinks:
             sink.close()
     after = clock()
-    scores = _scores(config, loaded, prepared, base)
+    if prepared.pairs:
+        scores = None if reference is None else preference.scores(config, loaded, prepared, reference)
+    else:
+        scores = _scores(config, loaded, prepared, base)
     beside = (before - started) + (clock() - after)
     result = outputs.write(directory.path, config, record, found, loaded, trained, scores, beside)
     on_event({"event": "finished", "path": directory.path, "result": result})
@@ -285,16 +293,11 @@ def train_plan(
 ) -> TrainPlan:
     """The loop's plan: rows of a step, steps in all, how to evaluate, what else to save."""
     options, model = config.pick(TrainOptions), loaded.model
-    micro_batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    assert micro_batch is not None
-    assert accumulation is not None
-    longest = max(map(len, prepared.train))
-    rows = micro_batch * accumulation
-    feed = Feed(prepared.train, prepared.sampler(config.seed), rows, micro_batch, config.packing, micro_batch * longest)
-    per_epoch, total = count_steps(len(prepared.train), rows, options)
+    feed = feed_of(config, prepared)
+    per_epoch, total = count_steps(len(prepared.train), feed.rows_per_update, options)
     device = torch.device(config.device)
     model.checkpointing = bool(config.gradient_checkpointing)  # type: ignore[assignment]
-    pieces = plan_micro_batches([len(e) for e in prepared.eval], 1, True, micro_batch * longest)
+    pieces = plan_micro_batches([len(e) for e in prepared.eval], 1, True, feed.max_tokens)
     held_out = [collate([prepared.eval[i] for i in piece]) for piece in pieces]
     extras = None if config.method == "full" else partial(outputs.write_adapter, config=config, loaded=loaded)
     return TrainPlan(
@@ -312,6 +315,16 @@ def train_plan(
         device=device,
         loss_scaling=config.dtype == "float16",
     )
+
+
+def feed_of(config: RunConfig, prepared: Prepared) -> Feed:
+    """The rows of every update, in micro-batches."""
+    micro_batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    assert micro_batch is not None
+    assert accumulation is not None
+    max_tokens = micro_batch * max(map(len, prepared.train))
+    rows = micro_batch * accumulation
+    return Feed(prepared.train, prepared.sampler(config.seed), rows, micro_batch, config.packing, max_tokens)
 
 
 def _base_of_full(path: Path, config: RunConfig, loaded: LoadedModel, prepared: Prepared) -> EvaluateResult | None:

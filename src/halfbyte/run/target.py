@@ -29,6 +29,7 @@ from halfbyte.evaluate.evaluate import (
 )
 from halfbyte.evaluate.evaluate import against as pair
 from halfbyte.evaluate.generate import Generation, end_ids, generate_batch
+from halfbyte.evaluate.preference import DpoOptions, evaluate_preferences
 from halfbyte.evaluate.sampling import GenerateOptions
 from halfbyte.export.deltas import WeightedAdapter
 from halfbyte.export.merge import MergeOptions, MergeReport, merge
@@ -175,6 +176,11 @@ def evaluate_target(
     found = planning.survey(config)
     assert found.prepared is not None
     opened = open_target(target, found.source)
+    options = options or EvaluateOptions()
+    pairs = found.prepared.eval[: options.max_rows]
+    if pairs and pairs[0].rejected is not None and opened.tuned and not options.metrics:
+        tell = on_progress or (lambda what, done, total: None)
+        return evaluate_preferences(opened.model, pairs, config.pick(DpoOptions), options.eval_batch_tokens, tell)
     rows, labels, stops = found.prepared.eval, found.prepared.labels, opened.end_ids | set(found.prepared.stop_ids)
 
     def measure(model: Any, both: bool) -> Any:
