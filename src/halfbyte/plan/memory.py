@@ -230,8 +230,11 @@ def _magnitudes_keep(spec: ModelSpec, job: Job, linears: list[LinearSpec]) -> in
     if not job.lora.use_dora:
         return 0
     read = {"gate_up"} | ({"o", "down"} if spec.sandwich_norms else set()) | ({"qkv"} if spec.qk_norm else set())
-    groups = {(linear.layer, linear.group) for linear in linears}
-    return sum(x.out_features for x in spec.linears() if (x.layer, x.group) in groups and x.group not in read)
+    groups = {(linear.layer, linear.group): linear.bias for linear in linears if linear.group not in read}
+    kept = sum(x.out_features for x in spec.linears() if (x.layer, x.group) in groups)
+    # Without a bias it is the output that is kept, and the values are a part of it that attention keeps anyway.
+    shared = sum(group == "qkv" and not bias for (_, group), bias in groups.items())
+    return kept - shared * spec.num_kv_heads * spec.head_dim
 
 
 def activation_bytes(spec: ModelSpec, job: Job) -> int:
