@@ -241,8 +241,8 @@ class AdamW:
         torch._foreach_lerp_(m, grads, 1 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
-        if options.weight_decay:
-            decaying = [w for w, (span, _, _) in zip(weights, work, strict=True) if span.slot.decays]
+        decaying = [w for w, (span, _, _) in zip(weights, work, strict=True) if span.slot.decays]
+        if options.weight_decay and decaying:
             torch._foreach_mul_(decaying, 1 - rate * options.weight_decay)
         denominators = torch._foreach_sqrt(v)
         torch._foreach_div_(denominators, correction2**0.5)

@@ -151,7 +151,7 @@ def update_by_layer(
     optimizer.zero_grad()
     torch.manual_seed(seed_for(seed, step, 0))
     nll, _ = model.loss(batch)
-    loss = float(nll) / batch.supervised_tokens
+    loss = float(nll.detach()) / batch.supervised_tokens
     if not math.isfinite(loss):
         del nll
         raise explain(model, optimizer, batches, seed, step, loss, LossScale(1.0, enabled=False), locate)
