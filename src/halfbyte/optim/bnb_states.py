@@ -1,9 +1,9 @@
 """AdamW's state as bitsandbytes keeps it, both ways: a run begun there goes on here, and the other way round.
 
 The layout is that of bitsandbytes 0.50.2's `optim.AdamW8bit` and `AdamW32bit`: per parameter `step`, `state1` and
-`state2` (codes, or float32 for fewer than 4,096 elements), `absmax1`, `absmax2`, `qmap1`, `qmap2`. Moments, the block of
-256 and the maps are the same here, so nothing is converted and nothing is lost, with one exception: bitsandbytes knows
-no bits below a bfloat16 weight. They are dropped on the way there and zero on the way back.
+`state2` (codes, or float32 for fewer than 4,096 elements), `absmax1`, `absmax2`, `qmap1`, `qmap2`. Moments, the block
+of 256 and the maps are the same here, so nothing is converted and nothing is lost, but for one exception: there are no
+bits below a bfloat16 weight there. They are dropped on the way there and zero on the way back.
 
     theirs = bnb.optim.AdamW8bit(parameter_groups(ours), lr=rate)
     theirs.load_state_dict(to_bitsandbytes(ours, rate))
