@@ -185,7 +185,7 @@ def test_aliases_name_fields_and_do_not_hide_them() -> None:
          "optimizer: paged_adamw_8bit\nlr_scheduler: cosine\nval_set_size: 0.1\nbf16: auto\n",
          {"model": "m", "data": "a.jsonl", "method": "qlora", "max_seq_length": 512, "packing": True,
           "target_modules": "all-linear", "per_device_train_batch_size": 2, "num_train_epochs": 1,
-          "optim": "adamw_8bit", "lr_scheduler_type": "cosine", "eval_split": 0.1, "dtype": "auto"}),
+          "optim": "paged_adamw_8bit", "lr_scheduler_type": "cosine", "eval_split": 0.1, "dtype": "auto"}),
         # LLaMA-Factory
         ("model_name_or_path: m\nstage: sft\ndo_train: true\nfinetuning_type: lora\nlora_rank: 8\nlora_target: all\n"
          "quantization_bit: 4\ndataset: a.json\ncutoff_len: 1024\nval_size: 0.2\nbf16: true\n",
