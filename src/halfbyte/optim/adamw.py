@@ -51,8 +51,8 @@ class NonFiniteGradient(HalfbyteError):
 
 
 def global_norm(gradients: list[Tensor]) -> float:
-    """The 2-norm of all gradients as one vector, summed in float32 (float64 across tensors and pieces of large ones)."""
-    return total_norm(norms_of(*gradients))
+    """The 2-norm of all gradients as one vector, summed in float32 (float64 across tensors and their pieces)."""
+    return total_norm(norms_of(gradients))
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
@@ -106,7 +106,7 @@ class AdamW:
         else:
             self.store = HeldStates(dense, self.chunks, managed if options.paged else plain)
         self._rate: float | None = None
-        self._norms: dict[str, list[Tensor]] = {}
+        self._norms: dict[str, list[float]] = {}
         self._hooks: list[RemovableHandle] = []
         if self.takes_gradients:
             for slot in self.slots:
@@ -177,7 +177,7 @@ class AdamW:
             assert isinstance(self.store, PagedStates)
             self._norms[slot.name] = self.store.take_gradient(slot)
             return
-        self._norms[slot.name] = norms_of(gradient)
+        self._norms[slot.name] = norms_of([gradient])
         if self._rate is not None:
             if not isfinite(total_norm(self._norms[slot.name])):
                 parameter.grad = None

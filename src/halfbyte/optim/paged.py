@@ -198,7 +198,7 @@ class PagedStates:
 
     # -- gradients --------------------------------------------------------------------------------------------------
 
-    def take_gradient(self, slot: Slot) -> list[Tensor]:
+    def take_gradient(self, slot: Slot) -> list[float]:
         """Move a parameter's gradient into its pages, added to what was taken since `forget_gradients`.
 
         Returns the norms of the whole sum; see `norms_of`.
@@ -214,7 +214,7 @@ class PagedStates:
                 self._put(page, page.gradient[span], part)
         self.taken.add(slot.name)
         slot.parameter.grad = None
-        return norms_of(flat)
+        return norms_of([flat])
 
     def forget_gradients(self) -> None:
         self.taken.clear()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from halfbyte.batch import Batch
 from halfbyte.errors import HalfbyteError
+from halfbyte.heap import give_back
 from halfbyte.optim.adamw import AdamW, NonFiniteGradient
 
 
@@ -117,6 +118,8 @@ def backward(
             if stop():
                 raise Stopped
             nlls.append(_backward_one(model, batch, seed_for(seed, step, index), scale.value / supervised))
+            if optimizer.takes_gradients:
+                give_back()  # the room of gradients that came and went, which the loss of the next pass cannot use
         loss = float(torch.stack(nlls).double().sum()) / supervised
         norm = optimizer.grad_norm() / scale.value
         if math.isfinite(loss) and math.isfinite(norm):
@@ -165,6 +168,7 @@ def update_by_layer(
             "the rows, or lower learning_rate",
             worth_saving=False,
         ) from None
+    give_back()
     return Update(loss, optimizer.grad_norm(), batch.tokens, batch.supervised_tokens, 1.0)
 
 
