@@ -6,6 +6,7 @@ Phases are what happens one after the other (load, train, evaluate, save); the p
 Units: bytes; 1 GB = 10⁹ bytes. Shape letters as elsewhere: T tokens of a micro-batch, D bytes of the compute dtype.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -15,6 +16,9 @@ from halfbyte.adapters.lora import LoraOptions, target_names
 from halfbyte.linear.cross_entropy import PANEL_BYTES, chunk_rows
 from halfbyte.models.spec import LinearSpec, ModelSpec
 from halfbyte.ops.loss import WORKSPACE_BYTES
+from halfbyte.optim.galore import Projection
+from halfbyte.optim.options import OptimOptions
+from halfbyte.optim.paged import PAGE_ELEMENTS
 from halfbyte.quant.options import QuantOptions
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -45,6 +49,7 @@ class Job:
     supervised      share of them that is supervised
     eval_tokens     tokens of all evaluation passes together, forward only
     file_itemsize   bytes of a value in the model's file
+    updates         the optimizer's options beside its name
     held            tensors that the model's file brings in blocks of its own (`ModelSource.prequantized_bytes`)
     """
 
@@ -64,6 +69,7 @@ class Job:
     device: str = "cpu"
     held: Mapping[str, int] = field(default_factory=dict)
     file_itemsize: int = 4
+    updates: OptimOptions = field(default_factory=OptimOptions)
 
     @property
     def dense_bytes(self) -> int:
@@ -119,12 +125,31 @@ def weight_bytes(count: int, form: str, blocksize: int = 64, double_quant: bool 
 
 
 def adapter_parameters(spec: ModelSpec, job: Job) -> int:
-    """Trainable parameters of the adapters: r (in + out) for each linear that has one."""
-    return sum(job.lora.rank_of(x.name) * (x.in_features + x.out_features) for x in targets(spec, job))
+    """Trainable parameters of the adapters: r (in + out) for each linear that has one, and DoRA's magnitudes."""
+    linears = targets(spec, job)
+    magnitudes = sum(x.out_features for x in linears) if job.lora.use_dora else 0
+    return magnitudes + sum(job.lora.rank_of(x.name) * (x.in_features + x.out_features) for x in linears)
+
+
+def saved_parameters(spec: ModelSpec, job: Job) -> int:
+    """Parameters of the modules that are trained whole beside the adapters (`modules_to_save`)."""
+    if job.method == "full" or not job.lora.modules_to_save:
+        return 0
+    names = [(name.rpartition(".")[0], math.prod(shape)) for name, shape in spec.tensors()]
+    if spec.tied and any("lm_head".endswith(end) for end in job.lora.modules_to_save):
+        names = [("lm_head" if name == "model.embed_tokens" else name, count) for name, count in names]
+    return sum(count for name, count in names if any(name.endswith(end) for end in job.lora.modules_to_save))
 
 
 def trainable_parameters(spec: ModelSpec, job: Job) -> int:
-    return spec.total_parameters if job.method == "full" else adapter_parameters(spec, job)
+    whole = spec.total_parameters if job.method == "full" else adapter_parameters(spec, job)
+    return whole + saved_parameters(spec, job)
+
+
+def trainable_bytes(spec: ModelSpec, job: Job) -> int:
+    """What is trained, in the types that it is held in: adapters float32, everything else as it is computed with."""
+    adapters = 0 if job.method == "full" else adapter_parameters(spec, job)
+    return 4 * adapters + DTYPE_BYTES[job.dtype] * (trainable_parameters(spec, job) - adapters)
 
 
 def base_bytes(spec: ModelSpec, job: Job) -> tuple[int, int]:
@@ -193,7 +218,23 @@ def _adapters_keep(spec: ModelSpec, job: Job) -> int:
     """
     masked = 2 if job.lora.lora_dropout > 0 else 0
     linears = targets(spec, job)
-    return sum(job.lora.rank_of(linear.name) + masked * linear.in_features for linear in linears) // spec.num_layers
+    ranks = sum(job.lora.rank_of(linear.name) + masked * linear.in_features for linear in linears)
+    return (ranks + _magnitudes_keep(spec, job, linears)) // spec.num_layers
+
+
+def _magnitudes_keep(spec: ModelSpec, job: Job, linears: list[LinearSpec]) -> int:
+    """Elements that DoRA keeps of all layers beside LoRA, per token: the outputs that it scales (`linear.dora`).
+
+    Gate and up are kept anyway, and so is what a norm behind the projection or behind its rotation reads.
+    """
+    if not job.lora.use_dora:
+        return 0
+    read = {"gate_up"} | ({"o", "down"} if spec.sandwich_norms else set()) | ({"qkv"} if spec.qk_norm else set())
+    groups = {(linear.layer, linear.group): linear.bias for linear in linears if linear.group not in read}
+    kept = sum(x.out_features for x in spec.linears() if (x.layer, x.group) in groups)
+    # Without a bias it is the output that is kept, and the values are a part of it that attention keeps anyway.
+    shared = sum(group == "qkv" and not bias for (_, group), bias in groups.items())
+    return kept - shared * spec.num_kv_heads * spec.head_dim
 
 
 def activation_bytes(spec: ModelSpec, job: Job) -> int:
@@ -201,8 +242,8 @@ def activation_bytes(spec: ModelSpec, job: Job) -> int:
     per_token, size = layer_activations(spec, job), DTYPE_BYTES[job.dtype]
     if job.native:
         # A normed input, the gated product and its gradient, gradients of the residual; those of gate and up take the
-        # place of gate and up.
-        working = (2 * spec.intermediate_size + 3 * spec.hidden_size) * size
+        # place of gate and up, but where DoRA reads them.
+        working = ((4 if job.lora.use_dora else 2) * spec.intermediate_size + 3 * spec.hidden_size) * size
     else:
         # Gradients of gate and up, of their product and of the residual, and float32 temporaries of a norm.
         working = (4 * spec.intermediate_size + 3 * spec.hidden_size) * size + 3 * 4 * spec.hidden_size
@@ -278,11 +319,47 @@ def _round_up(count: int, to: int) -> int:
 
 
 def optimizer_bytes(spec: ModelSpec, job: Job) -> int:
-    """AdamW's two moments: float32, or one byte each with a float32 constant for every 256 (`optim.moments`)."""
+    """AdamW's state in memory; in a file, the pages that stay and the two at work (`optim.paged`)."""
+    whole = optimizer_state(spec, job)
+    if not job.optim.startswith("paged") or job.device != "cpu":
+        return whole
+    return min(whole + gradient_bytes(spec, job), job.updates.optim_memory + 2 * PAGE_ELEMENTS * 14)
+
+
+def optimizer_state(spec: ModelSpec, job: Job) -> int:
+    """AdamW's two moments: float32, or one byte each with a float32 constant for every 256 (`optim.moments`).
+
+    GaLore's are of rank r for the linears' matrices, with a float32 projection (`optim.galore`).
+    """
     count = trainable_parameters(spec, job)
-    moments = 8 * count if job.optim == "adamw" else 2 * count + 8 * (-(-count // 256))
     # A trained 16-bit weight keeps the 16 bits below it in the optimizer's state.
-    return moments + (2 * count if job.method == "full" and DTYPE_BYTES[job.dtype] == 2 else 0)
+    adapters = 0 if job.method == "full" else adapter_parameters(spec, job)
+    low_bits = 2 * (count - adapters) if DTYPE_BYTES[job.dtype] == 2 else 0
+    projections = 0
+    if job.optim.startswith("galore") and job.method == "full":
+        for linear in spec.linears():
+            made = Projection.of((linear.out_features, linear.in_features), job.updates)
+            rows, columns = made.low_shape
+            count += rows * columns - linear.parameters
+            projections += 4 * made.rank * (made.left * made.m + made.right * made.n)
+    moments = 2 * count + 8 * (-(-count // 256)) if job.optim.endswith("8bit") else 8 * count
+    return moments + low_bits + projections
+
+
+def gradient_bytes(spec: ModelSpec, job: Job) -> int:
+    """All gradients as they stand after a backward pass, in the type of what is trained."""
+    return trainable_bytes(spec, job)
+
+
+def standing_gradients(spec: ModelSpec, job: Job) -> int:
+    """Gradients in memory at once. Where a hook takes each one, the vocabulary's is the largest, with the float32 sums
+    that it comes from (`linear.cross_entropy`)."""
+    by_layer, paged = job.updates.per_layer_updates, job.optim.startswith("paged") and job.device == "cpu"
+    if paged or (job.optim.startswith("galore") if by_layer is None else by_layer):
+        table = spec.vocab_size * spec.hidden_size
+        one = table * (4 + DTYPE_BYTES[job.dtype]) if job.method == "full" else 0
+        return min(one, gradient_bytes(spec, job))
+    return gradient_bytes(spec, job)
 
 
 def runtime_bytes(spec: ModelSpec, job: Job) -> int:
@@ -310,11 +387,11 @@ def phases(spec: ModelSpec, job: Job) -> dict[str, dict[str, int]]:
     values, constants = base_bytes(spec, job)
     floor = CUDA_CONTEXT if job.device == "cuda" else runtime_bytes(spec, job)
     held = {"runtime": floor, "base weights": values, "quantization constants": constants}
-    trainable = trainable_parameters(spec, job)
-    held["adapters"] = 0 if job.method == "full" else 4 * trainable
+    # Whole modules are copies: the originals stay for the base model.
+    held["adapters"] = 0 if job.method == "full" else trainable_bytes(spec, job)
     train = {
         **held,
-        "gradients": trainable * (DTYPE_BYTES[job.dtype] if job.method == "full" else 4),
+        "gradients": standing_gradients(spec, job),
         "optimizer": optimizer_bytes(spec, job),
         "activations": activation_bytes(spec, job),
         "loss": loss_bytes(spec, job),
