@@ -135,7 +135,7 @@ def test_wrong_sizes(text: str) -> None:
         ("model: m\nxyzzy: 8\n", r"xyzzy is not a key that halfbyte knows \(`halfbyte init` writes all"),
         ("model: m\n\nlearning_rate: fast\n", r"c.yaml:3: learning_rate .*number.*not 'fast'"),
         ("model: m\nlora_r: 0\n", r"c.yaml:2: lora_r .*greater than or equal to 1, not 0"),
-        ("model: m\nquant_type: nf5\n", r"c.yaml:2: quant_type .*'nf4', 'fp4', 'int4' or 'int8', not 'nf5'"),
+        ("model: m\nquant_type: nf5\n", r"c.yaml:2: quant_type .*'nf4', 'fp4', 'e2m1', 'int4' or 'int8', not 'nf5'"),
         ("model: m\nmethod: vera\n", r"c.yaml:2: method vera is not built: choose one of auto, full, galore, lora, "),
         ("model: m\nmethod: dpo\n", r"c.yaml:2: method dpo is a task here and no method: --task dpo$"),
         (
