@@ -60,9 +60,9 @@ def base_in_training(source: ModelSource, shifts: Mapping[str, Shift]) -> ModelS
 def _with_whole(planned: list[Planned], deltas: Deltas, source: ModelSource, dtype: torch.dtype) -> list[Planned]:
     """With the modules that were trained whole. UsageError for a tensor that the model has not, or in another shape."""
     shapes = {tensor.name: tensor.shape for tensor in planned}
-    tied = bool(source.config.get("tie_word_embeddings", deltas.tied))
+    twice = [tensor for name, tensor in deltas.whole.items() if deltas.tied and name in shapes]
     for name, tensor in deltas.whole.items():
-        if name not in shapes and deltas.tied and tied:
+        if name not in shapes and any(torch.equal(tensor, other) for other in twice):
             continue  # the other name of tied embeddings, which are one tensor of the model
         if shapes.get(name) != tuple(tensor.shape):
             raise UsageError(
