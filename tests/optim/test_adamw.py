@@ -214,3 +214,15 @@ def test_the_native_pass_over_bytes_equals_torch(weight_decay: float) -> None:
             torch.testing.assert_close(
                 state[f"{name}.{moment}.absmax"], expected[f"{name}.{moment}.absmax"], rtol=0.02, atol=0
             )
+
+
+def test_an_update_is_seen_as_a_write() -> None:
+    """What is kept of a parameter's value (DoRA's norms) is told apart by its version, whoever wrote to it."""
+    for optim in ("adamw", "adamw_8bit"):
+        for dtype in (torch.float32, torch.bfloat16):
+            parameter = nn.Parameter(torch.randn(64, 128).to(dtype))
+            optimizer = AdamW({"lora_A": parameter}, OptimOptions(optim=optim))
+            parameter.grad = torch.randn_like(parameter)
+            before = parameter._version
+            optimizer.step(1e-3)
+            assert parameter._version > before, (optim, dtype)

@@ -400,7 +400,7 @@ def assert_same(one: Path, other: Path) -> None:
         for path in (one, other)
     ]
     assert timeless[0] == timeless[1]
-    exact = ("step", "tokens", "supervised_tokens", "nll", "last_loss", "best_step", "best_eval_loss", "eval_loss")
+    exact = ("step", "tokens", "supervised_tokens", "loss_sum", "last_loss", "best_step", "best_eval_loss", "eval_loss")
     assert all(last[0].state["train"][key] == last[1].state["train"][key] for key in exact)
 
 

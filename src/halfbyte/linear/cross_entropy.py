@@ -83,9 +83,9 @@ def _chunk_logits(hidden_CD: Tensor, head: Weight, softcap: float | None) -> Ten
 class _LinearCrossEntropy(torch.autograd.Function):
     """(hidden [N, D], head, targets [N]) -> negative log-likelihood of each row, float32 [N].
 
-    The saved gradient is that of the *sum*; the caller's scale arrives in `backward` as one number for all rows
-    (a sum or a weighted mean over rows), which is what makes it possible to have it before. `backward` refuses
-    anything else.
+    The saved gradient is that of the *sum*; the caller's scale arrives in `backward`, as one number for all rows (a
+    sum or a mean) or one a row, which is what makes it possible to have it before. The gradient of a trained head sums
+    over rows already: there `backward` refuses unequal weights.
     """
 
     @staticmethod
@@ -146,7 +146,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return (grad_ND, grad_VD, None, None, None)
         scale = dnll_N[0]
         if not bool((dnll_N == scale).all()):
-            raise RuntimeError("linear_cross_entropy: reduce its rows with a sum or a mean, not with unequal weights")
+            if grad_VD is not None:
+                raise RuntimeError(
+                    "linear_cross_entropy: with a trained head, reduce its rows with a sum or a mean, not with unequal "
+                    "weights"
+                )
+            # In float32: a weight rounded to bfloat16 would scale a whole document's gradient by up to 0.4 % too much.
+            weighted = None if grad_ND is None else (grad_ND.float() * dnll_N[:, None]).to(grad_ND.dtype)
+            return weighted, None, None, None, None
         return (
             None if grad_ND is None else grad_ND * scale.to(grad_ND.dtype),
             None if grad_VD is None else _scaled(grad_VD, scale, ctx.head_dtype),
@@ -172,7 +179,7 @@ def linear_cross_entropy(hidden_ND: Tensor, head: Weight, targets_N: Tensor, sof
     targets_N  int64, each in [0, V)
     softcap    Gemma 2's final soft-capping: c * tanh(logits / c)
 
-    The rows may be summed or averaged; unequal weights are refused in backward.
+    The rows may be weighted as one likes; where the head is trained, equally (backward refuses anything else).
     """
     result: Tensor = _LinearCrossEntropy.apply(hidden_ND, head.trainable_tensor(), head, targets_N, softcap)  # type: ignore[no-untyped-call]
     return result

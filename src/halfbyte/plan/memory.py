@@ -6,6 +6,7 @@ Phases are what happens one after the other (load, train, evaluate, save); the p
 Units: bytes; 1 GB = 10⁹ bytes. Shape letters as elsewhere: T tokens of a micro-batch, D bytes of the compute dtype.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -124,12 +125,31 @@ def weight_bytes(count: int, form: str, blocksize: int = 64, double_quant: bool 
 
 
 def adapter_parameters(spec: ModelSpec, job: Job) -> int:
-    """Trainable parameters of the adapters: r (in + out) for each linear that has one."""
-    return sum(job.lora.rank_of(x.name) * (x.in_features + x.out_features) for x in targets(spec, job))
+    """Trainable parameters of the adapters: r (in + out) for each linear that has one, and DoRA's magnitudes."""
+    linears = targets(spec, job)
+    magnitudes = sum(x.out_features for x in linears) if job.lora.use_dora else 0
+    return magnitudes + sum(job.lora.rank_of(x.name) * (x.in_features + x.out_features) for x in linears)
+
+
+def saved_parameters(spec: ModelSpec, job: Job) -> int:
+    """Parameters of the modules that are trained whole beside the adapters (`modules_to_save`)."""
+    if job.method == "full" or not job.lora.modules_to_save:
+        return 0
+    names = [(name.rpartition(".")[0], math.prod(shape)) for name, shape in spec.tensors()]
+    if spec.tied and any("lm_head".endswith(end) for end in job.lora.modules_to_save):
+        names = [("lm_head" if name == "model.embed_tokens" else name, count) for name, count in names]
+    return sum(count for name, count in names if any(name.endswith(end) for end in job.lora.modules_to_save))
 
 
 def trainable_parameters(spec: ModelSpec, job: Job) -> int:
-    return spec.total_parameters if job.method == "full" else adapter_parameters(spec, job)
+    whole = spec.total_parameters if job.method == "full" else adapter_parameters(spec, job)
+    return whole + saved_parameters(spec, job)
+
+
+def trainable_bytes(spec: ModelSpec, job: Job) -> int:
+    """What is trained, in the types that it is held in: adapters float32, everything else as it is computed with."""
+    adapters = 0 if job.method == "full" else adapter_parameters(spec, job)
+    return 4 * adapters + DTYPE_BYTES[job.dtype] * (trainable_parameters(spec, job) - adapters)
 
 
 def base_bytes(spec: ModelSpec, job: Job) -> tuple[int, int]:
@@ -198,7 +218,23 @@ def _adapters_keep(spec: ModelSpec, job: Job) -> int:
     """
     masked = 2 if job.lora.lora_dropout > 0 else 0
     linears = targets(spec, job)
-    return sum(job.lora.rank_of(linear.name) + masked * linear.in_features for linear in linears) // spec.num_layers
+    ranks = sum(job.lora.rank_of(linear.name) + masked * linear.in_features for linear in linears)
+    return (ranks + _magnitudes_keep(spec, job, linears)) // spec.num_layers
+
+
+def _magnitudes_keep(spec: ModelSpec, job: Job, linears: list[LinearSpec]) -> int:
+    """Elements that DoRA keeps of all layers beside LoRA, per token: the outputs that it scales (`linear.dora`).
+
+    Gate and up are kept anyway, and so is what a norm behind the projection or behind its rotation reads.
+    """
+    if not job.lora.use_dora:
+        return 0
+    read = {"gate_up"} | ({"o", "down"} if spec.sandwich_norms else set()) | ({"qkv"} if spec.qk_norm else set())
+    groups = {(linear.layer, linear.group): linear.bias for linear in linears if linear.group not in read}
+    kept = sum(x.out_features for x in spec.linears() if (x.layer, x.group) in groups)
+    # Without a bias it is the output that is kept, and the values are a part of it that attention keeps anyway.
+    shared = sum(group == "qkv" and not bias for (_, group), bias in groups.items())
+    return kept - shared * spec.num_kv_heads * spec.head_dim
 
 
 def activation_bytes(spec: ModelSpec, job: Job) -> int:
@@ -206,8 +242,8 @@ def activation_bytes(spec: ModelSpec, job: Job) -> int:
     per_token, size = layer_activations(spec, job), DTYPE_BYTES[job.dtype]
     if job.native:
         # A normed input, the gated product and its gradient, gradients of the residual; those of gate and up take the
-        # place of gate and up.
-        working = (2 * spec.intermediate_size + 3 * spec.hidden_size) * size
+        # place of gate and up, but where DoRA reads them.
+        working = ((4 if job.lora.use_dora else 2) * spec.intermediate_size + 3 * spec.hidden_size) * size
     else:
         # Gradients of gate and up, of their product and of the residual, and float32 temporaries of a norm.
         working = (4 * spec.intermediate_size + 3 * spec.hidden_size) * size + 3 * 4 * spec.hidden_size
@@ -297,7 +333,8 @@ def optimizer_state(spec: ModelSpec, job: Job) -> int:
     """
     count = trainable_parameters(spec, job)
     # A trained 16-bit weight keeps the 16 bits below it in the optimizer's state.
-    low_bits = 2 * count if job.method == "full" and DTYPE_BYTES[job.dtype] == 2 else 0
+    adapters = 0 if job.method == "full" else adapter_parameters(spec, job)
+    low_bits = 2 * (count - adapters) if DTYPE_BYTES[job.dtype] == 2 else 0
     projections = 0
     if job.optim.startswith("galore") and job.method == "full":
         for linear in spec.linears():
@@ -311,7 +348,7 @@ def optimizer_state(spec: ModelSpec, job: Job) -> int:
 
 def gradient_bytes(spec: ModelSpec, job: Job) -> int:
     """All gradients as they stand after a backward pass, in the type of what is trained."""
-    return trainable_parameters(spec, job) * (DTYPE_BYTES[job.dtype] if job.method == "full" else 4)
+    return trainable_bytes(spec, job)
 
 
 def standing_gradients(spec: ModelSpec, job: Job) -> int:
@@ -350,8 +387,8 @@ def phases(spec: ModelSpec, job: Job) -> dict[str, dict[str, int]]:
     values, constants = base_bytes(spec, job)
     floor = CUDA_CONTEXT if job.device == "cuda" else runtime_bytes(spec, job)
     held = {"runtime": floor, "base weights": values, "quantization constants": constants}
-    trainable = trainable_parameters(spec, job)
-    held["adapters"] = 0 if job.method == "full" else 4 * trainable
+    # Whole modules are copies: the originals stay for the base model.
+    held["adapters"] = 0 if job.method == "full" else trainable_bytes(spec, job)
     train = {
         **held,
         "gradients": standing_gradients(spec, job),

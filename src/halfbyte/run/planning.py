@@ -27,6 +27,7 @@ from halfbyte.plan.hardware import Rates, detect, measure
 from halfbyte.plan.recommend import DataShape, Plan, Request, make_plan
 from halfbyte.quant.options import QuantOptions
 from halfbyte.run.config import RunConfig
+from halfbyte.train.dpo import PREFERENCE_LEARNING_RATE
 from halfbyte.train.options import EFFECTIVE_BATCH, TrainOptions, batch_rows, count_steps
 
 ASSUMED_ROWS, ASSUMED_TOKENS = 1_000, 512
@@ -103,12 +104,31 @@ def _absolute_source(source: DataSource) -> DataSource:
 
 def make(found: Survey, rates: Rates | None = None) -> Plan | None:
     """The plan; None for an architecture whose shapes only its own code knows (the run then goes without)."""
+    check_task(found)
     if found.spec is None:
         return None
     config, hardware = found.config, detect()
     return make_plan(
         found.spec, request(config, found), found.data, hardware, rates or measure(hardware), config.memory
     )
+
+
+def check_task(found: Survey) -> None:
+    """UsageError where the rows and the method do not go together."""
+    prepared = found.prepared
+    if prepared is None:
+        return
+    odd = next((example for example in prepared.eval if (example.rejected is not None) != prepared.pairs), None)
+    if odd is not None:
+        raise UsageError(
+            f"{odd.origin}: held-out rows must be of the kind that is trained on, "
+            f"{'pairs of answers (prompt, chosen, rejected)' if prepared.pairs else 'not pairs of answers'}"
+        )
+    if prepared.pairs and found.config.method == "full":
+        raise UsageError(
+            "task dpo compares the model with what it was before, which is the base with its adapter switched off; "
+            "method full changes the base itself: use lora or qlora"
+        )
 
 
 def plan_of(config: RunConfig) -> Plan:
@@ -162,7 +182,12 @@ def resolve(found: Survey, plan: Plan | None, today: datetime.date | None = None
         per_device, accumulation = batch_rows(_training(config), fits=1)
         checkpointing = bool(config.gradient_checkpointing)
     rate = FULL_LEARNING_RATE if method == "full" else ADAPTER_LEARNING_RATE
+    name = config.replace(method=method).method_name
+    pairs = found.prepared is not None and found.prepared.pairs
+    if pairs:
+        rate = PREFERENCE_LEARNING_RATE
     return config.replace(
+        task="dpo" if pairs else config.task,
         method=method,
         revision=found.source.revision or config.revision,
         dtype=str(found.dtype).removeprefix("torch."),
@@ -173,7 +198,7 @@ def resolve(found: Survey, plan: Plan | None, today: datetime.date | None = None
         gradient_checkpointing=checkpointing,
         per_layer_updates=config.by_layer,
         max_grad_norm=config.clip_norm,
-        output_dir=config.output_dir or default_output(config.model, method, today or datetime.date.today()),
+        output_dir=config.output_dir or default_output(config.model, name, today or datetime.date.today()),
     )
 
 

@@ -39,7 +39,6 @@ from halfbyte.train.update import (
     NonFinite,
     Stopped,
     backward,
-    to_device,
     update_by_layer,
 )
 
@@ -71,7 +70,7 @@ def train(model: Model, plan: TrainPlan, run: RunDirectory, listeners: Iterable[
                     break
 
                 started, step = time.perf_counter(), state.step + 1
-                batches = [to_device(batch, plan.device) for batch in plan.batches_for_update(step)]
+                batches = [batch.to(plan.device) for batch in plan.batches_for_update(step)]
                 model.train()
                 rate = learning_rate_at(step, plan.total_steps, optim)
                 if optim.by_layer:
@@ -82,7 +81,8 @@ def train(model: Model, plan: TrainPlan, run: RunDirectory, listeners: Iterable[
                 optimizer.zero_grad()
                 scale.grow()
                 state.take_scale(scale)
-                state.add(update.loss, update.tokens, update.supervised_tokens, time.perf_counter() - started)
+                figures = plan.figures() if plan.figures is not None else {}
+                state.add(update, time.perf_counter() - started, figures)
                 if step % options.logging_steps == 0 or step == plan.total_steps:
                     s.log_step(rate, update.grad_norm)
         except Stopped:
@@ -292,7 +292,7 @@ class Session:
             tokens=state.tokens,
             supervised_tokens=state.supervised_tokens,
             tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
-            train_loss=state.nll / state.supervised_tokens if state.supervised_tokens else None,
+            train_loss=state.loss_sum / state.terms if state.terms else None,
             final_loss=state.last_loss,
             eval_loss=state.eval_loss,
             best_step=state.best_step,
