@@ -3,6 +3,7 @@
 from typing import Any, Self
 
 from halfbyte.cli import screen
+from halfbyte.run.methods import PRESETS
 from halfbyte.train.progress import Progress
 
 SHOWN = (
@@ -54,16 +55,20 @@ class Reporter:
         hidden = {"full": ("lora_", "target_modules", "quant_"), "lora": ("quant_",)}.get(config.method, ("-",))
         if plan is not None and plan.chosen.job.held and not config.requantize:
             hidden = (*hidden, "quant_")  # the file's own blocks
+        # What a method's name sets is printed, too: it is short for these.
+        own = {field for preset in PRESETS.values() for field in preset.fields}
+        defaults = {field: type(config).model_fields[field].default for field in sorted(own)}
+        values |= {k: getattr(config, k) for k, default in defaults.items() if getattr(config, k) != default}
         if config.task == "dpo":
             values |= {name: value for name, value in config.model_dump().items() if name.startswith("dpo_")}
         shown = [f"{k} {screen.value(v)}" for k, v in values.items() if v is not None and not k.startswith(hidden)]
         self._line(f"settings: {', '.join(shown)}")
         if plan is None:
-            self._line(f"method {config.method}; this architecture has no plan")
+            self._line(f"method {config.method_name}; this architecture has no plan")
         else:
             chosen = plan.chosen
             self._line(
-                f"method {plan.method}: {plan.reason}; expected peak {screen.gigabytes(chosen.peak)} "
+                f"method {config.method_name}: {plan.reason}; expected peak {screen.gigabytes(chosen.peak)} "
                 f"(up to {screen.gigabytes(chosen.peak_p95)} of {screen.gigabytes(plan.budget)}), "
                 f"{screen.duration(chosen.total_seconds)}"
             )

@@ -396,9 +396,9 @@ def _write_folder(folder: Path, subject: Subject, options: ExportOptions, kind: 
 
         quant = subject.quant
         four_bit = quant is not None and quant.quant_type in ("nf4", "fp4")
-        # A GGUF file's own blocks are another format: what was trained on them is quantized like 16-bit weights.
+        # GGUF's, GPTQ's and AWQ's blocks are other formats: what was trained on them is quantized like 16-bit weights.
         served = ModelSpec.serves(subject.source.config)
-        same = served and four_bit and options.base == "dequantized" and not _trained_in_gguf_blocks(subject)
+        same = served and four_bit and options.base == "dequantized" and not _trained_in_foreign_blocks(subject)
         planned = _planned(subject, options, torch.float32 if same else torch.bfloat16)
         if same:
             linears = {f"{linear.name}.weight" for linear in ModelSpec.from_config(subject.source.config).linears()}
@@ -419,9 +419,9 @@ def _write_folder(folder: Path, subject: Subject, options: ExportOptions, kind: 
     return list(report.notes)
 
 
-def _trained_in_gguf_blocks(subject: Subject) -> bool:
+def _trained_in_foreign_blocks(subject: Subject) -> bool:
     kept = subject.quant is not None and not subject.quant.requantize
-    return kept and isinstance(subject.source, GgufSource) and bool(subject.source.prequantized_bytes())
+    return kept and subject.source.blocks not in (None, "bitsandbytes")
 
 
 def _as_bfloat16(tensor: Planned) -> Planned:

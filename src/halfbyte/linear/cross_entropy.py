@@ -150,11 +150,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return weighted, None, None, None, None
         return (
             None if grad_ND is None else grad_ND * scale.to(grad_ND.dtype),
-            None if grad_VD is None else (grad_VD * scale).to(ctx.head_dtype),
+            None if grad_VD is None else _scaled(grad_VD, scale, ctx.head_dtype),
             None,
             None,
             None,
         )
+
+
+def _scaled(grad_VD: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float32 gradient times `scale` in `dtype`, panel by panel: beside a large vocabulary's there is no room for
+    another of its size in float32."""
+    out = torch.empty(grad_VD.shape, dtype=dtype, device=grad_VD.device)
+    step = max(1, PANEL_BYTES // (4 * grad_VD.shape[1]))
+    for start in range(0, grad_VD.shape[0], step):
+        out[start : start + step] = grad_VD[start : start + step] * scale
+    return out
 
 
 def linear_cross_entropy(hidden_ND: Tensor, head: Weight, targets_N: Tensor, softcap: float | None = None) -> Tensor:

@@ -22,7 +22,7 @@ from halfbyte.errors import UsageError
 from halfbyte.models.load import resolve_device, resolve_dtype
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.models.spec import ModelSpec
-from halfbyte.optim.options import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE
+from halfbyte.optim.options import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, OptimOptions
 from halfbyte.plan.hardware import Rates, detect, measure
 from halfbyte.plan.recommend import DataShape, Plan, Request, make_plan
 from halfbyte.quant.options import QuantOptions
@@ -141,7 +141,7 @@ def plan_of(config: RunConfig) -> Plan:
 
 def request(config: RunConfig, found: Survey) -> Request:
     """What the config asks of the plan."""
-    options = config.pick(TrainOptions)
+    options = _training(config)
     batches = dict.fromkeys(batch_rows(options, fits) for fits in range(EFFECTIVE_BATCH, 0, -1))
     data = found.data
     rows_per_update = next(iter(batches))[0] * next(iter(batches))[1]
@@ -153,6 +153,7 @@ def request(config: RunConfig, found: Survey) -> Request:
         quant=config.pick(QuantOptions),
         lora=config.pick(LoraOptions),
         optim=config.optim,
+        updates=config.pick(OptimOptions),
         batches=tuple(batches),
         checkpointing=config.gradient_checkpointing,
         epochs=config.num_train_epochs,
@@ -164,6 +165,12 @@ def request(config: RunConfig, found: Survey) -> Request:
     )
 
 
+def _training(config: RunConfig) -> TrainOptions:
+    """The options of training; per-layer updates see one micro-batch an update, which then takes all its rows."""
+    options: TrainOptions = config.pick(TrainOptions)
+    return options.model_copy(update={"gradient_accumulation_steps": 1}) if config.by_layer else options
+
+
 def resolve(found: Survey, plan: Plan | None, today: datetime.date | None = None) -> RunConfig:
     """The config with every default made explicit: what the plan chose, and what depends on it."""
     config = found.config
@@ -172,9 +179,10 @@ def resolve(found: Survey, plan: Plan | None, today: datetime.date | None = None
         per_device, accumulation = plan.chosen.batch
         checkpointing = plan.chosen.job.checkpointing
     else:
-        per_device, accumulation = batch_rows(config.pick(TrainOptions), fits=1)
+        per_device, accumulation = batch_rows(_training(config), fits=1)
         checkpointing = bool(config.gradient_checkpointing)
     rate = FULL_LEARNING_RATE if method == "full" else ADAPTER_LEARNING_RATE
+    name = config.replace(method=method).method_name
     pairs = found.prepared is not None and found.prepared.pairs
     if pairs:
         rate = PREFERENCE_LEARNING_RATE
@@ -188,7 +196,9 @@ def resolve(found: Survey, plan: Plan | None, today: datetime.date | None = None
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=accumulation,
         gradient_checkpointing=checkpointing,
-        output_dir=config.output_dir or default_output(config.model, method, today or datetime.date.today()),
+        per_layer_updates=config.by_layer,
+        max_grad_norm=config.clip_norm,
+        output_dir=config.output_dir or default_output(config.model, name, today or datetime.date.today()),
     )
 
 

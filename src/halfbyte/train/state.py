@@ -69,6 +69,11 @@ class TrainPlan:
             raise UsageError("nothing to train: no adapter is attached and no weight is trainable")
         if self.optim.learning_rate is None:
             raise ValueError("optim.learning_rate must be resolved before training")
+        if self.optim.by_layer and self.loss_scaling:
+            raise UsageError(
+                "per_layer_updates cannot be had in float16: an overflow is found when layers are already updated, and "
+                "the loss cannot be scaled again; use --dtype bfloat16 or float32"
+            )
 
     def evaluation_is_due(self, step: int) -> bool:
         """After every `eval_steps` (or epoch), and after the last step."""

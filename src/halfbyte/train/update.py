@@ -18,7 +18,7 @@ from torch import Tensor
 
 from halfbyte.batch import Batch
 from halfbyte.errors import HalfbyteError
-from halfbyte.optim.adamw import AdamW, global_norm
+from halfbyte.optim.adamw import AdamW, NonFiniteGradient
 
 
 class Model(Protocol):
@@ -36,14 +36,15 @@ FIRST_LOSS_SCALE = 2.0**16
 
 
 class NonFinite(HalfbyteError):
-    """A loss or a gradient is NaN or infinite; the weights are those of the update before.
+    """A loss or a gradient is NaN or infinite.
 
-    weights_are_finite    False where the trained weights themselves already were not
+    worth_saving    the weights in memory are those of the update before, and finite; False where they themselves
+                    already were not, or where a part of them is an update further (per-layer updates)
     """
 
-    def __init__(self, message: str, weights_are_finite: bool = True) -> None:
+    def __init__(self, message: str, worth_saving: bool = True) -> None:
         super().__init__(message)
-        self.weights_are_finite = weights_are_finite
+        self.worth_saving = worth_saving
 
 
 class Stopped(Exception):
@@ -125,13 +126,55 @@ def backward(
                 raise Stopped
             nlls.append(_backward_one(model, batch, seed_for(seed, step, index), scale.value / terms))
         loss = float(torch.stack(nlls).double().sum()) / terms
-        norm = global_norm(optimizer.gradients()) / scale.value
+        norm = optimizer.grad_norm() / scale.value
         if math.isfinite(loss) and math.isfinite(norm):
             break
         if not (math.isfinite(loss) and scale.shrink()):
             raise explain(model, optimizer, batches, seed, step, loss, scale, locate)
     tokens, supervised = sum(b.tokens for b in batches), sum(b.supervised_tokens for b in batches)
     return Update(loss, norm, tokens, supervised, terms, 1.0 / scale.value)
+
+
+def update_by_layer(
+    model: Model,
+    optimizer: AdamW,
+    batches: Sequence[Batch],
+    seed: int,
+    step: int,
+    learning_rate: float,
+    stop: Callable[[], bool],
+    locate: Callable[[int], str],
+) -> Update:
+    """One update whose layers are updated during the backward pass; see `AdamW.updating`.
+
+    There is one micro-batch, as no gradient outlives the pass. A loss that is not finite stops before any weight moves;
+    a gradient stops before its own layer, and then the weights in memory are of no step (`NonFinite.worth_saving`).
+    """
+    if len(batches) != 1:
+        raise HalfbyteError(f"step {step}: per-layer updates need one micro-batch an update, not {len(batches)}")
+    (batch,) = batches
+    if batch.supervised_tokens == 0:
+        raise HalfbyteError(f"step {step}: nothing is supervised in {_where(batches, locate)}: remove these rows")
+    if stop():
+        raise Stopped
+    optimizer.zero_grad()
+    torch.manual_seed(seed_for(seed, step, 0))
+    nll, _ = model.loss(batch)
+    loss = float(nll.detach()) / batch.loss_terms
+    if not math.isfinite(loss):
+        del nll
+        raise explain(model, optimizer, batches, seed, step, loss, LossScale(1.0, enabled=False), locate)
+    try:
+        with optimizer.updating(learning_rate):
+            (nll * (1.0 / batch.loss_terms)).backward()
+    except NonFiniteGradient as error:
+        raise NonFinite(
+            f"step {step}: {error}; stopped before this layer's update, and as layers after it already have theirs the "
+            f"weights in memory are not saved: the last checkpoint counts. It is in {_where(batches, locate)}: check "
+            "the rows, or lower learning_rate",
+            worth_saving=False,
+        ) from None
+    return Update(loss, optimizer.grad_norm(), batch.tokens, batch.supervised_tokens, batch.loss_terms, 1.0)
 
 
 def _backward_one(model: Model, batch: Batch, seed: int, factor: float) -> Tensor:
@@ -166,7 +209,7 @@ def explain(
     def is_bad(batch: Batch, index: int) -> bool:
         optimizer.zero_grad()
         nll = _backward_one(model, batch, seed_for(seed, step, index), scale.value / max(1, batch.loss_terms))
-        return not (math.isfinite(float(nll)) and math.isfinite(global_norm(optimizer.gradients())))
+        return not (math.isfinite(float(nll)) and math.isfinite(optimizer.grad_norm()))
 
     guilty: list[Batch] = []
     documents = 0
