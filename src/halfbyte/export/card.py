@@ -37,7 +37,10 @@ _METHODS = {
     "galore": "GaLore",
     "full": "full fine-tuning",
 }
-_ADAPTER_KEYS = ("lora_", "target_modules", "use_rslora", "init_lora", "rank_pattern", "alpha_pattern", "adapter_")
+_ADAPTER_KEYS = (
+    *("lora_", "target_modules", "use_rslora", "use_dora", "init_lora", "loftq_", "modules_to_save", "rank_pattern"),
+    *("alpha_pattern", "adapter_"),
+)
 _QUANT_KEYS = ("quant_type", "blocksize", "double_quant", "quant_pattern", "requantize")
 
 

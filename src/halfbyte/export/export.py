@@ -404,7 +404,11 @@ def _write_folder(folder: Path, subject: Subject, options: ExportOptions, kind: 
             linears = {f"{linear.name}.weight" for linear in ModelSpec.from_config(subject.source.config).linears()}
             planned = [one if one.name in linears else _as_bfloat16(one) for one in planned]
         chosen = quant if four_bit and quant is not None else QuantOptions()
-        write_bnb_folder(folder, planned, subject.source, chosen, adapter, trained_on=same)
+        deltas = None if subject.adapter is None else read_deltas(subject.adapter)
+        shifts, whole = ({}, {}) if deltas is None else (deltas.shifts, deltas.whole)
+        write_bnb_folder(
+            folder, planned, subject.source, chosen, adapter, trained_on=same, shifts=shifts, whole=frozenset(whole)
+        )
         return []
     planned = _planned(subject, options, torch.bfloat16)
     rows, progress = subject.calibration(), partial(tell, "quantizing")

@@ -328,6 +328,21 @@ class Decoder(nn.Module):
 
     # -- the tensors ----------------------------------------------------------------------------------------------
 
+    def places(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """(Hugging Face tensor name, the module that has it, its attribute there): what may be exchanged whole.
+
+        The attribute is a `Weight` or a parameter; tied embeddings are one object in two places.
+        """
+        yield "model.embed_tokens.weight", self, "embed"
+        for module in self.modules():
+            if isinstance(module, Segment):
+                yield f"{module.name}.weight", module, "weight"
+                if module.bias is not None:
+                    yield f"{module.name}.bias", module, "bias"
+            elif isinstance(module, Norm):
+                yield f"{module.name}.weight", module, "weight"
+        yield "lm_head.weight", self, "head"
+
     def named_tensors(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """(Hugging Face name, a function that returns the dense tensor as it is held, adapters left out)."""
 

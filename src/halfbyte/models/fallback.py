@@ -164,6 +164,24 @@ class Fallback(nn.Module):
 
     # -- the tensors ----------------------------------------------------------------------------------------------
 
+    def places(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """(Hugging Face tensor name, the module that has it, its attribute there): what may be exchanged whole.
+
+        The attribute is a `Weight` or a parameter; tied embeddings are one object in two places. Linears that the
+        files keep turned around (Conv1D) are left out: a whole one would have another shape than its file's.
+        """
+        ours: set[int] = set()
+        for name, segment in segments(self.model).items():
+            ours.update(id(parameter) for parameter in segment.parameters())
+            if name not in self.transposed:
+                yield f"{name}.weight", segment, "weight"
+            if segment.bias is not None:
+                yield f"{name}.bias", segment, "bias"
+        for prefix, module in self.model.named_modules():
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in ours:
+                    yield f"{prefix}.{leaf}" if prefix else leaf, module, leaf
+
     def named_tensors(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """(Hugging Face name, a function that returns the dense tensor as it is held, adapters left out)."""
         ours: set[int] = set()

@@ -36,6 +36,7 @@ from halfbyte.export.merge import MergeOptions, MergeReport, merge
 from halfbyte.export.score import MAX_FALLBACK_TOKENS, MAX_TOKENS, HeldOut, choose_rows
 from halfbyte.models.load import LoadedModel, load_model
 from halfbyte.models.options import ModelOptions
+from halfbyte.models.shifted_source import LinearBase
 from halfbyte.models.source import ModelSource
 from halfbyte.quant.options import QuantOptions
 from halfbyte.run import folder, planning
@@ -134,7 +135,7 @@ def open_target(target: Target, source: ModelSource | None = None) -> Opened:
     config = target.config
     loaded = load_model(config.pick(ModelOptions), target.quant, source=source)
     if target.adapter is not None:
-        load_adapter(loaded.model, target.adapter)
+        load_adapter(loaded.model, target.adapter, LinearBase(loaded, target.quant))
     loaded.model.eval()
     encoder = Encoder(loaded.tokenizer)
     kept = target.run / TEMPLATE if target.run is not None else None
