@@ -32,7 +32,9 @@ def test_a_model_that_learned_to_write_it_passes(
         main(asked)
     assert refused.value.code == 2
     assert "--allow-code-execution" in capsys.readouterr().err
-    main([*asked, "--rows", "--allow-code-execution"])
+    with pytest.raises(SystemExit) as left:
+        main([*asked, "--rows", "--allow-code-execution"])
+    assert not left.value.code
     found = json.loads(capsys.readouterr().out)
     assert found["pass@1"] == 1
     assert found["base"]["pass@1"] == 0

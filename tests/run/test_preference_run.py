@@ -124,6 +124,8 @@ def test_what_does_not_go_with_pairs(pair_config: RunConfig, data_file: Path, tm
             run(pair_config.replace(**changes))
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "run").exists()
+    with pytest.raises(UsageError, match="dpo_label_smoothing is for dpo_loss sigmoid, and ipo has none"):
+        load_config(model="m", dpo_label_smoothing=0.1, dpo_loss="ipo")
     for name, value in (("dpo_beta", 0), ("dpo_label_smoothing", 0.5), ("dpo_loss", "kto"), ("dpo_nll_weight", -1)):
         with pytest.raises(UsageError, match=name):
             load_config(model="m", **{name: value})

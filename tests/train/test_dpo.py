@@ -354,7 +354,7 @@ def test_loss_and_rewards_are_those_of_trl(tmp_path: Path, options: DpoOptions) 
     loss = trainer.compute_loss(trainer.model, inputs)
     objective = PairedModel(model, reference, options).train(False)
     ours, count = objective.loss(collate(examples))
-    assert float(ours) / count == pytest.approx(float(loss), rel=1e-4)
+    assert float(ours.detach()) / count == pytest.approx(float(loss.detach()), rel=1e-4)
     metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     for name, value in objective.figures().items():
         assert value == pytest.approx(metrics[name], rel=1e-3, abs=1e-4), name
