@@ -135,7 +135,7 @@ def _drop(path: Path) -> None:
 
 def _reference(folder: Path, value: float) -> None:
     said = torch.full((50_000, 2), value, dtype=torch.float64)
-    write_references(folder / REFERENCE, Reference(said, said), {"base": "tiny"})
+    write_references(folder / REFERENCE, Reference(said, said + 1), {"base": "tiny"})
 
 
 def _save_adapter(folder: Path, seed: int) -> None:
