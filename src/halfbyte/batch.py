@@ -19,6 +19,10 @@ class Batch:
     targets       int64 [T]  the id that position t must predict (the next token's), or IGNORE; the shift is done
     lengths       tokens of each document; they sum to T. Attention never crosses a document's border.
     rows          the data-set row behind each document, for messages; may be empty
+    sources       encoder-decoders: how many tokens of each document the encoder reads; the others are the answer, and
+                  the target of a source's last position is the answer's first token. Empty for all other models.
+
+    A classifier's targets are class numbers, at the last position of each document.
     """
 
     input_ids: Tensor
@@ -26,6 +30,7 @@ class Batch:
     targets: Tensor
     lengths: tuple[int, ...]
     rows: tuple[int, ...] = ()
+    sources: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:

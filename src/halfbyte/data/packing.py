@@ -14,7 +14,10 @@ from halfbyte.data.examples import Example
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Lay examples end to end. The target of a position is the next token of the same example, if it is supervised."""
+    """Lay examples end to end. The target of a position is the next token of the same example, if it is supervised.
+
+    Where a row has a class for a trained head, it is the target of the row's last position.
+    """
     if not examples:
         raise ValueError("a batch needs at least one example")
     input_ids = np.concatenate([example.input_ids for example in examples]).astype(np.int64)
@@ -24,6 +27,8 @@ def collate(examples: Sequence[Example]) -> Batch:
     for example in examples:
         end = start + len(example)
         targets[start : end - 1] = np.where(example.supervised[1:], example.input_ids[1:], IGNORE)
+        if example.target is not None:
+            targets[end - 1] = example.target
         start = end
     return Batch(
         input_ids=torch.from_numpy(input_ids),
@@ -31,6 +36,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         targets=torch.from_numpy(targets),
         lengths=tuple(len(example) for example in examples),
         rows=tuple(example.index for example in examples),
+        sources=tuple(example.source_length for example in examples if example.source_length),
     )
 
 

@@ -190,6 +190,7 @@ def split(batch: Batch) -> list[Batch]:
             targets=batch.targets[start:stop],
             lengths=(stop - start,),
             rows=batch.rows[i : i + 1],
+            sources=batch.sources[i : i + 1],
         )
         for i, (start, stop) in enumerate(pairwise(borders))
     ]
