@@ -16,6 +16,7 @@ import torch
 from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
+from halfbyte.adapters import heads
 from halfbyte.errors import UsageError
 from halfbyte.linear import LoraAdapter, Segment, segments
 from halfbyte.options import Options
@@ -135,6 +136,7 @@ def attach(model: nn.Module, options: LoraOptions, seed: int = 42) -> AttachRepo
         a, b = _initial(segment, options, generator)
         adapter = LoraAdapter(a, b, options.scaling_of(name), options.lora_dropout)
         segment.adapter = adapter.to(device_of(segment))
+    heads.make_trainable(model)
     return report(model, tuple(names))
 
 
@@ -193,13 +195,13 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors under PEFT's names, float32, sharing memory with the parameters."""
+    """The adapters' tensors (and a classifier's head) under PEFT's names, float32, sharing memory with the parameters."""
     state: dict[str, Tensor] = {}
     for name, segment in segments(model).items():
         if segment.adapter is not None:
             state[f"base_model.model.{name}.lora_A.weight"] = segment.adapter.lora_A.detach()
             state[f"base_model.model.{name}.lora_B.weight"] = segment.adapter.lora_B.detach()
-    return state
+    return state | heads.head_state(model)
 
 
 @torch.no_grad()

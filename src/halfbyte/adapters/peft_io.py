@@ -16,6 +16,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
+from halfbyte.adapters import heads
 from halfbyte.adapters.lora import LoraOptions, adapter_state, device_of
 from halfbyte.errors import UsageError
 from halfbyte.files import write_atomic
@@ -39,7 +40,6 @@ def peft_config(model: nn.Module, options: LoraOptions, base: str, revision: str
     """adapter_config.json for the adapters on `model`. Every key that loaders look for is written, off or on."""
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "revision": revision,
         "inference_mode": True,
@@ -63,6 +63,7 @@ def peft_config(model: nn.Module, options: LoraOptions, base: str, revision: str
         "layers_to_transform": None,
         "layers_pattern": None,
         "layer_replication": None,
+        **heads.task_fields(model),
     }
 
 
@@ -89,6 +90,7 @@ def save_adapter(
         raise UsageError("the model has no adapter to save")
     write_atomic(folder / WEIGHTS, save_tensors(state, metadata={"format": "pt"}))
     config = json.dumps(peft_config(model, options, base, revision), indent=2, sort_keys=True)
+    heads.write_labels(model, folder)
     write_atomic(folder / CONFIG, config + "\n")
     return [folder / WEIGHTS, folder / CONFIG]
 
@@ -106,7 +108,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise UsageError(f"{path}: peft_type is {kind!r}; halfbyte reads LORA adapters")
     for key, what in _REFUSED.items():
-        if config.get(key):
+        if heads.other_modules(config) if key == "modules_to_save" else config.get(key):
             raise UsageError(f"{path}: {key} is set, and halfbyte does not read {what} yet")
     if config.get("bias", "none") != "none":
         raise UsageError(f"{path}: bias is {config['bias']!r}; halfbyte reads adapters without trained biases")
@@ -150,8 +152,10 @@ def load_adapter(model: nn.Module, folder: Path | str) -> LoraOptions:
     The file decides which linears are adapted and with what rank: PEFT's target patterns are not interpreted again.
     """
     folder = Path(folder)
-    options = lora_options(read_adapter_config(folder))
+    config = read_adapter_config(folder)
+    options = lora_options(config)
     tensors = read_adapter_tensors(folder)
+    head = heads.take_head(tensors, config, folder)
     found = segments(model)
     names = _adapted_names(tensors, list(found), folder)
     for name in names:
@@ -169,8 +173,10 @@ def load_adapter(model: nn.Module, folder: Path | str) -> LoraOptions:
             raise UsageError(
                 f"{folder}: {name} has rank {a.shape[0]} in {WEIGHTS} and {options.rank_of(name)} in {CONFIG}"
             )
+    heads.put_head(model, head, folder)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+    heads.make_trainable(model)
     for name in names:
         a = tensors[f"base_model.model.{name}.lora_A.weight"]
         b = tensors[f"base_model.model.{name}.lora_B.weight"]
