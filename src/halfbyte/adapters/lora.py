@@ -195,7 +195,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors (and a classifier's head) under PEFT's names, float32, sharing memory with the parameters."""
+    """The adapters' tensors, and a classifier's head, under PEFT's names, float32, sharing the parameters' memory."""
     state: dict[str, Tensor] = {}
     for name, segment in segments(model).items():
         if segment.adapter is not None:

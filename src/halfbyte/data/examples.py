@@ -29,7 +29,7 @@ class Example:
     prompt         what was asked, for people to read: the last message, the prompt, the text to classify
     completion     what should be answered, without the end-of-turn token
     label          classification: the index into Prepared.labels
-    target         classification with a trained head: the class that the last position predicts; nothing else is learned
+    target         a trained head: the class that the last position predicts; nothing else is then learned
     source_length  seq2seq: tokens that the encoder reads; what follows is the decoder's
     source         the index of the source in `data` or `eval_data`
     index          the position in Prepared.train or Prepared.eval

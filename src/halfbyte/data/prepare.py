@@ -249,7 +249,7 @@ def _require_known(parts: Sequence[Rows], labels: Sequence[LabelChoice]) -> None
 
 
 def _known_labels(words: Sequence[str]) -> tuple[LabelChoice, ...]:
-    """The classes of a trained head. Integers in the data are class numbers, unless the words are integers themselves."""
+    """The classes of a trained head. Integers in the data are class numbers, unless the words are integers too."""
     numbers = all(word.isdecimal() for word in words)
     return tuple(LabelChoice(int(word) if numbers else index, word, ()) for index, word in enumerate(words))
 
@@ -269,7 +269,6 @@ def _labels(
         raise UsageError(f"classification needs at least two classes; every label here is {values[0][1]!r}")
     if len({word for _, word in values}) < len(values):
         raise UsageError("label_names: every name must be different")
-
 
     def ids(word: str) -> tuple[int, ...]:
         if task == "classification":

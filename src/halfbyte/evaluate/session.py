@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfbyte.models.decoder import Decoder
 from halfbyte.models.fallback import Fallback
@@ -22,7 +22,7 @@ PREFILL_TOKENS = 2048
 
 
 @contextmanager
-def inference(model: Model) -> Iterator[None]:
+def inference(model: nn.Module) -> Iterator[None]:
     """Dropout off and no graph; afterwards the model is in the mode it was in."""
     training = model.training
     model.eval()

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from halfbyte.adapters.heads import take_head
 from halfbyte.adapters.lora import device_of
 from halfbyte.adapters.peft_io import lora_options, read_adapter_config, read_adapter_tensors
 from halfbyte.errors import UsageError
@@ -60,8 +61,10 @@ def parse_adapter(text: str) -> WeightedAdapter:
 
 def read_deltas(adapter: Path) -> dict[str, Delta]:
     """The updates of a PEFT folder by the linear's name. UsageError for one that is broken or not plain LoRA."""
-    options = lora_options(read_adapter_config(adapter))
+    config = read_adapter_config(adapter)
+    options = lora_options(config)
     tensors = read_adapter_tensors(adapter)
+    take_head(tensors, config, adapter)  # which `export.heads` reads
     prefix, suffix = "base_model.model.", ".lora_A.weight"
     names = sorted(key.removeprefix(prefix).removesuffix(suffix) for key in tensors if key.endswith(suffix))
     deltas: dict[str, Delta] = {}

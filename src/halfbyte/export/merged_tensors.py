@@ -11,7 +11,9 @@ from torch import Tensor
 
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.export.deltas import Delta
+from halfbyte.export.heads import Head
 from halfbyte.export.safetensors_file import Planned
+from halfbyte.models.classifier import SCORE
 from halfbyte.models.load import load_model, read_weight
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import ModelSource
@@ -27,12 +29,18 @@ def plan_tensors(
     deltas: Mapping[str, Delta],
     quant: QuantOptions | None,
     dtype: torch.dtype,
+    head: Head | None = None,
 ) -> list[Planned]:
-    """Every tensor of the merged model, and how its rows are made. Reads no weights for the decoder's families."""
+    """Every tensor of the merged model, and how its rows are made. Reads no weights for the decoder's families.
+
+    head   of a classifier: it stands where a language model has its output head
+    """
     if ModelSpec.serves(source.config):
-        planned = _plan_streamed(source, deltas, quant, dtype)
+        planned = _plan_streamed(source, deltas, quant, dtype, head)
     else:
-        planned = _plan_loaded(model, deltas, quant, dtype)
+        planned = _plan_loaded(model, deltas, quant, dtype, head)
+    if head is not None:
+        planned = [*(tensor for tensor in planned if tensor.name != SCORE), head.planned(dtype)]
     names = {tensor.name for tensor in planned}
     lost = sorted(name for name in deltas if f"{name}.weight" not in names)
     if lost:
@@ -43,9 +51,10 @@ def plan_tensors(
 
 
 def _plan_streamed(
-    source: ModelSource, deltas: Mapping[str, Delta], quant: QuantOptions | None, dtype: torch.dtype
+    source: ModelSource, deltas: Mapping[str, Delta], quant: QuantOptions | None, dtype: torch.dtype, head: Head | None
 ) -> list[Planned]:
     spec = ModelSpec.from_config(source.config)
+    spec = spec if head is None else spec.without_head()
     linears = {f"{linear.name}.weight": linear.name for linear in spec.linears()}
     planned = []
     for name, shape in spec.tensors():
@@ -67,9 +76,9 @@ def _plan_streamed(
 
 
 def _plan_loaded(
-    model: ModelOptions, deltas: Mapping[str, Delta], quant: QuantOptions | None, dtype: torch.dtype
+    model: ModelOptions, deltas: Mapping[str, Delta], quant: QuantOptions | None, dtype: torch.dtype, head: Head | None
 ) -> list[Planned]:
-    loaded = load_model(model, quant, device="cpu").model
+    loaded = load_model(model, quant, device="cpu", head=None if head is None else head.options).model
     transposed: frozenset[str] = getattr(loaded, "transposed", frozenset())
     planned = []
     for name, dense in loaded.named_tensors():  # type: ignore[operator]

@@ -9,6 +9,7 @@ Shape letters: T tokens of a packed batch, B documents, D hidden size, C classes
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,9 +64,9 @@ class Classifier(nn.Module):
     @property
     def total_parameters(self) -> int:
         """Parameters of body and head."""
-        spec = getattr(self.body, "spec", None)
-        body = spec.total_parameters if spec is not None else self.body.total_parameters
-        return int(body) + self.score.weight.numel()
+        body: Any = self.body
+        held = body.spec.total_parameters if isinstance(body, Decoder) else body.total_parameters
+        return int(held) + self.score.weight.numel()
 
     @property
     def checkpointing(self) -> bool:
@@ -93,6 +94,13 @@ class Classifier(nn.Module):
         """float32 [B, C] of every document, whether its class is known or not; with a graph."""
         return self._of(batch, self._last(batch))
 
+    @torch.no_grad()
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """float32 [T, C]: what the head would say if the text [T] ended at each of its tokens. Inference only."""
+        count = input_ids.numel()
+        batch = Batch(input_ids, torch.arange(count), torch.full_like(input_ids, IGNORE), (count,))
+        return self._of(batch, torch.arange(count, device=self.device))
+
     def _supervised(self, batch: Batch) -> tuple[Tensor, Tensor]:
         last = self._last(batch)
         targets = batch.targets.to(self.device)[last]
@@ -115,7 +123,7 @@ class Classifier(nn.Module):
             raise UsageError("method full is built for the decoder's families only: use lora or qlora with this model")
         trainable = self.body.unfreeze()
         self.score.requires_grad_(True)
-        return trainable | {SCORE: self.score.weight}
+        return trainable | dict(self.score.named_parameters(prefix="score"))
 
     def named_tensors(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """(Hugging Face name, a function that returns the dense tensor as it is held, adapters left out)."""

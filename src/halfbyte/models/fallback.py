@@ -251,7 +251,8 @@ class FallbackBody(Held):
     def _hidden(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
         mask = None if bool(mask_BS.all()) else mask_BS.long()
         hidden_BSD: Tensor = self.model.base_model(input_ids=ids_BS, attention_mask=mask, use_cache=False)[0]
-        return hidden_BSD[mask_BS]
+        hidden_TD: Tensor = hidden_BSD[mask_BS]
+        return hidden_TD
 
     def _check(self) -> None:
         hidden = _require_causal(self, lambda ids_BS: self.model.base_model(input_ids=ids_BS, use_cache=False)[0])
@@ -266,7 +267,7 @@ def _require_causal(held: Held, run: Callable[[Tensor], Tensor]) -> Tensor:
     """
     ids = torch.arange(8, device=held.device) % held.model.config.get_text_config().vocab_size
     pair = torch.stack([ids, torch.cat([ids[:6], ids[:2]])])
-    before, after = run(pair)[:, :6].float()
+    before, after = run(pair)[:, :6].float().unbind()
     rounding = 1e-4 if held.dtype == torch.float32 else 0.02
     if float((before - after).abs().max()) > rounding * float(before.std()):
         raise UsageError(
