@@ -180,7 +180,7 @@ class Fallback(Held):
         input_ids = input_ids.to(self.device)
         if cache is not None:
             return cache.step(self.model, input_ids, sizes, last_only, self._selects)
-        ids_BS, mask_BS = _padded(input_ids, sizes, 0)
+        ids_BS, mask_BS = padded(input_ids, sizes, 0)
         logits_TV: Tensor = self._run(ids_BS, mask_BS).logits[mask_BS].float()
         return logits_TV[torch.tensor(sizes, device=self.device).cumsum(0) - 1] if last_only else logits_TV
 
@@ -206,8 +206,8 @@ class Fallback(Held):
 
         transformers projects to the vocabulary only positions that some document supervises.
         """
-        ids_BS, mask_BS = _padded(batch.input_ids.to(self.device), batch.lengths, 0)
-        targets_BS, _ = _padded(batch.targets.to(self.device), batch.lengths, IGNORE)
+        ids_BS, mask_BS = padded(batch.input_ids.to(self.device), batch.lengths, 0)
+        targets_BS, _ = padded(batch.targets.to(self.device), batch.lengths, IGNORE)
         wanted_BS = targets_BS != IGNORE
         columns = wanted_BS.any(0).nonzero()[:, 0]
         if columns.numel() == 0:  # nothing supervised: a loss of zero that still has a graph
@@ -246,7 +246,7 @@ class FallbackBody(Held):
 
     def hidden_of(self, batch: Batch, rows: Tensor) -> Tensor:
         """Final hidden states [N, D] of N positions (int64) of the batch."""
-        return self._hidden(*_padded(batch.input_ids.to(self.device), batch.lengths, 0)).index_select(0, rows)
+        return self._hidden(*padded(batch.input_ids.to(self.device), batch.lengths, 0)).index_select(0, rows)
 
     def _hidden(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
         mask = None if bool(mask_BS.all()) else mask_BS.long()
@@ -330,7 +330,7 @@ def _dense(weight: Weight, transposed: bool) -> Tensor:
     return dense.t() if transposed else dense
 
 
-def _padded(values_T: Tensor, lengths: tuple[int, ...], fill: int) -> tuple[Tensor, Tensor]:
+def padded(values_T: Tensor, lengths: tuple[int, ...], fill: int) -> tuple[Tensor, Tensor]:
     """[T] end to end -> ([B, S] padded on the right, [B, S] true where there is a token).
 
     On the right, so that every architecture's own way of counting positions is right as it is.

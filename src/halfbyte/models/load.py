@@ -70,11 +70,16 @@ def load_model(
         return LoadedModel(_with_head(decoder, spec.hidden_size, head, source), tokenizer, spec, source)
     # Imports transformers' models: memory that the decoder does without.
     from halfbyte.models.fallback import Fallback, FallbackBody
+    from halfbyte.models.seq2seq import Seq2Seq
 
     share = 1 - options.allow_unquantized_share
     if head is not None:
         body = FallbackBody.build(source, quant, kind, target, share)
         return LoadedModel(_with_head(body, body.width, head, source), tokenizer, None, source)
+    if source.config.get("is_encoder_decoder"):
+        pair = Seq2Seq.build(source, quant, kind, target, share)
+        pair.begin_with(source.config, source.generation)
+        return LoadedModel(pair, tokenizer, None, source)
     return LoadedModel(Fallback.build(source, quant, kind, target, share), tokenizer, None, source)
 
 

@@ -38,6 +38,7 @@ from halfbyte.export.score import MAX_FALLBACK_TOKENS, MAX_TOKENS, HeldOut, choo
 from halfbyte.models.classifier import Classifier
 from halfbyte.models.load import LoadedModel, load_model
 from halfbyte.models.options import ModelOptions
+from halfbyte.models.seq2seq import Seq2Seq
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.quant.options import QuantOptions
 from halfbyte.run import folder, planning, tasks
@@ -242,10 +243,13 @@ def generate_texts(
         raise UsageError('nothing to answer: give a prompt, or --prompts with a file (halfbyte generate RUN "text")')
     tasks.require_language_model(opened.target.config, "generate", seq2seq=True)
     plain = opened.raw if raw is None else raw
-    ids = [
-        render_prompt(opened.encoder, p if plain else [{"role": "user", "content": p}], opened.template)
-        for p in prompts
-    ]
+    if isinstance(opened.model, Seq2Seq):
+        ids = [opened.encoder.encode_whole(prompt) for prompt in prompts]
+    else:
+        ids = [
+            render_prompt(opened.encoder, p if plain else [{"role": "user", "content": p}], opened.template)
+            for p in prompts
+        ]
     with disabled(opened.model) if base else nullcontext():
         return generate_batch(opened.model, opened.loaded.tokenizer, ids, options, opened.end_ids)
 
