@@ -244,7 +244,11 @@ def test_a_language_model_is_no_classifier(model_folder: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        ([{"prompt": "a", "completion": "b"}] * 4, {}, "its rows are prompt_completion, and task: classification needs"),
+        (
+            [{"prompt": "a", "completion": "b"}] * 4,
+            {},
+            "its rows are prompt_completion, and task: classification needs",
+        ),
         ([{"text": f"t{i}", "label": "same"} for i in range(8)], {}, "needs at least two classes"),
         (animals(20), {"train_on_inputs": True}, "train_on_inputs is for causal language models"),
     ],

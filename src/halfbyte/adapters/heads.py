@@ -62,9 +62,7 @@ def take_head(tensors: dict[str, Tensor], config: Mapping[str, Any], folder: Pat
     head = tensors.pop(KEY, None)
     if head is None:
         if is_classifier(config):
-            raise UsageError(
-                f"{folder}: a classifier's adapter without {KEY}: halfbyte reads that head only"
-            )
+            raise UsageError(f"{folder}: a classifier's adapter without {KEY}: halfbyte reads that head only")
         return None
     if not is_classifier(config):
         raise UsageError(f"{folder}: holds {KEY}, and its task_type is {config.get('task_type')!r}, not SEQ_CLS")
