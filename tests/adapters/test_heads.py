@@ -117,7 +117,7 @@ def test_files_of_another_task_are_refused(tmp_path: Path) -> None:
         ("no head", "without base_model.model.score.weight"),
         ("vector", "is no matrix"),
         ("causal", "its task_type is 'CAUSAL_LM', not SEQ_CLS"),
-        ("more modules", "fully trained modules"),
+        ("more modules", "has .embed_tokens. in modules_to_save, and"),
     ],
 )
 def test_damaged_adapters_are_refused(change: str, message: str, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ The head is a linear without bias at the model's attribute `score`, trained whol
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,20 @@ def head_state(model: nn.Module) -> dict[str, Tensor]:
     return {} if head is None else {KEY: head.weight.detach()}
 
 
-def task_fields(model: nn.Module) -> dict[str, Any]:
-    """What adapter_config.json says of the task."""
+def task_fields(model: nn.Module, whole: Iterable[str] = ()) -> dict[str, Any]:
+    """What adapter_config.json says of the task; `whole` are the other modules that are trained whole."""
     fields: dict[str, Any] = {"task_type": _TASK_TYPES.get(str(getattr(model, "task", "")), "CAUSAL_LM")}
-    return fields | ({"modules_to_save": sorted(_PEFT_HEADS)} if head_of(model) is not None else {})
+    return fields if head_of(model) is None else fields | {"modules_to_save": sorted({*whole, *_PEFT_HEADS})}
 
 
 def is_classifier(config: Mapping[str, Any]) -> bool:
     """Whether an adapter_config.json is of a classifier."""
     return str(config.get("task_type")).upper() == "SEQ_CLS"
+
+
+def without_head(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """`modules_to_save` without a classifier's head, which is trained in any case."""
+    return [name for name in names if head_of(model) is None or name not in _PEFT_HEADS]
 
 
 def other_modules(config: Mapping[str, Any]) -> list[str]:
@@ -71,20 +76,25 @@ def take_head(tensors: dict[str, Tensor], config: Mapping[str, Any], folder: Pat
     return head
 
 
-def put_head(model: nn.Module, value: Tensor | None, folder: Path) -> None:
-    """Copy an adapter's head into the model's. UsageError where only one of them has one, or of another shape."""
+def require_fit(model: nn.Module, value: Tensor | None, folder: Path) -> None:
+    """UsageError where only one of the model and an adapter has a head, or they are of different shapes."""
     head = head_of(model)
     if (head is None) != (value is None):
         has, lacks = ("the model", "the adapter") if value is None else ("the adapter", "the model")
         raise UsageError(f"{folder}: {has} has a classifier's head and {lacks} has none: they are of different tasks")
-    if head is None or value is None:
-        return
-    if head.weight.shape != value.shape:
+    if head is not None and value is not None and head.weight.shape != value.shape:
         raise UsageError(
             f"{folder}: its head is {list(value.shape)} and the model's {list(head.weight.shape)}: trained on another "
             "base, or with other labels"
         )
-    head.weight.data.copy_(value)
+
+
+def put_head(model: nn.Module, value: Tensor | None) -> None:
+    """Copy an adapter's head, which `require_fit`, into the model's; it is trained, as adapters are."""
+    head = head_of(model)
+    if head is not None and value is not None:
+        head.weight.data.copy_(value)
+    make_trainable(model)
 
 
 # -- the classes' names -----------------------------------------------------------------------------------------------

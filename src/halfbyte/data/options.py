@@ -85,8 +85,9 @@ class DataOptions(Options):
     task: Task = Field(
         default="auto",
         description="What is learned: causal (the next token), classification (a trained head, from the label of each "
-        "row), seq2seq (an encoder-decoder's answer) or dpo (the preferred answer). auto takes seq2seq for an "
-        "encoder-decoder, classification for a model that has such a head, and causal for all others.",
+        "row), seq2seq (an encoder-decoder's answer) or dpo (to prefer the chosen answer). auto takes dpo for "
+        "preference rows, seq2seq for an encoder-decoder, classification for a model that has a trained head, and "
+        "causal for all others.",
     )
     data_format: Annotated[RowFormat | None, BeforeValidator(_format_alias)] = Field(
         default=None,

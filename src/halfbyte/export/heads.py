@@ -2,14 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from halfbyte.adapters.heads import LABELS, is_classifier, read_labels, take_head
-from halfbyte.adapters.peft_io import read_adapter_config, read_adapter_tensors
+from halfbyte.adapters.heads import LABELS, is_classifier, read_labels
+from halfbyte.adapters.peft_io import read_adapter, read_adapter_config
 from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.export.deltas import WeightedAdapter
 from halfbyte.export.safetensors_file import Planned
 from halfbyte.models.classifier import SCORE, HeadOptions, head_of_file
 from halfbyte.models.source import ModelSource
@@ -38,15 +38,15 @@ class Head:
         return Planned(SCORE, tuple(self.weight.shape), dtype, rows)
 
 
-def read_head(adapters: Sequence[Path], source: ModelSource) -> Head | None:
+def read_head(adapters: Sequence[WeightedAdapter], source: ModelSource) -> Head | None:
     """The head of a classifier's adapter; None for language models. UsageError for several: heads do not add up."""
-    classifiers = [folder for folder in adapters if is_classifier(read_adapter_config(folder))]
+    classifiers = [one for one in adapters if is_classifier(read_adapter_config(one.folder))]
     if not classifiers:
         return None
-    if len(adapters) > 1:
-        raise UsageError(f"{classifiers[0]} is a classifier's adapter: it is merged alone, for heads do not add up")
-    folder = classifiers[0]
-    weight = take_head(read_adapter_tensors(folder), read_adapter_config(folder), folder)
+    folder = classifiers[0].folder
+    if len(adapters) > 1 or classifiers[0].weight != 1:
+        raise UsageError(f"{folder} is a classifier's adapter: it is merged alone and whole, for heads do not add up")
+    weight = read_adapter(folder).head
     assert weight is not None
     labels = read_labels(folder) or head_of_file(source) or tuple(f"LABEL_{i}" for i in range(weight.shape[0]))
     if len(labels) != weight.shape[0]:

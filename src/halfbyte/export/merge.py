@@ -142,7 +142,7 @@ def merge(
     adapters = [WeightedAdapter(adapter)] if isinstance(adapter, Path) else list(adapter)
     deltas = read_sum(adapters)
     check_output(out, options.overwrite, (source.path, *(one.folder for one in adapters)))
-    head = read_head([one.folder for one in adapters], source)
+    head = read_head(adapters, source)
     merging = Merging(model, source, quant, deltas, getattr(torch, options.merge_dtype), head)
     base, scores, not_scored = _choose_base(merging, options, rows, on_event)
     plan = merging.plan(base)
@@ -233,6 +233,8 @@ def describe_base(source: ModelSource, quant: QuantOptions | None, base: Base) -
         own += f" ({was}, so already quantized once)"
     if quant is None:
         return f"{own}, as trained"
+    if base_is_the_sources_own(source, quant):
+        return f"{own}, dequantized: the base that the adapter was trained on"
     how = f"{quant.quant_type} in blocks of {quant.blocksize}{', double-quantized' if quant.double_quant else ''}"
     if base == "dequantized":
         return f"{own} in {how}, dequantized: the base that the adapter was trained on"

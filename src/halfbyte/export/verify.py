@@ -22,6 +22,7 @@ from halfbyte.export.heads import Head
 from halfbyte.export.safetensors_file import Planned
 from halfbyte.models.load import load_model
 from halfbyte.models.options import ModelOptions
+from halfbyte.models.shifted_source import LinearBase
 from halfbyte.models.source import open_source
 from halfbyte.quant import QuantOptions
 
@@ -112,9 +113,9 @@ def compare_logits(
     compute = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     kind = None if head is None else head.options
     loaded = load_model(model, quant, compute, "cpu", head=kind)
-    attach_deltas(loaded.model, deltas)
+    attach_deltas(loaded.model, deltas, LinearBase(loaded, quant))
     if head is not None:
-        put_head(loaded.model, head.weight, folder)
+        put_head(loaded.model, head.weight)
     ids = probe_ids(loaded.tokenizer)
     before = _logits(loaded.model, ids)
     del loaded

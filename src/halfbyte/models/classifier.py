@@ -125,6 +125,10 @@ class Classifier(nn.Module):
         self.score.requires_grad_(True)
         return trainable | dict(self.score.named_parameters(prefix="score"))
 
+    def places(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """The body's tensors that may be exchanged whole; see `Decoder.places`. The head is always trained whole."""
+        yield from self.body.places()  # type: ignore[operator]
+
     def named_tensors(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """(Hugging Face name, a function that returns the dense tensor as it is held, adapters left out)."""
         yield from self.body.named_tensors()  # type: ignore[operator]

@@ -31,6 +31,7 @@ from halfbyte.evaluate.evaluate import (
 )
 from halfbyte.evaluate.evaluate import against as pair
 from halfbyte.evaluate.generate import Generation, end_ids, generate_batch
+from halfbyte.evaluate.preference import DpoOptions, evaluate_preferences
 from halfbyte.evaluate.sampling import GenerateOptions
 from halfbyte.export.deltas import WeightedAdapter
 from halfbyte.export.merge import MergeOptions, MergeReport, merge
@@ -39,6 +40,7 @@ from halfbyte.models.classifier import Classifier
 from halfbyte.models.load import LoadedModel, load_model
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.seq2seq import Seq2Seq
+from halfbyte.models.shifted_source import LinearBase
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.quant.options import QuantOptions
 from halfbyte.run import folder, planning, tasks
@@ -153,7 +155,7 @@ def open_target(target: Target, source: ModelSource | None = None) -> Opened:
     head = tasks.head_to_open(config, source, target.adapter)
     loaded = load_model(config.pick(ModelOptions), target.quant, source=source, head=head)
     if target.adapter is not None:
-        load_adapter(loaded.model, target.adapter)
+        load_adapter(loaded.model, target.adapter, LinearBase(loaded, target.quant))
     loaded.model.eval()
     encoder = Encoder(loaded.tokenizer)
     kept = target.run / TEMPLATE if target.run is not None else None
@@ -196,6 +198,11 @@ def evaluate_target(
     opened = open_target(target, found.source)
     if isinstance(opened.model, Classifier):
         return evaluate_classifier(opened.model, found.prepared.eval, options, on_progress)
+    options = options or EvaluateOptions()
+    pairs = found.prepared.eval[: options.max_rows]
+    if pairs and pairs[0].rejected is not None and opened.tuned and not options.metrics:
+        tell = on_progress or (lambda what, done, total: None)
+        return evaluate_preferences(opened.model, pairs, config.pick(DpoOptions), options.eval_batch_tokens, tell)
     rows, labels, stops = found.prepared.eval, found.prepared.labels, opened.end_ids | set(found.prepared.stop_ids)
 
     def measure(model: Any, both: bool) -> Any:
