@@ -29,6 +29,8 @@ from tests.models import families
 from tests.run.conftest import write_rows
 from tests.run.test_run import Events
 
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's call
+
 ANIMALS = {"cat": "purr", "dog": "woof", "cow": "moo"}
 
 
@@ -99,7 +101,6 @@ def test_it_learns_and_says_how_well(done: Path) -> None:
     assert "pipeline_tag: text-classification" in card
 
 
-@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's call
 def test_what_is_said_is_what_transformers_and_peft_say(done: Path, config: RunConfig) -> None:
     base = AutoModelForSequenceClassification.from_pretrained(config.model, num_labels=3, dtype=torch.float32)
     base.config.pad_token_id = AutoTokenizer.from_pretrained(done).pad_token_id
@@ -300,3 +301,29 @@ def test_another_architecture(tmp_path: Path) -> None:
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
     theirs = their_probabilities(model, tmp_path / "merged", TEXTS)
     assert torch.allclose(ours_on(result.path).float(), theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_dora": True}, {"modules_to_save": ["embed_tokens", "score"]}, {"init_lora_weights": "pissa"}],
+    ids=["dora", "whole modules", "pissa"],
+)
+def test_every_kind_of_adapter_carries_a_head(options: dict[str, Any], config: RunConfig, tmp_path: Path) -> None:
+    """Trained, resumed bit for bit, asked, merged: as for a language model, and PEFT reads the files."""
+    short = config.replace(max_steps=4, **options)
+    straight = run(short.replace(output_dir=tmp_path / "straight"))
+    with pytest.raises(Interrupted):
+        run(short.replace(output_dir=tmp_path / "stopped", save_steps=2), Events(interrupt_at=2))
+    resumed = resume(tmp_path / "stopped")
+    mine, theirs = (load_file(p / "adapter_model.safetensors") for p in (straight.path, resumed.path))
+    assert "base_model.model.score.weight" in mine
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    target.merge_target(target.find(str(straight.path)), tmp_path / "merged", MergeOptions(merge_dtype="float32"))
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", dtype=torch.float32).eval()
+    expected = ours_on(straight.path).float()
+    assert torch.allclose(expected, their_probabilities(model, tmp_path / "merged", TEXTS), atol=1e-4)
+    base = AutoModelForSequenceClassification.from_pretrained(config.model, num_labels=3, dtype=torch.float32)
+    base.config.pad_token_id = AutoTokenizer.from_pretrained(straight.path).pad_token_id
+    wrapped = peft.PeftModel.from_pretrained(base, straight.path).eval()
+    assert torch.allclose(expected, their_probabilities(wrapped, straight.path, TEXTS), atol=1e-4)

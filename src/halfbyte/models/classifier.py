@@ -127,7 +127,9 @@ class Classifier(nn.Module):
 
     def places(self) -> Iterator[tuple[str, nn.Module, str]]:
         """The body's tensors that may be exchanged whole; see `Decoder.places`. The head is always trained whole."""
-        yield from self.body.places()  # type: ignore[operator]
+        for name, owner, attribute in self.body.places():  # type: ignore[operator]
+            if name != "lm_head.weight":  # the decoder's name for its tied embeddings: this model writes no words
+                yield name, owner, attribute
 
     def named_tensors(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """(Hugging Face name, a function that returns the dense tensor as it is held, adapters left out)."""
