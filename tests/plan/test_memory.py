@@ -118,10 +118,15 @@ TOLERANCE = {"cpu": 0.02, "cuda": 0.15}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("checkpointing", "dropout"), [(False, 0.0), (True, 0.0), (False, 0.1)])
-def test_activations_are_what_autograd_keeps(device: str, family: str, checkpointing: bool, dropout: float) -> None:
+@pytest.mark.parametrize(
+    ("checkpointing", "dropout", "dora"),
+    [(False, 0.0, False), (True, 0.0, False), (False, 0.1, False), (False, 0.0, True)],
+)
+def test_activations_are_what_autograd_keeps(
+    device: str, family: str, checkpointing: bool, dropout: float, dora: bool
+) -> None:
     spec = spec_of(family, hidden_size=96, intermediate_size=256)
-    lora = LoraOptions(lora_r=4, lora_dropout=dropout)
+    lora = LoraOptions(lora_r=4, lora_dropout=dropout, use_dora=dora)
     asked = job(micro_tokens=192, longest=64, checkpointing=checkpointing, device=device, lora=lora)
     model = build(spec, asked)
     attach(model, asked.lora)
@@ -140,6 +145,8 @@ def test_activations_are_what_autograd_keeps(device: str, family: str, checkpoin
         predicted += 192 * copied * size
     if dropout:  # no gradient goes on to the embedding, so the first masks are not kept
         predicted -= 192 * sum(x.in_features for x in spec.layer_linears(0) if x.group == "qkv") * size
+    if dora:  # magnitudes and norms side by side, whatever the number of tokens
+        predicted += 2 * 4 * sum(linear.out_features for linear in spec.linears())
     assert predicted == pytest.approx(measured, rel=TOLERANCE[device])
 
 
@@ -236,3 +243,20 @@ def test_a_format_per_module() -> None:
     assert memory.base_bytes(spec, mixed)[0] > memory.base_bytes(spec, job())[0]
     assert mixed.is_coded("model.layers.0.mlp.up_proj")
     assert not mixed.is_coded("model.layers.0.mlp.down_proj")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "options",
+    [LoraOptions(lora_r=4, use_dora=True), LoraOptions(lora_r=4, modules_to_save=["embed_tokens", "norm"]),
+     LoraOptions(lora_r=4, modules_to_save=["lm_head"])],
+)  # fmt: skip
+def test_dora_and_whole_modules_are_counted(family: str, options: LoraOptions) -> None:
+    spec, work = spec_of(family), job(lora=options)
+    model = build(spec, work)
+    before = held(model)
+    report = attach(model, options)
+    assert memory.trainable_parameters(spec, work) == report.trainable_parameters
+    assert held(model) - before == memory.trainable_bytes(spec, work)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert AdamW(trained, OptimOptions()).nbytes == memory.optimizer_state(spec, work)
