@@ -47,6 +47,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mt5": ("MT5Config", {**T5, "num_decoder_layers": 3}),
     "umt5": ("UMT5Config", T5),
     "bart": ("BartConfig", BART),
+    "marian": ("MarianConfig", {**BART, "scale_embedding": True, "decoder_start_token_id": 0}),
+    "pegasus": ("PegasusConfig", {**BART, "activation_function": "relu"}),
 }
 LANGUAGES = ("PLBartConfig", {**BART, "scale_embedding": True})  # begins an answer with its last token
 SOURCES, ANSWERS = (11, 3, 20), (6, 9, 1)
@@ -58,7 +60,14 @@ def write_pair(name: str, folder: Path) -> Any:
     model = transformers.AutoModelForSeq2SeqLM.from_config(
         getattr(transformers, kind)(**arguments), dtype=torch.float32, attn_implementation="eager"
     )
+    positions = {
+        name: p.clone()
+        for name, p in model.named_parameters()
+        if hasattr(model.get_submodule(name.rpartition(".")[0]), "create_weight")
+    }
     randomized(model)
+    for name, value in positions.items():  # computed, and not in the files
+        model.get_parameter(name).data = value
     for path, parameter in model.named_parameters():
         if path.endswith("Attention.q.weight"):  # T5 does not scale its scores: they would be all or nothing
             parameter.data *= 0.15
@@ -293,7 +302,7 @@ def test_nothing_supervised(tmp_path: Path) -> None:
     attach(ours, LoraOptions(lora_r=2))
     batch = make_batch()
     empty = Batch(
-        batch.input_ids, batch.position_ids, torch.full_like(batch.targets, IGNORE), batch.lengths, (), SOURCES
+        batch.input_ids, batch.position_ids, torch.full_like(batch.targets, IGNORE), batch.lengths, sources=SOURCES
     )
     loss, count = ours.loss(empty)
     assert (float(loss.detach()), count) == (0.0, 0)

@@ -283,6 +283,8 @@ def _tokenize(drafts: Sequence[Draft], recipe: Recipe) -> list[list[tuple[int, .
         return recipe.encoder.encode_segments([item.segments for item in drafts])
     sides = recipe.encoder.encode_segments([[segment] for item in drafts for segment in item.segments])
     return [[source[0], answer[0]] for source, answer in zip(sides[::2], sides[1::2], strict=True)]
+
+
 def documents(row: Row) -> list[Row]:
     """What is tokenized of a row: itself; of a preference, its two conversations."""
     if not isinstance(row, Preference):

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
 )
 
@@ -59,7 +60,9 @@ def merged_config(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     for key in ("quantization_config", "torch_dtype", "_name_or_path", "auto_map"):
         out.pop(key, None)
     out["dtype"] = dtype
-    out.setdefault("architectures", [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(out["model_type"], "")])
+    pair = bool(out.get("is_encoder_decoder"))
+    names = MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES if pair else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    out.setdefault("architectures", [names.get(out["model_type"], "")])
     return out
 
 

@@ -187,6 +187,7 @@ class Loader:
         for name, tensor in names.finish():
             self._place(name, name, tensor)
         self._exchange()
+        self._compute()
         self.model.tie_weights(missing_keys=self.missing, recompute_mapping=False)
         self._complain()
 
@@ -254,6 +255,14 @@ class Loader:
             parent_name, _, leaf = name.rpartition(".")
             ours = ReplacedLinear(name, self.weights.pop(name), self.biases.pop(name, None))
             setattr(self.model.get_submodule(parent_name), leaf, ours)
+
+    def _compute(self) -> None:
+        """Make what transformers computes and no file has: the sinusoidal positions of Marian and Pegasus."""
+        for name in sorted(self.missing):
+            module_name, _, leaf = name.rpartition(".")
+            create = getattr(self.model.get_submodule(module_name), "create_weight", None)
+            if create is not None and leaf == "weight":
+                self._place(name, name, create())
 
     def _complain(self) -> None:
         if lost := sorted(self.missing):
