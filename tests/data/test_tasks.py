@@ -1,15 +1,17 @@
 """Rows for a trained head and for encoder-decoders: what their tokens and targets are."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tokenizers.processors import TemplateProcessing
 
 from halfbyte.batch import IGNORE
-from halfbyte.data import DataOptions, Prepared, collate, prepare
+from halfbyte.data import DataOptions, Prepared, collate, prepare, render_check
 from halfbyte.data.encoding import Encoder
 from halfbyte.errors import UsageError
 from halfbyte.train.update import split
@@ -154,3 +156,11 @@ def test_labels_of_encoder_decoders_are_texts_of_their_own(tmp_path: Path) -> No
     assert found.labels[1].input_ids == tuple(wrapped_tokenizer()("good")["input_ids"])
     answer = found.train[0].input_ids[found.train[0].source_length :]
     assert tuple(answer.tolist()) == found.labels[1].input_ids
+
+
+def test_a_row_is_shown_with_its_class(tmp_path: Path) -> None:
+    console = Console(width=100, file=io.StringIO(), force_terminal=False)
+    render_check(made(tmp_path, ROWS), byte_tokenizer(), console)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "rows.jsonl:1 · 7 tokens, class good" in printed
+    assert "bad: 1, good: 1" in printed

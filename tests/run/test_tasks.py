@@ -26,6 +26,7 @@ from halfbyte.run.folder import read_config
 from halfbyte.run.run import resume, run
 from tests.evaluate.conftest import VOCAB, byte_tokenizer
 from tests.models import families
+from tests.models.test_seq2seq import t5_tokenizer
 from tests.run.conftest import write_rows
 from tests.run.test_run import Events
 
@@ -327,3 +328,13 @@ def test_every_kind_of_adapter_carries_a_head(options: dict[str, Any], config: R
     base.config.pad_token_id = AutoTokenizer.from_pretrained(straight.path).pad_token_id
     wrapped = peft.PeftModel.from_pretrained(base, straight.path).eval()
     assert torch.allclose(expected, their_probabilities(wrapped, straight.path, TEXTS), atol=1e-4)
+
+
+def test_texts_that_end_with_padding_are_refused(model_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_folder, tmp_path / "model")
+    tokenizer = t5_tokenizer()  # ends every text with <eos>
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.save_pretrained(tmp_path / "model")
+    file = write_rows(tmp_path / "rows.jsonl", animals(20))
+    with pytest.raises(UsageError, match="ends every text with '<eos>', which is its padding too"):
+        hb.train(model=str(tmp_path / "model"), data=str(file), task="classification")

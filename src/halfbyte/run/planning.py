@@ -86,6 +86,7 @@ def survey(config: RunConfig, need_data: bool = True, adapter: Path | None = Non
     tokenizer = source.tokenizer() if config.data is not None else None
     prepared = None
     if config.data is not None:
+        tasks.require_an_end(config, tokenizer)
         labels = tasks.known_labels(config, source, adapter)
         prepared = prepare(config.pick(DataOptions), tokenizer, config.seed, labels)
     return Survey(config, source, spec, tokenizer, prepared, device, resolve_dtype(config.dtype, device))

@@ -5,6 +5,7 @@ with it: in labels.json beside an adapter, in config.json of a model's folder.
 """
 
 from pathlib import Path
+from typing import Any
 
 from halfbyte.adapters import heads
 from halfbyte.adapters.peft_io import read_adapter_config, read_adapter_tensors
@@ -54,6 +55,18 @@ def known_labels(config: RunConfig, source: ModelSource, adapter: Path | None = 
         if names is not None and len(names) == count:
             return tuple(names)
     return tuple(f"LABEL_{index}" for index in range(count)) or None
+
+
+def require_an_end(config: RunConfig, tokenizer: Any) -> None:
+    """UsageError for a classifier whose texts would end with padding: transformers looks for the last other token."""
+    if config.task != CLASSIFICATION:
+        return
+    padding = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    if padding is not None and tokenizer("a")["input_ids"][-1] == padding:
+        raise UsageError(
+            f"the tokenizer ends every text with {tokenizer.decode([padding])!r}, which is its padding too: a "
+            "classifier in transformers could not tell a text's last token: give the tokenizer another pad_token"
+        )
 
 
 def head_of(config: RunConfig, prepared: Prepared) -> HeadOptions | None:
