@@ -24,7 +24,7 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 @dataclass(frozen=True)
 class Format:
-    """quant_type: what `halfbyte.ops` quantizes to; None: to the nearest of `table`, 16 levels in [-1, 1] by code."""
+    """quant_type: what `halfbyte.ops` quantizes to; None: to the nearest of `table`, 16 rising levels in [-1, 1]."""
 
     title: str
     quant_type: str | None
@@ -36,7 +36,7 @@ FORMATS = {
     "nf4": Format("NF4", "nf4"),
     "nf4+dq": Format("NF4+DQ", "nf4", double_quant=True),
     "fp4": Format("FP4 (bitsandbytes')", "fp4"),
-    "e2m1": Format("E2M1", None, table=tuple(sign * x / 6 for sign in (1, -1) for x in _E2M1)),
+    "e2m1": Format("E2M1", None, table=tuple(sorted(sign * x / 6 for sign in (1, -1) for x in _E2M1))),
     "int4": Format("INT4", "int4"),
 }
 
@@ -53,19 +53,20 @@ def quantize_as(tensor: Tensor, chosen: Format, blocksize: int) -> BlockWeight:
 
 
 def nearest_levels(tensor: Tensor, table: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    """(codes, two a byte; float32 constants) of a tensor in flat blocks, each value at the nearest of the 16 levels.
+    """(codes, two a byte; float32 constants) of a tensor in flat blocks, each value at the nearest of 16 rising levels.
 
-    As `halfbyte.ops` scales and rounds, but for the last block, which is no shorter here: zeros fill it up.
+    A code is a level's rank. As `halfbyte.ops` scales and rounds, but that zeros fill the last block up.
     """
-    rising, order = table.sort(stable=True)
-    middles, order = (rising[:-1] + rising[1:]) / 2, order.to(torch.uint8)
+    middles = ((table[:-1] + table[1:]) / 2).tolist()
     codes, constants = [], []
-    step = max(1, (1 << 20) // blocksize) * blocksize
-    for part in tensor.detach().reshape(-1).split(step):
+    for part in tensor.detach().reshape(-1).split((1 << 16) // blocksize * blocksize):
         blocks = torch.nn.functional.pad(part.float(), (0, -part.numel() % blocksize)).view(-1, blocksize)
         absmax = blocks.abs().amax(dim=1)
-        scaled = blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]
-        pairs = order[torch.bucketize(scaled.view(-1), middles, out_int32=True)].view(-1, 2)
+        scaled = (blocks * (1.0 / absmax.clamp(min=1e-38))[:, None]).view(-1)
+        ranks = torch.zeros(scaled.shape, dtype=torch.uint8)
+        for middle in middles:  # 15 comparisons are a quarter of the time of a search
+            ranks += (scaled > middle).view(torch.uint8)
+        pairs = ranks.view(-1, 2)
         codes.append((pairs[:, 0] << 4 | pairs[:, 1])[: (part.numel() + 1) // 2])
         constants.append(absmax)
     return torch.cat(codes), torch.cat(constants)

@@ -89,6 +89,6 @@ def _bits(model: dict[str, Any]) -> str:
     largest = f"{max(metadata):,.0f}" if metadata else "-"
     return (
         f"Bits a parameter, {model['name']}, from the files: codes and constants of the {model['linears']} quantized "
-        f"matrices ({model['linear_parameters']:,} parameters), their file (at most {largest} bytes a matrix more), and "
-        f"the whole model ({model['parameters']:,} parameters, embedding and norms as they were).\n\n" + _table(rows)
+        f"matrices ({model['linear_parameters']:,} parameters), their file (at most {largest} bytes a matrix more), "
+        f"and the whole model ({model['parameters']:,} parameters, embedding and norms as they were).\n\n" + _table(rows)
     )
