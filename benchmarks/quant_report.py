@@ -87,8 +87,9 @@ def _bits(model: dict[str, Any]) -> str:
             metadata.append(bits["metadata"])
         rows.append(row)
     largest = f"{max(metadata):,.0f}" if metadata else "-"
-    return (
+    said = (
         f"Bits a parameter, {model['name']}, from the files: codes and constants of the {model['linears']} quantized "
         f"matrices ({model['linear_parameters']:,} parameters), their file (at most {largest} bytes a matrix more), "
-        f"and the whole model ({model['parameters']:,} parameters, embedding and norms as they were).\n\n" + _table(rows)
+        f"and the whole model ({model['parameters']:,} parameters, embedding and norms as they were)."
     )
+    return said + "\n\n" + _table(rows)
