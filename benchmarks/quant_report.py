@@ -8,13 +8,13 @@ from quant_formats import BLOCKSIZES, FORMATS
 from halfbyte.evaluate.intervals import ratio_interval
 
 
-def perplexity(cell: dict[str, Any], length: int) -> float:
-    return math.exp(sum(cell["nll"]) / (len(cell["nll"]) * (length - 1)))
+def perplexity(cell: dict[str, Any], length: int, count: int) -> float:
+    """Of the first `count` windows."""
+    return math.exp(sum(cell["nll"][:count]) / (count * (length - 1)))
 
 
-def change(cell: dict[str, Any], base: dict[str, Any], length: int) -> tuple[float, float, float]:
+def change(cell: dict[str, Any], base: dict[str, Any], length: int, count: int) -> tuple[float, float, float]:
     """The perplexity over the base's, minus 1, and its 95 % interval: windows are drawn, differences paired."""
-    count = min(len(cell["nll"]), len(base["nll"]))
     difference = [cell["nll"][i] - base["nll"][i] for i in range(count)]
     tokens = [length - 1.0] * count
     low, high = ratio_interval(difference, tokens)
@@ -51,6 +51,7 @@ def _perplexities(model: dict[str, Any]) -> str:
     base = cells.get(("16bit", None))
     if base is None:
         return f"**{model['name']}**: nothing yet."
+    count = min(len(cell["nll"]) for cell in cells.values())  # all figures are over the same windows
     rows = [["blocks of", *(chosen.title for chosen in FORMATS.values())]]
     for size in BLOCKSIZES:
         row = [f"{size:,}"]
@@ -59,13 +60,12 @@ def _perplexities(model: dict[str, Any]) -> str:
             if cell is None:
                 row.append("")
                 continue
-            share, low, high = (100 * value for value in change(cell, base, length))
-            row.append(f"{perplexity(cell, length):.3f} ({share:+.2f} %: {low:+.2f} to {high:+.2f})")
+            share, low, high = (100 * value for value in change(cell, base, length, count))
+            row.append(f"{perplexity(cell, length, count):.3f} ({share:+.2f} %: {low:+.2f} to {high:+.2f})")
         rows.append(row)
-    count = len(base["nll"])
     said = (
-        f"**{model['name']}**: 16 bits {perplexity(base, length):.3f}; {count} of {model['of_windows']} windows of "
-        f"{length} tokens, {count * (length - 1):,} predicted; computed in {model['dtype']}."
+        f"**{model['name']}**: 16 bits {perplexity(base, length, count):.3f}; {count} of {model['of_windows']} windows "
+        f"of {length} tokens, {count * (length - 1):,} predicted; computed in {model['dtype']}."
     )
     return said + (f" {model['note']}" if model["note"] else "") + "\n\n" + _table(rows)
 

@@ -120,13 +120,25 @@ def test_nll_is_transformers_own(script: Any, model_folder: Path) -> None:
 
 def test_a_change_is_paired_over_windows(report: Any) -> None:
     base = {"nll": [10.0, 20.0, 90.0, 5.0]}
-    same = report.change({"nll": [value + 0.31 for value in base["nll"]]}, base, 32)
+    same = report.change({"nll": [value + 0.31 for value in base["nll"]]}, base, 32, 4)
     assert same == pytest.approx([math.expm1(0.01)] * 3)  # the windows differ widely, their difference does not
-    share, low, high = report.change({"nll": [11.0, 20.0, 91.0, 5.0]}, base, 2)
+    share, low, high = report.change({"nll": [11.0, 20.0, 91.0, 5.0]}, base, 2, 4)
     assert share == pytest.approx(math.expm1(0.5))
     assert low < share < high
-    # A cell with fewer windows is compared over those.
-    assert report.change({"nll": [10.31]}, base, 32)[0] == pytest.approx(math.expm1(0.01))
+    assert report.change({"nll": [10.31]}, base, 32, 1)[0] == pytest.approx(math.expm1(0.01))
+    assert report.perplexity(base, 11, 2) == pytest.approx(math.exp(30 / 20))
+
+
+def test_a_table_half_extended_is_over_the_windows_that_all_cells_have(report: Any) -> None:
+    cells = [
+        {"format": "16bit", "blocksize": None, "nll": [31.0, 62.0, 93.0]},
+        {"format": "nf4", "blocksize": 64, "nll": [31.31, 62.31]},
+    ]
+    model = {"name": "m", "length": 32, "of_windows": 9, "dtype": "float32", "note": "", "cells": cells}
+    shown = report._perplexities(model)
+    assert "2 of 9 windows of 32 tokens, 62 predicted" in shown
+    assert f"16 bits {math.exp(1.5):.3f}" in shown
+    assert f"| 64 | {math.exp(1.51):.3f} (+1.01 %: +1.01 to +1.01) |" in shown
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------
