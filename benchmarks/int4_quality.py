@@ -22,14 +22,14 @@ from halfbyte.data import Example, collate
 from halfbyte.data.options import DataOptions
 from halfbyte.data.prepare import prepare
 from halfbyte.export.deltas import read_deltas
-from halfbyte.export.int4_folder import load_decoder
 from halfbyte.export.merged_tensors import plan_tensors
 from halfbyte.linear import linear_logits
 from halfbyte.models.decoder import Decoder
+from halfbyte.models.load import build_decoder
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import open_source
 from halfbyte.models.spec import ModelSpec
-from halfbyte.quant import DenseWeight
+from halfbyte.quant import DenseWeight, QuantOptions
 from halfbyte.quant.group_codes import round_to_nearest
 from halfbyte.run.exporting import calibration_rows
 from halfbyte.run.target import find
@@ -82,7 +82,9 @@ def main() -> None:
             from halfbyte.export.awq import write_awq_folder as write
         write(folder, source, planned, calibration, adapter=target.adapter)
         seconds = time.perf_counter() - started
-        report(name.upper(), evaluate(load_decoder(folder, torch.float32), held_out), reference, seconds)
+        made = open_source(str(folder))
+        model = build_decoder(made, spec, QuantOptions(), torch.float32, torch.device("cpu")).eval()
+        report(name.upper(), evaluate(model, held_out), reference, seconds)
 
 
 def build(spec: ModelSpec, read: Callable[[str], Tensor]) -> Decoder:

@@ -175,7 +175,7 @@ EXPORT int hb_use(const char* isa, void* torch_parallel_for, void* torch_get_num
 EXPORT int hb_multiplies(int dtype) { return engine->block[dtype] != nullptr; }
 
 // Raised whenever a signature below changes, so that a stale library is refused rather than called wrongly.
-EXPORT int hb_version() { return 6; }
+EXPORT int hb_version() { return 7; }
 
 EXPORT void hb_dequantize(const uint8_t* codes, const void* absmax, const float* table, int64_t blocksize,
                           int64_t start, int64_t count, void* out, int dtype, const float* nested_absmax,

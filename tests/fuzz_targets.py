@@ -35,6 +35,7 @@ from tests.evaluate.conftest import byte_tokenizer
 from tests.fuzz_mutate import Files
 from tests.models import families
 from tests.models.gguf_files import write_gguf
+from tests.models.group_files import FORMS, write_group_folder
 
 Stage = Callable[[], Any]
 SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
@@ -232,6 +233,14 @@ def _four_bit() -> Files:
         shutil.rmtree(folder)
 
 
+def _group_seeds() -> list[Files]:
+    """GPTQ, with and without act-order, in 4 and 8 bits, and AWQ."""
+    seeds = []
+    for form in ("gptq", "gptq-8-act-order", "gptq-no-g-idx", "awq"):
+        seeds.append(_made(lambda f, name=form: write_group_folder(_tiny("llama3-head-dim"), f, FORMS[name])))
+    return seeds
+
+
 def _decoder(folder: Path, quant: QuantOptions | None) -> Any:
     source = open_source(str(folder))
     return build_decoder(source, ModelSpec.from_config(source.config), quant, torch.float32, torch.device("cpu"))
@@ -328,6 +337,7 @@ def _ollama_stages(folder: Path) -> Iterable[Stage]:
 TARGETS = [
     Target("gguf", _gguf_seeds, lambda folder: _source_stages(str(folder / "model.gguf"))),
     Target("folder", _folder_seeds, lambda folder: _source_stages(str(folder))),
+    Target("group-folder", _group_seeds, lambda folder: _source_stages(str(folder))),
     Target("adapter", _adapter_seeds, _adapter_stages),
     Target("tokenizer", _tokenizer_seeds, lambda folder: [lambda: _tokenize(from_folder(folder))]),
 ]

@@ -19,6 +19,7 @@ from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import open_source
 from halfbyte.quant import QuantOptions
 from halfbyte.run.outputs import write_weights
+from halfbyte.tensorfile import Planned
 from halfbyte.train import checkpoint
 from halfbyte.train.events import drop_after
 from tests.export.conftest import make_adapter, save_base
@@ -138,7 +139,7 @@ def _save(run: Path, step: int) -> None:
     tensors = {"a": torch.full((300_000,), float(step)), "b": torch.ones(3)}
     state = {"train": {}, "identity": {}}
     checkpoint.remove_leftovers(run)
-    checkpoint.save(run, step, tensors, {"m": tensors["a"] * 2}, state, lambda f: _save_adapter(f, step))
+    checkpoint.save(run, step, tensors, [Planned.of("m", tensors["a"] * 2)], state, lambda f: _save_adapter(f, step))
 
 
 def _whole_checkpoint(folder: Path) -> str | None:

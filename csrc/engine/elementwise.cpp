@@ -101,3 +101,20 @@ EXPORT void hb_heads_backward(int dtype, int64_t tokens, int64_t heads, int64_t 
     });
   }
 }
+
+// out may be x.
+EXPORT void hb_columns(int dtype, int64_t rows, int64_t width, const void* x, const float* scale, const float* bias,
+                       void* out) {
+  const Columns work = {width, x, scale, bias, out};
+  over_range(rows, grain_of(width),
+             [&](int64_t begin, int64_t end) { engine->elementwise[dtype].columns(work, begin, end); });
+}
+
+// products: [width], the sums over rows of dy * kept. dx may be dy.
+EXPORT void hb_columns_backward(int dtype, int64_t rows, int64_t width, const void* dy, const void* kept,
+                                const float* scale, void* dx, float* products) {
+  const ColumnsBackward work = {width, dy, kept, scale, dx};
+  const auto run = engine->elementwise[dtype].columns_backward;
+  over_rows_with_sums(rows, width, width, products,
+                      [&](int64_t begin, int64_t end, float* sums) { run(work, begin, end, sums); });
+}

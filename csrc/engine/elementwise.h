@@ -1,4 +1,5 @@
-// The elementwise pieces of a decoder layer: norms with the residual add, gated units, norm and rotation of heads.
+// The elementwise pieces of a decoder layer: norms with the residual add, gated units, norm and rotation of heads, and
+// DoRA's factor a column.
 //
 // Each function does the rows [begin, end) in one pass over memory: a row is read from memory once and from cache after
 // that. Storage in bfloat16 or float32, arithmetic in float, one rounding at the end. Strides count elements.
@@ -78,7 +79,23 @@ struct HeadsBackward {
   int64_t dx_token;
 };
 
-// Sums over rows (dpre, dpost, dweight: [width], null where not wanted) are added to what is there.
+// out = x * scale + bias, by column; bias may be null. May write over x.
+struct Columns {
+  int64_t width;
+  const void* x;
+  const float *scale, *bias;
+  void* out;
+};
+
+// dx = dy * scale, and the sums over rows of dy * kept. May write over dy.
+struct ColumnsBackward {
+  int64_t width;
+  const void *dy, *kept;
+  const float* scale;
+  void* dx;
+};
+
+// Sums over rows (dpre, dpost, dweight, products: [width], null where not wanted) are added to what is there.
 struct Elementwise {
   void (*norm)(const Norm&, int64_t begin, int64_t end);
   void (*norm_backward)(const NormBackward&, int64_t begin, int64_t end, float* dpre, float* dpost);
@@ -87,6 +104,8 @@ struct Elementwise {
   void (*heads)(const Heads&, int64_t begin, int64_t end);
   // scratch: `features` floats
   void (*heads_backward)(const HeadsBackward&, int64_t begin, int64_t end, float* scratch, float* dweight);
+  void (*columns)(const Columns&, int64_t begin, int64_t end);
+  void (*columns_backward)(const ColumnsBackward&, int64_t begin, int64_t end, float* products);
 };
 
 }  // namespace hb

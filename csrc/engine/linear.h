@@ -7,7 +7,7 @@
 namespace hb {
 
 // What a weight's bytes are: below these, dense in that Dtype.
-enum WeightKind { blocks4 = 3, blocks8 = 4, q4_0 = 5, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k };
+enum WeightKind { blocks4 = 3, blocks8 = 4, q4_0 = 5, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k, group4, group8 };
 
 // Values and bytes of one of GGUF's blocks.
 constexpr int64_t gguf_values(int64_t kind) { return kind >= q4_k ? 256 : 32; }
@@ -17,7 +17,7 @@ constexpr int64_t gguf_bytes(int64_t kind) {
 }
 
 // A frozen weight [rows x cols], row-major: dense, in flat blocks of `blocksize` that may span rows, or in GGUF's blocks,
-// which do not.
+// which do not, or in GPTQ's and AWQ's codes.
 struct WeightView {
   int64_t kind;  // a Dtype or a WeightKind
   int64_t rows, cols;
@@ -29,6 +29,10 @@ struct WeightView {
   const float* nested_table;
   int64_t blocksize, nested_blocksize;
   int64_t head_rows;  // GGUF: rows of a head whose halves the file interleaves, 0 where it does not
+  // GPTQ and AWQ: `absmax` is uint32 [rows x groups], a half-precision scale and above it the zero point; `blocksize`
+  // the columns of a group; with act-order `group_of` [cols] says the group of each column, else it is null.
+  int64_t groups;
+  const int32_t* group_of;
 };
 
 struct SegmentView {

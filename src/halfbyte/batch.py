@@ -3,8 +3,9 @@
 `data` makes it and `models` eats it. Shape letters: T tokens in all.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 IGNORE = -100
@@ -19,6 +20,7 @@ class Batch:
     targets       int64 [T]  the id that position t must predict (the next token's), or IGNORE; the shift is done
     lengths       tokens of each document; they sum to T. Attention never crosses a document's border.
     rows          the data-set row behind each document, for messages; may be empty
+    paired        documents 2i and 2i + 1 are the better and the worse answer to one prompt (`task: dpo`)
     """
 
     input_ids: Tensor
@@ -26,6 +28,7 @@ class Batch:
     targets: Tensor
     lengths: tuple[int, ...]
     rows: tuple[int, ...] = ()
+    paired: bool = False
 
     @property
     def tokens(self) -> int:
@@ -34,3 +37,16 @@ class Batch:
     @property
     def supervised_tokens(self) -> int:
         return int((self.targets != IGNORE).sum())
+
+    @property
+    def loss_terms(self) -> int:
+        """How many terms the loss is a mean over: the supervised tokens, or the pairs."""
+        return len(self.lengths) // 2 if self.paired else self.supervised_tokens
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch with its tensors on `device`."""
+        if self.input_ids.device == device:
+            return self
+        moved = (t.to(device, non_blocking=True) for t in (self.input_ids, self.position_ids, self.targets))
+        input_ids, position_ids, targets = moved
+        return replace(self, input_ids=input_ids, position_ids=position_ids, targets=targets)

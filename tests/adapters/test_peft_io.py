@@ -64,9 +64,10 @@ def test_bfloat16_files_are_half_as_large(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"peft_type": "IA3"}, "IA3"),
-        ({"use_dora": True}, "DoRA"),
+        ({"use_dora": True}, "no lora_magnitude_vector"),
         ({"bias": "all"}, "bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"modules_to_save": ["lm_head"]}, "'lm_head' in modules_to_save"),
+        ({"use_qalora": True}, "QALoRA"),
         ({"r": 5}, "rank 16"),
     ],
 )

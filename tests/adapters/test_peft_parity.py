@@ -235,8 +235,6 @@ def test_another_models_adapter(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "DoRA"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"lora_bias": True}, "bias on lora_B"),
         ({"trainable_token_indices": [5, 6]}, "trainable tokens"),
     ],

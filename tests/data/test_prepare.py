@@ -183,14 +183,97 @@ def test_mapped_columns(write_rows: WriteRows) -> None:
     assert (chat.data_format, chat.train[0].completion) == ("alpaca", " a0")
 
 
-def test_preferences_are_checked_and_refused(write_rows: WriteRows) -> None:
-    rows = [{"prompt": f"p{number}", "chosen": "a", "rejected": "b"} for number in range(5)]
-    path = write_rows(rows)
+def preferred(count: int, better: str = "yes, it is", worse: str = "no") -> list[dict[str, Any]]:
+    return [{"prompt": f"question {number}", "chosen": better, "rejected": worse} for number in range(count)]
+
+
+def test_pairs_of_answers(write_rows: WriteRows) -> None:
+    """Both answers follow the very same prompt; only their own tokens are learned, the one that ends them included."""
+    path = write_rows(preferred(20))
     (part,) = load_rows(DataOptions(data=str(path)))
     assert all(isinstance(row, Preference) for row in part.rows)
-    assert "columns: {completion: chosen}" in stopped(path)
+    found = ready(path)
+    assert found.pairs
+    assert (found.data_format, len(found.train), len(found.eval)) == ("preference", 19, 1)
+    assert any("pairs of answers select task dpo" in note for note in found.audit.notes)
+    assert not any("task dpo" in note for note in ready(path, task="dpo").audit.notes)
+    tokenizer = make_bpe()
+    for pair in found.train:
+        chosen, rejected = pair.documents
+        assert rejected is pair.rejected
+        assert chosen.prompt_ids.tolist() == rejected.prompt_ids.tolist()
+        assert tokenizer.decode(chosen.input_ids[chosen.supervised]).startswith("yes, it is")
+        assert tokenizer.decode(rejected.input_ids[rejected.supervised]).startswith("no")
+        assert not chosen.supervised[: chosen.prompt_length].any()
+        assert len(pair) == len(chosen.input_ids) + len(rejected.input_ids)
+        assert pair.supervised_tokens == int(chosen.supervised.sum() + rejected.supervised.sum())
+    assert found.audit.tokens_train == sum(map(len, found.train))
     better = ready(path, data_format="prompt_completion", columns={"completion": "chosen"})
-    assert better.train[0].completion == "a"
+    assert better.train[0].completion == "yes, it is"
+    assert better.train[0].rejected is None
+
+
+def test_whole_conversations_share_an_implied_prompt(write_rows: WriteRows) -> None:
+    """As the Hub's binarized UltraFeedback has them, with and without the prompt beside them."""
+    asked = {"role": "user", "content": "question"}
+    rows = [
+        {
+            name: [{**asked, "content": f"q{n}"}, {"role": "assistant", "content": name}]
+            for name in ("chosen", "rejected")
+        }
+        for n in range(8)
+    ]
+    implied = ready(write_rows(rows), eval_split=0)
+    given = ready(write_rows([{"prompt": f"q{n}", **row} for n, row in enumerate(rows)], "g.jsonl"), eval_split=0)
+    strings = [{"prompt": f"q{n}", "chosen": "chosen", "rejected": "rejected"} for n in range(8)]
+    plain = ready(write_rows(strings, "s.jsonl"), eval_split=0)
+    for one, two, three in zip(implied.train, given.train, plain.train, strict=True):
+        for documents in zip(one.documents, two.documents, three.documents, strict=True):
+            assert len({tuple(document.input_ids.tolist()) for document in documents}) == 1
+            assert len({tuple(document.supervised.tolist()) for document in documents}) == 1
+    asked_for = ready(write_rows(rows), eval_split=0, system_prompt="be brief")
+    assert all("be brief" in make_bpe().decode(d.prompt_ids) for d in asked_for.train[0].documents)
+
+
+def test_pairs_that_differ_only_in_the_worse_answer_are_two_rows(write_rows: WriteRows) -> None:
+    rows = preferred(6) + preferred(6, worse="nay")
+    found = ready(write_rows(rows), eval_split=4)
+    assert found.audit.duplicates == 0
+    assert (len(found.train), len(found.eval)) == (8, 4)
+    assert ready(write_rows(rows + preferred(2)), eval_split=0).audit.duplicates == 2
+
+
+def test_long_pairs(write_rows: WriteRows) -> None:
+    """Answers are cut at the end; a row is set aside where that leaves no answer, or two that are the same."""
+    rows = preferred(40) + preferred(1, better="yes " * 80)
+    rows += [{"prompt": "why " * 80, "chosen": "a", "rejected": "b"}]
+    rows += [{"prompt": "q", "chosen": "no " * 80 + "yes", "rejected": "no " * 80 + "never"}]
+    found = ready(write_rows(rows), max_seq_length=48, eval_split=0)
+    assert len(found.train) == 41
+    assert found.audit.truncated == 1
+    assert found.train[-1].truncated > 0
+    assert max(len(document.input_ids) for pair in found.train for document in pair.documents) <= 48
+    reasons = [bad.reason for bad in found.audit.bad]
+    assert "nothing is left to learn" in reasons[0]
+    assert "nothing tells the two answers apart within max_seq_length (48 tokens)" in reasons[1]
+
+
+@pytest.mark.parametrize("task", ["causal", "classification", "seq2seq"])
+def test_another_task_for_pairs(write_rows: WriteRows, task: str) -> None:
+    message = stopped(write_rows(preferred(9)), task=task)
+    assert f"are for task dpo, not {task}" in message
+    assert "columns: {completion: chosen}" in message
+
+
+def test_dpo_without_pairs(write_rows: WriteRows) -> None:
+    path, pairs = write_rows(qa(20)), write_rows(preferred(20), "pairs.jsonl")
+    assert "task dpo needs pairs of answers" in stopped(path, task="dpo")
+    assert "one after the other" in stopped(None, data=[str(path), str(pairs)])
+    assert "train_on_inputs has no effect on preference rows" in stopped(pairs, train_on_inputs=True)
+    # Whoever evaluates a tuned model may do it on other rows.
+    held_out = ready(pairs, task="dpo", eval_data=str(path))
+    assert held_out.pairs
+    assert held_out.eval[0].rejected is None
 
 
 def test_labels_as_numbers_and_as_words(write_rows: WriteRows) -> None:

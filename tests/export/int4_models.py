@@ -9,10 +9,13 @@ from torch import Tensor
 from halfbyte.export.merge import plan_tensors
 from halfbyte.export.safetensors_file import Planned
 from halfbyte.models.decoder import Decoder
+from halfbyte.models.load import build_decoder
 from halfbyte.models.options import ModelOptions
+from halfbyte.models.safetensors_source import FolderSource
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.models.spec import ModelSpec
-from halfbyte.quant import DenseWeight
+from halfbyte.quant import DenseWeight, QuantOptions
+from halfbyte.quant.group_codes import GroupCodes
 from tests.evaluate.conftest import VOCAB, byte_tokenizer
 from tests.models import families
 
@@ -78,3 +81,18 @@ def decoder(planned: list[Planned], spec: ModelSpec, replaced: dict[str, Tensor]
 
     model = Decoder.build(spec, lambda name, _: DenseWeight(read(name).float()), read, torch.float32)
     return model.eval()
+
+
+def read_codes(folder: Path) -> dict[str, GroupCodes]:
+    """Linear -> the codes of a GPTQ or AWQ folder."""
+    source = open_source(str(folder))
+    assert isinstance(source, FolderSource)
+    found = {name: source.group_codes(name) for name in source.prequantized_bytes()}
+    return {name.removesuffix(".weight"): codes for name, codes in found.items() if codes is not None}
+
+
+def load_folder(folder: Path) -> Decoder:
+    """The decoder on the folder's codes, computing in float32."""
+    source = open_source(str(folder))
+    spec = ModelSpec.from_config(source.config)
+    return build_decoder(source, spec, QuantOptions(), torch.float32, torch.device("cpu")).eval()

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from halfbyte.export.awq import write_awq_folder
 from halfbyte.export.gptq import GptqOptions, write_gptq_folder
-from halfbyte.export.int4_folder import read_codes
+from halfbyte.models.source import open_source
 from halfbyte.quant.group_codes import GroupCodes
 from tests.export import int4_models
-from tests.export.int4_models import Tiny, documents
+from tests.export.int4_models import Tiny, documents, read_codes
 
 SITE = os.environ.get("HALFBYTE_TEST_GPTQMODEL")
 """A folder of packages that only the loader's process sees: GPTQModel beside this environment, not in it."""
@@ -96,8 +96,13 @@ def test_the_public_loader_unpacks_what_we_packed(loaded: dict[str, Loaded], nam
     public = load_file(folder / "public.safetensors")
     codes = read_codes(folder)
     assert {key for key in public if key.endswith(".weight")} == {f"{linear}.weight" for linear in codes}
-    for linear, read in codes.items():
-        assert torch.equal(public[f"{linear}.weight"], as_multiplied(read(), variant)), linear
+    source = open_source(str(folder))
+    for linear, held in codes.items():
+        assert torch.equal(public[f"{linear}.weight"], as_multiplied(held, variant)), linear
+        base = source.prequantized(f"{linear}.weight")
+        assert base is not None
+        rounded = base.dequantize(torch.float32 if variant == "awq" else torch.float16).float()
+        assert torch.equal(public[f"{linear}.weight"], rounded), linear
 
 
 @pytest.mark.parametrize(("name", "variant"), CASES)
@@ -108,6 +113,6 @@ def test_the_public_loader_computes_what_our_decoder_does(loaded: dict[str, Load
     for key, tensor in load_file(folder / "model.safetensors").items():
         if key.endswith((".weight", ".bias")):
             replaced[key] = tensor.half().float() if key.endswith(".bias") else tensor
-    replaced |= {f"{linear}.weight": as_multiplied(read(), variant) for linear, read in read_codes(folder).items()}
+    replaced |= {f"{linear}.weight": as_multiplied(held, variant) for linear, held in read_codes(folder).items()}
     ours = int4_models.decoder(tiny.planned, tiny.spec, replaced).logits(IDS)
     assert float((public - ours).abs().max()) < LARGEST_DIFFERENCE[variant[:4].rstrip("-")]

@@ -62,8 +62,25 @@ def test_nothing_supervised_is_zero_with_a_zero_gradient() -> None:
     assert hidden.grad.shape == (0, D)
 
 
-def test_unequal_row_weights_are_refused_rather_than_wrong() -> None:
-    head = DenseWeight(torch.randn(V, D))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unequal_row_weights(dtype: torch.dtype) -> None:
+    """As preference losses have them: each row's gradient is scaled by its own weight."""
+    hidden = torch.randn(5, D).to(dtype).requires_grad_()
+    head, targets = torch.randn(V, D).to(dtype), torch.tensor([1, 2, 3, 0, 4])
+    weights = torch.tensor([1.0, -2.0, 3.0, 0.0, 0.3])
+    (linear_cross_entropy(hidden, DenseWeight(head), targets) * weights).sum().backward()
+    reference = hidden.detach().double().requires_grad_()
+    nll = torch.nn.functional.cross_entropy(reference @ head.double().T, targets, reduction="none")
+    (nll * weights).sum().backward()
+    assert hidden.grad is not None
+    assert reference.grad is not None
+    bound = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(hidden.grad.double(), reference.grad, rtol=bound, atol=bound)
+    assert bool((hidden.grad[3] == 0).all())
+
+
+def test_unequal_row_weights_of_a_trained_head_are_refused_rather_than_wrong() -> None:
+    head = DenseWeight(torch.randn(V, D), trainable=True)
     nll = linear_cross_entropy(torch.randn(3, D, requires_grad=True), head, torch.tensor([1, 2, 3]))
     with pytest.raises(RuntimeError, match="sum or a mean"):
         (nll * torch.tensor([1.0, 2.0, 3.0])).sum().backward()

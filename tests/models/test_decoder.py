@@ -7,9 +7,10 @@ import torch.nn.functional as F
 from halfbyte.adapters import LoraOptions, attach
 from halfbyte.batch import IGNORE, Batch
 from halfbyte.errors import UsageError
+from halfbyte.linear import LoraAdapter, segments
 from halfbyte.models.decoder import Decoder
 from halfbyte.models.spec import ModelSpec
-from halfbyte.ops import pool
+from halfbyte.ops import native, pool
 from halfbyte.quant import DenseWeight
 from tests.adapters.models import tiny
 from tests.models import families
@@ -145,3 +146,60 @@ def test_supervised_rows_alone_give_what_masking_gives(name: str) -> None:
     everything = [masked.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
     for a, b in zip(selected, everything, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-4, atol=1e-6)
+
+
+def give_magnitudes(model: Decoder) -> None:
+    """DoRA on every adapter, with values that are not the weights' own lengths."""
+    generator = torch.Generator().manual_seed(5)
+    for segment in segments(model).values():
+        adapter = segment.adapter
+        assert adapter is not None
+        with torch.no_grad():
+            adapter.lora_B.copy_(torch.randn(adapter.lora_B.shape, generator=generator) / 8)
+        lengths = segment.weight.dequantize(torch.float32).norm(dim=1)
+        scale = torch.rand(lengths.shape, generator=generator) + 0.5
+        segment.adapter = LoraAdapter(adapter.lora_A, adapter.lora_B, adapter.scaling, 0.0, lengths * scale)
+
+
+@pytest.mark.parametrize("name", ["llama3-gqa", "llama-biases", "gemma3", "qwen2", "phi3"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dora_is_the_merged_model_and_native_gradients_are_torchs(name: str, checkpointing: bool) -> None:
+    """Nobody writes over an output that the magnitudes' gradients need."""
+    theirs = families.make_model(families.config(name))
+    values = {k: v.clone() for k, v in theirs.state_dict().items()}
+    spec = ModelSpec.from_config(theirs.config.to_dict())
+    work = batch((13, 20, 7), spec.vocab_size)
+
+    def build(dtype: torch.dtype) -> Decoder:
+        return Decoder.build(spec, lambda n, _: DenseWeight(values[n].to(dtype)), lambda n: values[n], dtype)
+
+    def run(dtype: torch.dtype, backend: str | None) -> tuple[torch.Tensor, dict[str, torch.Tensor], Decoder]:
+        native.use(backend)
+        try:
+            model = build(dtype)
+            attach(model, LoraOptions(lora_r=3))
+            give_magnitudes(model)
+            model.checkpointing = checkpointing and backend is None
+            model.train()
+            loss, count = model.loss(work)
+            (loss / count).backward()
+            grads = {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+            return loss.detach() / count, grads, model
+        finally:
+            native.use(None)
+
+    loss, exact, model = run(torch.float32, "reference")
+    merged = build(torch.float32)
+    for key, segment in segments(merged).items():
+        segment.weight = DenseWeight(segments(model)[key].merged())
+    torch.testing.assert_close(merged.loss(work)[0] / work.supervised_tokens, loss, rtol=1e-5, atol=1e-5)
+    assert sum("magnitude" in key for key in exact) == len(list(spec.linears()))
+
+    def errors(grads: dict[str, torch.Tensor]) -> torch.Tensor:
+        assert grads.keys() == exact.keys()
+        return torch.stack([(grads[key] - exact[key]).norm() / (exact[key].norm() + 1e-6) for key in exact])
+
+    assert errors(run(torch.float32, None)[1]).max() < 1e-4
+    ours, torchs = errors(run(torch.bfloat16, None)[1]), errors(run(torch.bfloat16, "reference")[1])
+    assert ours.mean() < 1.2 * torchs.mean()
+    assert (ours < 2 * torchs + 0.01).all()

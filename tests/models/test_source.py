@@ -150,6 +150,7 @@ def test_a_bitsandbytes_folder(double: bool, quant_type: str, tmp_path: Path) ->
         assert torch.equal(source.read(name), exact.bfloat16())
         assert torch.equal(source.read_rows(name, 3, 11), exact.bfloat16()[3:11])
     assert source.prequantized("model.norm.weight") is None
+    assert (source.blocks, open_source(str(tmp_path / "plain")).blocks) == ("bitsandbytes", None)
     assert source.fingerprint != open_source(str(tmp_path / "plain")).fingerprint
 
 
@@ -227,8 +228,7 @@ def test_config_that_is_not_text(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "'gptq'"),
-        ({"quant_method": "awq"}, "'awq'"),
+        ({"quant_method": "aqlm", "bits": 2}, "'aqlm'"),
         ({"quant_method": "fp8"}, "'fp8'"),
         ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bitsandbytes 8-bit"),
     ],

@@ -339,3 +339,35 @@ def test_bfloat16_beats_torch_own_rounding() -> None:
     gate, up = gate_up.chunk(2, 1)
     ours = (elementwise.gated_unit(gate_up, "silu").double() - exact).square().mean()
     assert ours < 0.7 * (F.silu(gate).mul(up).double() - exact).square().mean()
+
+
+# -- columns ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", ROWS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_columns(shape: tuple[int, int], dtype: torch.dtype, bias: bool) -> None:
+    x, scale = torch.randn(shape).to(dtype), torch.randn(shape[1])
+    shift = torch.randn(shape[1]) if bias else None
+    exact = x.double() * scale.double() + (0 if shift is None else shift.double())
+    check(elementwise.scale_columns(x, scale, shift), exact, 5)
+    assert elementwise.scale_columns(x, scale, shift, x) is x
+    check(x, exact, 5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*ROWS, (3000, 70)])
+def test_columns_backward(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    dy, kept, scale = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype), torch.randn(shape[1])
+    dx, products = elementwise.scale_columns_backward(dy, kept, scale)
+    check(dx, dy.double() * scale.double(), 5)
+    assert products.dtype == torch.float32
+    check(products, (dy.double() * kept.double()).sum(0), 5 * max(1, shape[0]) ** 0.5)
+
+
+def test_columns_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match="scale"):
+        elementwise.scale_columns(torch.ones(2, 3), torch.ones(4))
+    with pytest.raises(ValueError, match="kept"):
+        elementwise.scale_columns_backward(torch.ones(2, 3), torch.ones(2, 4), torch.ones(3))

@@ -10,6 +10,7 @@ from halfbyte.ops import linear, native
 from halfbyte.quant import DenseWeight, QuantOptions, Weight, quantize
 from tests.ops.conftest import available
 from tests.quant.gguf_blocks import random_weight
+from tests.quant.group_codes import STORAGES, random_group_weight
 
 CASES = [
     (isa, dtype)
@@ -39,6 +40,8 @@ class Case:
                 weight: Weight = quantize(values.bfloat16(), QuantOptions(quant_type=storage, **quant))
             elif storage in linear.GGUF_TYPES:
                 weight = random_weight(storage, rows, features, quant.get("head_rows", 0), seed)
+            elif storage in STORAGES:
+                weight = random_group_weight(storage, rows, features, seed)
             else:
                 weight = DenseWeight(values.to(getattr(torch, storage)))
             self.weights.append(weight)
@@ -100,6 +103,15 @@ def test_blocks_of_gguf(isa, dtype, storage):
     Case(90, 768, (128, 36), (8, 0), dtype, storage, head_rows=4).check()
     if linear.GGUF_TYPES[storage] < linear.GGUF_TYPES["Q4_K"]:
         Case(33, 96, (34, 6), (3, 0), dtype, storage).check()
+
+
+@pytest.mark.parametrize(("isa", "dtype"), CASES)
+@pytest.mark.parametrize("storage", STORAGES)
+def test_codes_of_gptq_and_awq(isa, dtype, storage):
+    native.use(isa)
+    Case(70, 256, (66, 20), (8, 4), dtype, storage, bias=True).check()
+    Case(90, 2688, (128, 36), (8, 0), dtype, storage).check()  # deeper than one visit, not whole pieces of 512
+    Case(33, 96, (34, 6), (3, 0), dtype, storage).check()
 
 
 @pytest.mark.parametrize(("isa", "dtype"), CASES)

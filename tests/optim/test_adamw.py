@@ -7,7 +7,9 @@ from torch import nn
 from halfbyte.errors import UsageError
 from halfbyte.ops import native
 from halfbyte.optim import OptimOptions, adamw
-from halfbyte.optim.adamw import AdamW, clip_factor, global_norm, join_bits, split_bits
+from halfbyte.optim.adamw import AdamW, clip_factor, global_norm
+from halfbyte.optim.held import HeldStates
+from halfbyte.optim.moments import join_bits, split_bits
 
 SHAPES = {"a": (7, 5), "b": (40, 130), "norm": (33,), "scalar": (1,)}
 
@@ -61,8 +63,10 @@ def test_bfloat16_weights_lose_no_small_update() -> None:
             single[name].grad = p.grad.float()  # type: ignore[union-attr]
         ours.step(1e-5)
         reference.step(1e-5)
+    assert isinstance(ours.store, HeldStates)
     for slot, p in zip(ours.slots, single.values(), strict=True):
-        torch.testing.assert_close(slot.load_weight(0, p.numel()), p.detach().view(-1), rtol=0, atol=0)
+        whole = ours.store.states[slot.name].load_weight(slot.weight(0, p.numel()))
+        torch.testing.assert_close(whole, p.detach().view(-1), rtol=0, atol=0)
         torch.testing.assert_close(slot.parameter.float(), p, rtol=2**-8, atol=0)
 
 
@@ -210,3 +214,15 @@ def test_the_native_pass_over_bytes_equals_torch(weight_decay: float) -> None:
             torch.testing.assert_close(
                 state[f"{name}.{moment}.absmax"], expected[f"{name}.{moment}.absmax"], rtol=0.02, atol=0
             )
+
+
+def test_an_update_is_seen_as_a_write() -> None:
+    """What is kept of a parameter's value (DoRA's norms) is told apart by its version, whoever wrote to it."""
+    for optim in ("adamw", "adamw_8bit"):
+        for dtype in (torch.float32, torch.bfloat16):
+            parameter = nn.Parameter(torch.randn(64, 128).to(dtype))
+            optimizer = AdamW({"lora_A": parameter}, OptimOptions(optim=optim))
+            parameter.grad = torch.randn_like(parameter)
+            before = parameter._version
+            optimizer.step(1e-3)
+            assert parameter._version > before, (optim, dtype)

@@ -10,30 +10,17 @@ from torch import Tensor
 
 from halfbyte.errors import UsageError
 from halfbyte.quant import awq_format, gptq_format
-from halfbyte.quant.group_codes import GroupCodes, contiguous_groups
+from halfbyte.quant.group_codes import GroupCodes
 from halfbyte.quant.int32_words import pack_words, unpack_words
+from tests.quant.group_codes import random_codes
 
 
-def random_codes(
-    outputs: int,
-    inputs: int,
-    group_size: int,
-    bits: int = 4,
-    seed: int = 0,
-    shuffled: bool = False,
-    first_zero: int = 1,
-) -> GroupCodes:
-    generator = torch.Generator().manual_seed(seed)
-    groups = inputs // group_size
-
-    def integers(low: int, *shape: int) -> Tensor:
-        return torch.randint(low, 2**bits, shape, generator=generator, dtype=torch.uint8)
-
-    group_of = contiguous_groups(inputs, group_size)
-    if shuffled:
-        group_of = group_of[torch.randperm(inputs, generator=generator)]
-    scales = torch.rand(groups, outputs, generator=generator).half()
-    return GroupCodes(integers(0, inputs, outputs), scales, integers(first_zero, groups, outputs), group_of, bits)
+def test_one_group_of_all_inputs() -> None:
+    """Zero points of one row, turned, are contiguous in name only."""
+    codes = random_codes(16, 64, -1)
+    turned = GroupCodes(codes.codes, codes.scales, codes.zeros.t().contiguous().t(), codes.group_of, 4)
+    for module in (gptq_format, awq_format):
+        assert equal(module.unpack(module.pack(turned, "x"), "x"), codes)
 
 
 def equal(one: GroupCodes, other: GroupCodes) -> bool:

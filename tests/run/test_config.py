@@ -7,12 +7,12 @@ import yaml
 
 import halfbyte
 from halfbyte.errors import UsageError
+from halfbyte.options import parse_bytes
 from halfbyte.run import aliases
 from halfbyte.run.config import (
     COMPONENTS,
     RunConfig,
     load_config,
-    parse_bytes,
     template_yaml,
     to_yaml,
     translate,
@@ -136,10 +136,19 @@ def test_wrong_sizes(text: str) -> None:
         ("model: m\n\nlearning_rate: fast\n", r"c.yaml:3: learning_rate .*number.*not 'fast'"),
         ("model: m\nlora_r: 0\n", r"c.yaml:2: lora_r .*greater than or equal to 1, not 0"),
         ("model: m\nquant_type: nf5\n", r"c.yaml:2: quant_type .*'nf4', 'fp4', 'int4' or 'int8', not 'nf5'"),
-        ("model: m\nmethod: dora\n", r"c.yaml:2: method dora is not built yet: choose one of auto, full, lora, qlora$"),
+        ("model: m\nmethod: vera\n", r"c.yaml:2: method vera is not built: choose one of auto, full, galore, lora, "),
+        ("model: m\nmethod: dpo\n", r"c.yaml:2: method dpo is a task here and no method: --task dpo$"),
+        (
+            "model: m\nmethod: dora\nuse_dora: false\n",
+            r"c.yaml:2: method dora means use_dora: true, but c.yaml:3 says false: remove one$",
+        ),
+        (
+            "model: m\ninit_lora_weights: gaussian\nmethod: loftq\n",
+            r"c.yaml:3: method loftq means init_lora_weights: loftq, but c.yaml:2 says gaussian: remove one$",
+        ),
+        ("model: m\nadapter: dora\nload_in_4bit: false\nload_in_8bit: true\nmethod: dora\n", r"says method is 'qdora'"),
         ("model: m\nmethod: magic\n", r"c.yaml:2: method .*'auto', 'full', 'lora' or 'qlora', not 'magic'"),
-        ("model: m\nuse_dora: true\n", r"c.yaml:2: use_dora: dora is not built yet"),
-        ("model: m\nmodules_to_save: [lm_head]\n", r"not built yet"),
+        ("model: m\nneftune_noise_alpha: 5\n", r"c.yaml:2: neftune_noise_alpha: NEFTune is not built$"),
         ("lora_r: 4\n", r"model is needed"),
         ("model: m\nbase_model: n\n", r"c.yaml:2: base_model says model is 'n', but c.yaml:1 says 'm': remove one"),
         ("model: m\nlora_r: 4\nlora_rank: 8\n", r"c.yaml:3: lora_rank says lora_r is 8, but c.yaml:2 says 4"),
@@ -185,7 +194,7 @@ def test_aliases_name_fields_and_do_not_hide_them() -> None:
          "optimizer: paged_adamw_8bit\nlr_scheduler: cosine\nval_set_size: 0.1\nbf16: auto\n",
          {"model": "m", "data": "a.jsonl", "method": "qlora", "max_seq_length": 512, "packing": True,
           "target_modules": "all-linear", "per_device_train_batch_size": 2, "num_train_epochs": 1,
-          "optim": "adamw_8bit", "lr_scheduler_type": "cosine", "eval_split": 0.1, "dtype": "auto"}),
+          "optim": "paged_adamw_8bit", "lr_scheduler_type": "cosine", "eval_split": 0.1, "dtype": "auto"}),
         # LLaMA-Factory
         ("model_name_or_path: m\nstage: sft\ndo_train: true\nfinetuning_type: lora\nlora_rank: 8\nlora_target: all\n"
          "quantization_bit: 4\ndataset: a.json\ncutoff_len: 1024\nval_size: 0.2\nbf16: true\n",

@@ -9,6 +9,7 @@ import torch
 
 from halfbyte.errors import DoesNotFit, HalfbyteError
 from halfbyte.files import sha256_file
+from halfbyte.tensorfile import Planned
 from halfbyte.train import checkpoint
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}
@@ -16,7 +17,7 @@ STATE: dict[str, Any] = {"train": {"x": 1}}
 
 
 def save(run: Path, step: int, **changes: Any) -> Path:
-    return checkpoint.save(run, step, TENSORS, {"step": torch.tensor(step)}, STATE, **changes)
+    return checkpoint.save(run, step, TENSORS, [Planned.of("step", torch.tensor(step))], STATE, **changes)
 
 
 def test_round_trip_and_manifest(tmp_path: Path) -> None:
@@ -43,7 +44,7 @@ def test_round_trip_and_manifest(tmp_path: Path) -> None:
 
 def test_views_of_one_storage_are_saved_apart(tmp_path: Path) -> None:
     whole = torch.arange(8.0)
-    folder = checkpoint.save(tmp_path, 1, {"a": whole[:4], "b": whole[4:], "t": whole.view(2, 4).t()}, {}, STATE)
+    folder = checkpoint.save(tmp_path, 1, {"a": whole[:4], "b": whole[4:], "t": whole.view(2, 4).t()}, [], STATE)
     loaded = checkpoint.load(folder).trainable
     assert torch.equal(loaded["t"], whole.view(2, 4).t())
     assert torch.equal(loaded["b"], whole[4:])

@@ -94,7 +94,7 @@ def test_the_update_equals_torch_autograd_and_adamw(tmp_path: Path) -> None:
         optimizer.zero_grad()
         parts = [theirs.loss(batch) for batch in plan.batches_for_update(step)]
         (sum(nll for nll, _ in parts) / sum(n for _, n in parts)).backward()  # type: ignore[union-attr]
-        torch.nn.utils.clip_grad_norm_(parameters.values(), plan.optim.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(parameters.values(), plan.optim.clip_norm)
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, 3, plan.optim)
         optimizer.step()
     for name, parameter in parameters.items():
@@ -369,13 +369,13 @@ def test_a_signal_within_an_evaluation_resumes_with_it(tmp_path: Path) -> None:
 def test_a_second_signal_leaves_at_once_without_a_half_written_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = checkpoint.save_file
+    write = checkpoint.write_file
 
     def interrupted_write(*args: Any) -> None:
         write(*args)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(checkpoint, "save_file", interrupted_write)
+    monkeypatch.setattr(checkpoint, "write_file", interrupted_write)
     with pytest.raises(KeyboardInterrupt):
         tiny.run(tmp_path / "run", listeners=(raise_signal(signal.SIGINT, 5),))
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["events.jsonl"]
@@ -400,7 +400,7 @@ def assert_same(one: Path, other: Path) -> None:
         for path in (one, other)
     ]
     assert timeless[0] == timeless[1]
-    exact = ("step", "tokens", "supervised_tokens", "nll", "last_loss", "best_step", "best_eval_loss", "eval_loss")
+    exact = ("step", "tokens", "supervised_tokens", "loss_sum", "last_loss", "best_step", "best_eval_loss", "eval_loss")
     assert all(last[0].state["train"][key] == last[1].state["train"][key] for key in exact)
 
 

@@ -11,7 +11,8 @@ from halfbyte.adapters.lora import (
     parameters,
     target_names,
 )
-from halfbyte.adapters.peft_io import load_adapter, read_adapter_config, save_adapter
+from halfbyte.adapters.peft_io import load_adapter, read_adapter, read_adapter_config, read_options
+from halfbyte.adapters.peft_save import save_adapter
 
 __all__ = [
     "AttachReport",
@@ -23,7 +24,9 @@ __all__ = [
     "load_adapter",
     "load_adapter_state",
     "parameters",
+    "read_adapter",
     "read_adapter_config",
+    "read_options",
     "save_adapter",
     "target_names",
 ]

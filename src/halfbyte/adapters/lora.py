@@ -1,83 +1,43 @@
-"""LoRA on a model's segments: which linears, what rank, what initial values.
+"""LoRA and DoRA on a model's segments: which linears, what rank, what initial values.
 
-Knows a segment's name and shape and nothing of its weight's format. Names and meaning of the options are PEFT's
-(0.21), so that a user's habits and files carry over.
+Knows a segment's name and shape and nothing of its weight's format: initial values that depend on the weight ask a
+`Base` for it. Names and meaning of the options are PEFT's (0.21), so that a user's habits and files carry over.
 """
 
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Protocol
 
 import torch
-from pydantic import AfterValidator, Field
 from torch import Tensor, nn
 
+from halfbyte.adapters import saved_modules
+from halfbyte.adapters.initial import Initial, Shift, loftq, pissa, row_norms
+from halfbyte.adapters.options import ALL_LINEAR
+from halfbyte.adapters.options import LoraOptions as LoraOptions
 from halfbyte.errors import UsageError
 from halfbyte.linear import LoraAdapter, Segment, segments
-from halfbyte.options import Options
-
-ALL_LINEAR = "all-linear"
+from halfbyte.quant import Weight
 
 
-def _compiles(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-    return pattern
+class Base(Protocol):
+    """The frozen weights as their source has them, by a linear's name, and as the model would hold them."""
 
+    def source(self, name: str) -> Tensor:
+        """The weight before quantization, float32 [out, in]."""
+        ...
 
-Pattern = Annotated[str, AfterValidator(_compiles)]
+    def held(self, name: str, shift: Callable[[int, int], Tensor] | None) -> Weight:
+        """The weight freed of `shift` (rows start to stop -> float32), in the format that the model holds it in."""
+        ...
 
-
-class LoraOptions(Options):
-    """Where adapters go and what they look like. Defaults follow the field's common recipe."""
-
-    lora_r: int = Field(16, ge=1, le=4096, description="Rank of the adapters.")
-    lora_alpha: float = Field(
-        32, gt=0, allow_inf_nan=False, description="Scale: the update is multiplied by alpha / r."
-    )
-    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapters' inputs while training.")
-    target_modules: str | list[str] = Field(
-        ALL_LINEAR,
-        description="Linears that get an adapter: all-linear (every one but the output head), "
-        "names such as q_proj,v_proj, or one regular expression over full names.",
-    )
-    use_rslora: bool = Field(False, description="Scale by alpha / sqrt(r) instead (rank-stabilised LoRA).")
-    init_lora_weights: Literal["default", "gaussian"] = Field(
-        "default", description="Initial A: default (Kaiming uniform, as PEFT) or gaussian. B starts at zero."
-    )
-    rank_pattern: dict[Pattern, Annotated[int, Field(ge=1, le=4096)]] = Field(
-        default_factory=dict, description="Rank for names that end in a key, or match it as a regular expression."
-    )
-    alpha_pattern: dict[Pattern, Annotated[float, Field(gt=0, allow_inf_nan=False)]] = Field(
-        default_factory=dict, description="Alpha by name, like rank_pattern."
-    )
-    adapter_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Type of the saved adapter's numbers; training keeps float32 either way."
-    )
-
-    def rank_of(self, name: str) -> int:
-        return int(_pattern(self.rank_pattern, name, self.lora_r))
-
-    def alpha_of(self, name: str) -> float:
-        return float(_pattern(self.alpha_pattern, name, self.lora_alpha))
-
-    def scaling_of(self, name: str) -> float:
-        rank = self.rank_of(name)
-        return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
-
-
-def _pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
-    """PEFT's rule: the first key that matches the name or its end after a dot."""
-    for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", name):
-            return value
-    return default
+    def is_quantized(self, name: str) -> bool:
+        """Whether that format is a quantized one."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -120,22 +80,73 @@ def target_names(available: list[str], targets: str | list[str]) -> list[str]:
     return [n for n in available if any(n == t or n.endswith("." + t) for t in wanted)]
 
 
-def attach(model: nn.Module, options: LoraOptions, seed: int = 42) -> AttachReport:
-    """Put a fresh adapter on every targeted segment; everything else is frozen.
+def attach(model: nn.Module, options: LoraOptions, seed: int = 42, base: Base | None = None) -> AttachReport:
+    """Put a fresh adapter on every targeted segment, make `modules_to_save` trainable, freeze everything else.
 
     The initial values depend on the seed and the model's order of linears, not on torch's global generator.
+    base   needed by PiSSA and LoftQ: gives the weights before quantization, and rebuilds what the model holds
     """
     found = segments(model)
-    names = target_names(list(found), options.target_modules)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
+    whole = saved_modules.names_in(model, options.modules_to_save)
+    names = [n for n in target_names(list(found), options.target_modules) if n not in whole]
+    if not names:
+        raise UsageError("target_modules are all in modules_to_save: nothing is left for an adapter")
+    freeze(model)
+    draw = _initial_values(found, names, options, seed, base)
     for name in names:
         segment = found[name]
-        a, b = _initial(segment, options, generator)
-        adapter = LoraAdapter(a, b, options.scaling_of(name), options.lora_dropout)
-        segment.adapter = adapter.to(device_of(segment))
+        initial = draw(segment)
+        if initial.shift is not None:
+            assert base is not None
+            segment.weight = base.held(name, initial.shift.rows)
+        scaling = options.scaling_of(name)
+        magnitude = row_norms(segment.weight, initial.a, initial.b, scaling) if options.use_dora else None
+        put(segment, initial, scaling, options.lora_dropout, magnitude)
+    saved_modules.train(model, whole)
     return report(model, tuple(names))
+
+
+def freeze(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def put(
+    segment: Segment, initial: Initial, scaling: float, dropout: float = 0.0, magnitude: Tensor | None = None
+) -> LoraAdapter:
+    """An adapter with these values on the segment; a magnitude makes it a DoRA.
+
+    The shift is kept beside it: whoever asks for the base model means the weights before.
+    """
+    device, shift = device_of(segment), initial.shift
+    adapter = LoraAdapter(initial.a, initial.b, scaling, dropout, magnitude).to(device)
+    segment.adapter = adapter
+    removed = None if shift is None else LoraAdapter(shift.a, shift.b, shift.scaling).to(device).eval()
+    if removed is not None:
+        removed.requires_grad_(False)
+    segment.add_module("shift", removed)
+    return adapter
+
+
+def shift_of(segment: Segment) -> Shift | None:
+    """What the segment's base was freed of, None where it is the weight itself."""
+    held = removed_from(segment)
+    return None if held is None else Shift(held.lora_A.detach(), held.lora_B.detach(), held.scaling)
+
+
+def removed_from(segment: Segment) -> LoraAdapter | None:
+    """The shift as an adapter: on the shifted base it is the model that there was before."""
+    found = segment._modules.get("shift")
+    return found if isinstance(found, LoraAdapter) else None
+
+
+def short_targets(model: nn.Module) -> list[str]:
+    """Short names (q_proj, ...) where they select exactly the adapted linears, else full names."""
+    found = segments(model)
+    adapted = {name for name, segment in found.items() if segment.adapter is not None}
+    leaves = {name.rsplit(".", 1)[-1] for name in adapted}
+    selected = {name for name in found if name.rsplit(".", 1)[-1] in leaves}
+    return sorted(leaves if selected == adapted else adapted)
 
 
 def report(model: nn.Module, names: tuple[str, ...]) -> AttachReport:
@@ -156,7 +167,47 @@ def device_of(segment: Segment) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
-def _initial(segment: Segment, options: LoraOptions, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def _initial_values(
+    found: Mapping[str, Segment], names: list[str], options: LoraOptions, seed: int, base: Base | None
+) -> Callable[[Segment], Initial]:
+    """Draws one linear's initial values after the other. UsageError where they cannot be had from this base."""
+    generator = torch.Generator().manual_seed(seed)
+    kind, steps, dtype = options.init_lora_weights, options.loftq_iter, options.file_dtype
+
+    def plain(segment: Segment) -> Initial:
+        return Initial(*_plain(segment, options, generator))
+
+    if kind in ("default", "gaussian"):
+        return plain
+    if base is None:
+        raise UsageError(f"init_lora_weights {kind} needs the model's own weights, and they are not at hand here")
+    if kind == "loftq" and not any(base.is_quantized(name) for name in names):
+        raise UsageError(
+            "init_lora_weights loftq makes good what quantizing the base loses, and this base is not quantized: use "
+            "method qlora, or init_lora_weights pissa"
+        )
+
+    def drawn(segment: Segment) -> Initial:
+        name = segment.name
+        rank, scaling = options.rank_of(name), options.scaling_of(name)
+        if kind == "loftq" and not base.is_quantized(name):
+            return plain(segment)  # quant_pattern keeps it in 16 bits: nothing was lost
+        weight = base.source(name)
+        if not bool(torch.isfinite(weight).all()):
+            raise UsageError(f"{name} holds NaN or infinite values: the model's file is damaged")
+        if kind != "loftq":
+            return pissa(weight, rank, scaling, generator, options.pissa_iterations, dtype)
+
+        def quantized(shift: Shift | None) -> Tensor:
+            held = segment.weight if shift is None else base.held(name, shift.rows)
+            return held.dequantize(torch.float32).cpu()
+
+        return loftq(weight, rank, scaling, quantized, generator, steps, dtype)
+
+    return drawn
+
+
+def _plain(segment: Segment, options: LoraOptions, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A and B, float32. Kaiming uniform with a = sqrt(5) is U(-1/sqrt(in), 1/sqrt(in)); gaussian is N(0, 1/r)."""
     rank = options.rank_of(segment.name)
     shape = (rank, segment.in_features)
@@ -168,9 +219,10 @@ def _initial(segment: Segment, options: LoraOptions, generator: torch.Generator)
 
 
 def detach(model: nn.Module) -> None:
-    """Remove all adapters."""
+    """Remove all adapters and put the originals of `modules_to_save` back. A base that was shifted stays so."""
     for segment in segments(model).values():
         segment.adapter = None
+    saved_modules.remove(model)
 
 
 def parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -180,16 +232,23 @@ def parameters(model: nn.Module) -> list[nn.Parameter]:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The base model: adapters are off inside the block, and as they were after it."""
-    adapters = [s.adapter for s in segments(model).values() if s.adapter is not None]
-    before = [adapter.enabled for adapter in adapters]
-    for adapter in adapters:
-        adapter.enabled = False
+    """The base model: adapters are off inside the block and whole modules the originals; after it, as they were.
+
+    Where the base was freed of a shift, the shift stands in the adapter's place: the model that there was before.
+    """
+    found = [(s, s.adapter, s.adapter.enabled) for s in segments(model).values() if s.adapter is not None]
+    for segment, adapter, _ in found:
+        removed = removed_from(segment)
+        if removed is None:
+            adapter.enabled = False
+        else:
+            segment.adapter = removed
     try:
-        yield
+        with saved_modules.originals(model):
+            yield
     finally:
-        for adapter, enabled in zip(adapters, before, strict=True):
-            adapter.enabled = enabled
+        for segment, adapter, enabled in found:
+            segment.adapter, adapter.enabled = adapter, enabled
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
@@ -199,6 +258,8 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
         if segment.adapter is not None:
             state[f"base_model.model.{name}.lora_A.weight"] = segment.adapter.lora_A.detach()
             state[f"base_model.model.{name}.lora_B.weight"] = segment.adapter.lora_B.detach()
+            if segment.adapter.magnitude is not None:
+                state[f"base_model.model.{name}.lora_magnitude_vector"] = segment.adapter.magnitude.detach()
     return state
 
 

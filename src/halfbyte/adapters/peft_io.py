@@ -1,96 +1,86 @@
-"""PEFT's adapter files, both ways: adapter_config.json and adapter_model.safetensors (PEFT 0.21).
+"""PEFT's adapter files, read: adapter_config.json and adapter_model.safetensors (PEFT 0.21). `peft_save` writes them.
 
-Keys are `base_model.model.<module path>.lora_A.weight` and `.lora_B.weight`; the adapter's own name is not part
-of a file. What we cannot express faithfully we refuse to read: a wrong adapter is worse than none.
+Keys are `base_model.model.<module path>.lora_A.weight`, `.lora_B.weight` and DoRA's `.lora_magnitude_vector`; whole
+modules (`modules_to_save`) have their tensors' own names. The adapter's own name is not part of a file. What we cannot
+express faithfully we refuse to read: a wrong adapter is worse than none.
+
+A shifted base (PiSSA, LoftQ of several steps) is not PEFT's to know: the file is a plain LoRA of twice the rank over
+the unchanged base, [A; A_s] and [B, -B_s], as PEFT's own conversion makes it. That its second half is a shift stands in
+the weights file's metadata, under SHIFT.
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from halfbyte.adapters.lora import LoraOptions, adapter_state, device_of
+from halfbyte.adapters import saved_modules
+from halfbyte.adapters.initial import Initial, Shift
+from halfbyte.adapters.lora import Base, freeze, put, short_targets
+from halfbyte.adapters.options import LoraOptions
 from halfbyte.errors import UsageError
-from halfbyte.files import write_atomic
-from halfbyte.linear import LoraAdapter, segments
+from halfbyte.linear import segments
+from halfbyte.quant import DenseWeight
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+SHIFT = "halfbyte.base_shift"
+"""Key of the weights file's metadata: the adapter's options before its rank was doubled, as JSON."""
+
+A_KEY, B_KEY, MAGNITUDE_KEY = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
 
 # Switches of PEFT's LoraConfig whose "on" changes the arithmetic in a way that we do not compute.
 _REFUSED = {
-    "use_dora": "DoRA",
     "lora_bias": "a bias on lora_B",
-    "modules_to_save": "fully trained modules (modules_to_save)",
     "trainable_token_indices": "trainable tokens",
     "target_parameters": "adapters on bare parameters",
     "layer_replication": "replicated layers",
     "alora_invocation_tokens": "activated LoRA",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
 }
 
 
-def peft_config(model: nn.Module, options: LoraOptions, base: str, revision: str | None = None) -> dict[str, Any]:
-    """adapter_config.json for the adapters on `model`. Every key that loaders look for is written, off or on."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "revision": revision,
-        "inference_mode": True,
-        "r": options.lora_r,
-        "lora_alpha": _whole(options.lora_alpha),
-        "lora_dropout": options.lora_dropout,
-        "target_modules": _targets(model),
-        "rank_pattern": dict(options.rank_pattern),
-        "alpha_pattern": {name: _whole(alpha) for name, alpha in options.alpha_pattern.items()},
-        "use_rslora": options.use_rslora,
-        "init_lora_weights": "gaussian" if options.init_lora_weights == "gaussian" else True,
-        "bias": "none",
-        "use_dora": False,
-        "lora_bias": False,
-        # How PEFT reads the *base* weight when it merges (GPT-2's Conv1D); the factors have the same shapes either way.
-        "fan_in_fan_out": bool(getattr(model, "transposed", ())),
-        "modules_to_save": None,
-        "trainable_token_indices": None,
-        "target_parameters": None,
-        "exclude_modules": None,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "layer_replication": None,
-    }
+@dataclass(frozen=True)
+class Factors:
+    """One linear's adapter: a [r, in], b [out, r], magnitude [out] (DoRA), and what its base was freed of."""
+
+    a: Tensor
+    b: Tensor
+    scaling: float
+    magnitude: Tensor | None = None
+    shift: Shift | None = None
+
+    def as_plain(self) -> "Factors":
+        """Over the base before the shift: the rank of both, as a file has it."""
+        if self.shift is None:
+            return self
+        shift, ratio = self.shift, self.shift.scaling / self.scaling
+        a, b = torch.cat([self.a, shift.a], 0), torch.cat([self.b, -shift.b * ratio], 1)
+        return replace(self, a=a, b=b, shift=None)
 
 
-def _whole(value: float) -> float | int:
-    return int(value) if float(value).is_integer() else value
+@dataclass(frozen=True)
+class AdapterFile:
+    """A PEFT folder's content. `options`: shape and patterns of the trained factors, without a shift's.
 
+    factors   by the linear's name
+    saved     whole tensors by their full names
+    tied      tied embeddings among them were trained as one tensor
+    """
 
-def _targets(model: nn.Module) -> list[str]:
-    """Short names (q_proj, ...) where they select exactly the adapted linears, else full names."""
-    found = segments(model)
-    adapted = {name for name, segment in found.items() if segment.adapter is not None}
-    leaves = {name.rsplit(".", 1)[-1] for name in adapted}
-    selected = {name for name in found if name.rsplit(".", 1)[-1] in leaves}
-    return sorted(leaves if selected == adapted else adapted)
-
-
-def save_adapter(
-    model: nn.Module, folder: Path, options: LoraOptions, base: str, revision: str | None = None
-) -> list[Path]:
-    """Write the adapters on `model` as PEFT's two files; returns their paths. The config is written last."""
-    dtype = torch.bfloat16 if options.adapter_dtype == "bfloat16" else torch.float32
-    state = {name: t.to(device="cpu", dtype=dtype).contiguous() for name, t in adapter_state(model).items()}
-    if not state:
-        raise UsageError("the model has no adapter to save")
-    write_atomic(folder / WEIGHTS, save_tensors(state, metadata={"format": "pt"}))
-    config = json.dumps(peft_config(model, options, base, revision), indent=2, sort_keys=True)
-    write_atomic(folder / CONFIG, config + "\n")
-    return [folder / WEIGHTS, folder / CONFIG]
+    folder: Path
+    options: LoraOptions
+    factors: dict[str, Factors]
+    saved: dict[str, Tensor]
+    tied: bool
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -118,18 +108,53 @@ def lora_options(config: Mapping[str, Any]) -> LoraOptions:
 
     UsageError for values that are none.
     """
+    return _options(
+        {
+            "lora_r": config.get("r", 8),
+            "lora_alpha": config.get("lora_alpha", 8),
+            "lora_dropout": config.get("lora_dropout", 0.0) or 0.0,
+            "use_rslora": bool(config.get("use_rslora", False)),
+            "use_dora": bool(config.get("use_dora", False)),
+            "rank_pattern": config.get("rank_pattern") or {},
+            "alpha_pattern": config.get("alpha_pattern") or {},
+            "modules_to_save": config.get("modules_to_save") or [],
+        },
+        CONFIG,
+    )
+
+
+def _options(values: Mapping[str, Any], where: str) -> LoraOptions:
     try:
-        return LoraOptions(
-            lora_r=config.get("r", 8),
-            lora_alpha=config.get("lora_alpha", 8),
-            lora_dropout=config.get("lora_dropout", 0.0) or 0.0,
-            use_rslora=bool(config.get("use_rslora", False)),
-            rank_pattern=config.get("rank_pattern") or {},
-            alpha_pattern=config.get("alpha_pattern") or {},
-        )
+        return LoraOptions(**values)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise UsageError(f"{CONFIG}: {first['loc'][0]} cannot be {first['input']!r}: {first['msg']}") from None
+        place = first["loc"][0] if first["loc"] else "the options"
+        raise UsageError(f"{where}: {place} cannot be {first['input']!r}: {first['msg']}") from None
+
+
+def read_options(folder: Path) -> LoraOptions:
+    """The options of a PEFT folder's adapter as it is trained: a shift's half of the rank is not counted."""
+    options = lora_options(read_adapter_config(folder))
+    return _unshifted(folder, options) or options
+
+
+def _unshifted(folder: Path, options: LoraOptions) -> LoraOptions | None:
+    """The options before the rank was doubled for a shift; None where there is no shift."""
+    path = folder / WEIGHTS
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get(SHIFT)
+    except (OSError, SafetensorError):
+        return None  # who reads the tensors says what is wrong with the file
+    if text is None:
+        return None
+    try:
+        own = json.loads(text)
+    except (ValueError, RecursionError):
+        own = None
+    if not isinstance(own, dict):
+        raise UsageError(f"{path}: its metadata {SHIFT} is not a JSON object: the file is damaged")
+    return _options({**options.model_dump(), **own}, f"{path}, metadata {SHIFT}")
 
 
 def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
@@ -144,56 +169,126 @@ def read_adapter_tensors(folder: Path) -> dict[str, Tensor]:
         raise UsageError(f"{path} is broken ({error}): copy the adapter again") from None
 
 
-def load_adapter(model: nn.Module, folder: Path | str) -> LoraOptions:
+def read_adapter(folder: Path) -> AdapterFile:
+    """A PEFT folder as values, checked against itself. UsageError for what is broken, or is more than LoRA and DoRA."""
+    config = read_adapter_config(folder)
+    in_file = lora_options(config)
+    own = _unshifted(folder, in_file)
+    options = own or in_file
+    tensors = read_adapter_tensors(folder)
+    names = sorted(
+        {
+            key.removeprefix(PREFIX).removesuffix(suffix)
+            for key in tensors
+            for suffix in (A_KEY, B_KEY, MAGNITUDE_KEY)
+            if key.startswith(PREFIX) and key.endswith(suffix)
+        }
+    )
+    factors = {}
+    for name in names:
+        found = _factors(folder, name, tensors, in_file)
+        factors[name] = found if own is None else _split(folder, name, found, own)
+    saved = {key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
+    strange = [key for key in tensors if not key.startswith(PREFIX) or ".lora_" in key or ".token_adapter." in key]
+    if strange or (saved and not in_file.modules_to_save):
+        odd = min(strange or (PREFIX + key for key in saved))
+        raise UsageError(f"{folder} holds {odd}, which is no part of a LoRA or DoRA: the model has no place for it")
+    if not factors:
+        raise UsageError(f"{folder}: {WEIGHTS} holds no adapter")
+    for end in in_file.modules_to_save:
+        if not any(prefix.endswith(end) for name in saved for prefix in _prefixes(name)):
+            raise UsageError(f"{folder}: {CONFIG} has {end!r} in modules_to_save, and {WEIGHTS} does not hold it")
+    return AdapterFile(folder, options, factors, saved, bool(config.get("ensure_weight_tying")))
+
+
+def _prefixes(tensor_name: str) -> list[str]:
+    """The modules that a tensor is in, by their full names."""
+    parts = tensor_name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def _factors(folder: Path, name: str, tensors: dict[str, Tensor], options: LoraOptions) -> Factors:
+    """One linear's tensors, taken out of `tensors`."""
+    a, b = (tensors.pop(f"{PREFIX}{name}{key}", None) for key in (A_KEY, B_KEY))
+    magnitude = tensors.pop(f"{PREFIX}{name}{MAGNITUDE_KEY}", None)
+    if a is None or b is None:
+        raise UsageError(f"{folder}: lora_{'A' if a is None else 'B'} of {name} is missing: the file is incomplete")
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        raise UsageError(f"{folder}: the factors of {name} do not belong together: the file is damaged")
+    if a.shape[0] != options.rank_of(name):
+        raise UsageError(
+            f"{folder}: {name} has rank {a.shape[0]} in the file and {options.rank_of(name)} in its {CONFIG}: the two "
+            "are not of one adapter"
+        )
+    if (magnitude is not None) != options.use_dora:
+        what = "has no lora_magnitude_vector" if magnitude is None else "has a lora_magnitude_vector"
+        raise UsageError(f"{folder}: {name} {what}, and {CONFIG} says use_dora {options.use_dora}: not of one adapter")
+    if magnitude is not None and magnitude.shape != b.shape[:1]:
+        raise UsageError(f"{folder}: the magnitudes of {name} are {list(magnitude.shape)}: the file is damaged")
+    return Factors(a, b, options.scaling_of(name), magnitude)
+
+
+def _split(folder: Path, name: str, both: Factors, options: LoraOptions) -> Factors:
+    """The trained half and the shift of a file with a shift. A shift of zeros is none."""
+    rank = options.rank_of(name)
+    if both.a.shape[0] != 2 * rank:
+        raise UsageError(f"{folder}: {name} has rank {both.a.shape[0]}, and with its shift 2 x {rank}: it is damaged")
+    scaling = options.scaling_of(name)
+    shift = Shift(both.a[rank:].float(), -both.b[:, rank:].float(), scaling)
+    return Factors(both.a[:rank], both.b[:, :rank], scaling, None, shift if bool(shift.b.any()) else None)
+
+
+def load_adapter(model: nn.Module, folder: Path | str, base: Base | None = None) -> LoraOptions:
     """Attach the adapter of a PEFT folder to `model`, with its values; returns its options.
 
     The file decides which linears are adapted and with what rank: PEFT's target patterns are not interpreted again.
+
+    base   makes the base anew where the adapter was trained on a shifted one. Without it such an adapter is its plain
+           form over the weights as they are, which only an unquantized base has the meaning for
     """
     folder = Path(folder)
-    options = lora_options(read_adapter_config(folder))
-    tensors = read_adapter_tensors(folder)
+    file = read_adapter(folder)
+    options, factors = file.options, file.factors
+    _require_places(model, file)
+    if base is None and any(one.shift is not None for one in factors.values()):
+        options, factors = _as_plain(model, file)
+    freeze(model)
+    saved_modules.remove(model)
+    saved_modules.load(model, file.saved, folder, file.tied)
     found = segments(model)
-    names = _adapted_names(tensors, list(found), folder)
-    for name in names:
-        a = tensors[f"base_model.model.{name}.lora_A.weight"]
-        b = tensors[f"base_model.model.{name}.lora_B.weight"]
-        segment = found[name]
-        if a.ndim != 2 or b.ndim != 2:
-            raise UsageError(f"{folder}: the factors of {name} are no matrices: the file is damaged")
-        if a.shape[1] != segment.in_features or b.shape[0] != segment.out_features or a.shape[0] != b.shape[1]:
-            raise UsageError(
-                f"{folder}: the adapter of {name} is {tuple(b.shape)} x {tuple(a.shape)}, and the model's linear "
-                f"{segment.out_features} x {segment.in_features}: it was trained on another base"
-            )
-        if a.shape[0] != options.rank_of(name):
-            raise UsageError(
-                f"{folder}: {name} has rank {a.shape[0]} in {WEIGHTS} and {options.rank_of(name)} in {CONFIG}"
-            )
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    for name in names:
-        a = tensors[f"base_model.model.{name}.lora_A.weight"]
-        b = tensors[f"base_model.model.{name}.lora_B.weight"]
-        adapter = LoraAdapter(a, b, options.scaling_of(name), options.lora_dropout).to(device_of(found[name]))
+    for name in (name for name in found if name in factors):
+        segment, one = found[name], factors[name]
+        if base is not None and one.shift is not None:
+            segment.weight = base.held(name, one.shift.rows)
+        adapter = put(segment, Initial(one.a, one.b, one.shift), one.scaling, options.lora_dropout, one.magnitude)
         adapter.train(model.training)
-        found[name].adapter = adapter
-    return options.model_copy(update={"target_modules": _targets(model)})
+    whole = saved_modules.names_of(model)
+    return options.model_copy(update={"target_modules": short_targets(model), "modules_to_save": whole})
 
 
-def _adapted_names(tensors: Mapping[str, Tensor], available: list[str], folder: Path) -> list[str]:
-    """The segments that the file has both factors for. UsageError on anything that has no place in the model."""
-    known = {f"base_model.model.{n}.lora_{f}.weight": (n, f) for n in available for f in "AB"}
-    strange = sorted(key for key in tensors if key not in known)
+def _require_places(model: nn.Module, file: AdapterFile) -> None:
+    """UsageError for the first linear that the model has not, or has in another size."""
+    found = segments(model)
+    strange = sorted(name for name in file.factors if name not in found)
     if strange:
         raise UsageError(
-            f"{folder}: the model has no place for {strange[0]} ({len(strange)} such): another base model?"
+            f"{file.folder}: the model has no place for {strange[0]} ({len(strange)} such): another base model?"
         )
-    have = {known[key] for key in tensors}
-    names = [n for n in available if (n, "A") in have or (n, "B") in have]
-    for name in names:
-        for factor in "AB":
-            if (name, factor) not in have:
-                raise UsageError(f"{folder}: lora_{factor} of {name} is missing: the file is incomplete")
-    if not names:
-        raise UsageError(f"{folder}: {WEIGHTS} holds no adapter")
-    return names
+    for name, one in file.factors.items():
+        segment = found[name]
+        if one.a.shape[1] != segment.in_features or one.b.shape[0] != segment.out_features:
+            raise UsageError(
+                f"{file.folder}: the adapter of {name} is {tuple(one.b.shape)} x {tuple(one.a.shape)}, and the model's "
+                f"linear {segment.out_features} x {segment.in_features}: it was trained on another base"
+            )
+
+
+def _as_plain(model: nn.Module, file: AdapterFile) -> tuple[LoraOptions, dict[str, Factors]]:
+    found = segments(model)
+    quantized = [name for name in file.factors if not isinstance(found[name].weight, DenseWeight)]
+    if quantized:
+        raise UsageError(
+            f"{file.folder} was trained on a base that PiSSA or LoftQ had shifted, and {quantized[0]} is quantized "
+            "here: the base must be made again from its source (load_adapter's `base`)"
+        )
+    return lora_options(read_adapter_config(file.folder)), {n: one.as_plain() for n, one in file.factors.items()}

@@ -14,9 +14,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from halfbyte.errors import UsageError
-from halfbyte.options import Options
+from halfbyte.options import Options, parse_bytes
 from halfbyte.run import aliases
-from halfbyte.run.config import COMPONENTS, parse_bytes
+from halfbyte.run.config import COMPONENTS
 
 SHORT = {"model": ("-m",), "data": ("-d",), "output_dir": ("-o",)}
 """One-letter forms of the flags that every run needs."""

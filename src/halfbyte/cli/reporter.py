@@ -3,6 +3,7 @@
 from typing import Any, Self
 
 from halfbyte.cli import screen
+from halfbyte.run.methods import PRESETS
 from halfbyte.train.progress import Progress
 
 SHOWN = (
@@ -54,14 +55,20 @@ class Reporter:
         hidden = {"full": ("lora_", "target_modules", "quant_"), "lora": ("quant_",)}.get(config.method, ("-",))
         if plan is not None and plan.chosen.job.held and not config.requantize:
             hidden = (*hidden, "quant_")  # the file's own blocks
+        # What a method's name sets is printed, too: it is short for these.
+        own = {field for preset in PRESETS.values() for field in preset.fields}
+        defaults = {field: type(config).model_fields[field].default for field in sorted(own)}
+        values |= {k: getattr(config, k) for k, default in defaults.items() if getattr(config, k) != default}
+        if config.task == "dpo":
+            values |= {name: value for name, value in config.model_dump().items() if name.startswith("dpo_")}
         shown = [f"{k} {screen.value(v)}" for k, v in values.items() if v is not None and not k.startswith(hidden)]
         self._line(f"settings: {', '.join(shown)}")
         if plan is None:
-            self._line(f"method {config.method}; this architecture has no plan")
+            self._line(f"method {config.method_name}; this architecture has no plan")
         else:
             chosen = plan.chosen
             self._line(
-                f"method {plan.method}: {plan.reason}; expected peak {screen.gigabytes(chosen.peak)} "
+                f"method {config.method_name}: {plan.reason}; expected peak {screen.gigabytes(chosen.peak)} "
                 f"(up to {screen.gigabytes(chosen.peak_p95)} of {screen.gigabytes(plan.budget)}), "
                 f"{screen.duration(chosen.total_seconds)}"
             )
@@ -77,10 +84,18 @@ class Reporter:
         self._line(f"base: linears held {held}")
         self._line(f"backend: {event['backend']} ({event['backend_reason']})")
 
+    def _show_reference(self, event: dict[str, Any]) -> None:
+        if event["pairs_done"] == 0:
+            self._line(f"reference: what the model says of {event['pairs']:,} pairs of answers, asked once")
+
     def _show_finished(self, event: dict[str, Any]) -> None:
         result = event["result"]
         if result["base_eval_loss"] is not None:
             self._line(f"held-out loss: {result['base_eval_loss']:.4f} before, {result['eval_loss']:.4f} after")
+        if "rewards/accuracies" in result["metrics"]:
+            share = result["metrics"]["rewards/accuracies"]
+            low, high = result["metrics"]["intervals"].get("rewards/accuracies", (0, 1))
+            self._line(f"held-out pairs won: {share:.1%} (95 %: {low:.1%} to {high:.1%})")
         if "accuracy" in result["metrics"]:
             before, after = result["metrics"]["base"]["accuracy"], result["metrics"]["accuracy"]
             self._line(f"held-out accuracy: {before:.1%} before, {after:.1%} after")

@@ -72,9 +72,13 @@ def _histogram(audit: Audit) -> Table:
 def _row(example: Example, tokenizer: Any, coloured: bool) -> Panel:
     place = f"{Path(example.origin.file).name}:{example.origin.line}"  # the whole path would not fit
     title = f"{place} · {len(example):,} tokens, {example.supervised_tokens:,} supervised"
-    parts: list[Text] = [token_text(example, tokenizer, coloured)]
-    if len(example) > _SHOWN_TOKENS:
-        parts.append(Text(f"… {len(example) - _SHOWN_TOKENS:,} more tokens", style="dim italic"))
+    parts: list[Text] = []
+    for document in example.documents:
+        if parts:
+            parts.append(Text("rejected:", style="bold"))
+        parts.append(token_text(document, tokenizer, coloured))
+        if (more := len(document.input_ids) - _SHOWN_TOKENS) > 0:
+            parts.append(Text(f"… {more:,} more tokens", style="dim italic"))
     return Panel(Group(*parts), title=Text(title), title_align="left")
 
 
@@ -90,7 +94,7 @@ def token_text(example: Example, tokenizer: Any, coloured: bool) -> Text:
         styles = SUPERVISED_STYLES if supervised else CONTEXT_STYLES
         text.append(_shown(tokenizer, token), style=styles[number % 2] if coloured else None)
     if inside:
-        text.append("⟧" if len(example) <= _SHOWN_TOKENS else "…")
+        text.append("⟧" if len(example.input_ids) <= _SHOWN_TOKENS else "…")
     return text
 
 

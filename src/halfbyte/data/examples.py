@@ -1,7 +1,7 @@
 """Rows as tokens: which ids, which of them are learned, and where the last prompt ends."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.data.encoding import Encoder, Segment
-from halfbyte.data.records import BadRow, Chat, Completion, Labelled, Origin, Row, RowError, Text
+from halfbyte.data.records import BadRow, Chat, Completion, Labelled, Origin, Preference, Row, RowError, Text
 from halfbyte.data.templates import ChatTemplate, Turns
 
 _CHUNK = 4096  # rows that are rendered and tokenized together; it bounds the memory for their texts
@@ -20,7 +20,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One document of a batch.
+    """One row: a document of a batch, or two of them where it is a pair of answers to one prompt.
 
     input_ids      int32 [n]
     supervised     bool [n]: this token is learned, i.e. it is the target of the position before it; never the first
@@ -31,6 +31,7 @@ class Example:
     source         the index of the source in `data` or `eval_data`
     index          the position in Prepared.train or Prepared.eval
     truncated      tokens that did not fit into max_seq_length
+    rejected       preference: the worse answer, a document of its own; everything else is then the better one's
     """
 
     input_ids: Ids
@@ -43,9 +44,15 @@ class Example:
     source: int = 0
     index: int = 0
     truncated: int = 0
+    rejected: "Example | None" = None
 
     def __len__(self) -> int:
-        return len(self.input_ids)
+        """Tokens in a batch, of a pair those of both documents."""
+        return sum(len(document.input_ids) for document in self.documents)
+
+    @property
+    def documents(self) -> "tuple[Example, ...]":
+        return (self,) if self.rejected is None else (self, self.rejected)
 
     @property
     def prompt_ids(self) -> Ids:
@@ -54,7 +61,7 @@ class Example:
 
     @property
     def supervised_tokens(self) -> int:
-        return int(self.supervised.sum())
+        return sum(int(document.supervised.sum()) for document in self.documents)
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,23 +207,55 @@ class Encoded:
     glued: int = 0
 
 
+_COUNTS = ("double_bos", "missing_bos", "unsupervised_eos", "prompt_mismatch", "specials_in_text", "glued")
+
+
 def encode_rows(rows: Sequence[Row], recipe: Recipe, source: int = 0) -> Encoded:
     """Tokenize rows. What cannot be used is set aside with its reason."""
     result = Encoded([], [])
     for start in range(0, len(rows), _CHUNK):
-        drafts: list[Draft] = []
+        drafts: list[list[Draft]] = []
         for row in rows[start : start + _CHUNK]:
             try:
-                drafts.append(draft(row, recipe))
+                drafts.append([draft(document, recipe) for document in documents(row)])
             except RowError as error:
                 result.bad.append(BadRow(row.origin.file, row.origin.line, str(error)))
-        encoded = recipe.encoder.encode_segments([item.segments for item in drafts])
-        for item, pieces in zip(drafts, encoded, strict=True):
+        encoded = iter(recipe.encoder.encode_segments([item.segments for items in drafts for item in items]))
+        for items in drafts:
+            pieces = [next(encoded) for _ in items]
             try:
-                result.examples += _examples(item, pieces, recipe, source, result)
+                if len(items) == 1:
+                    result.examples += _examples(items[0], pieces[0], recipe, source, result)
+                else:
+                    result.examples.append(_pair(items, pieces, recipe, source, result))
             except RowError as error:
-                result.bad.append(BadRow(item.row.origin.file, item.row.origin.line, str(error)))
+                result.bad.append(BadRow(items[0].row.origin.file, items[0].row.origin.line, str(error)))
     return result
+
+
+def documents(row: Row) -> list[Row]:
+    """What is tokenized of a row: itself; of a preference, its two conversations."""
+    if not isinstance(row, Preference):
+        return [row]
+    found: list[Row] = []
+    for answer in (row.chosen, row.rejected):
+        learned = (message["role"] == "assistant" for message in answer)
+        found.append(Chat(row.origin, row.prompt + answer, (*(False for _ in row.prompt), *learned)))
+    return found
+
+
+def _pair(
+    items: Sequence[Draft], pieces: Sequence[Sequence[Sequence[int]]], recipe: Recipe, source: int, seen: Encoded
+) -> Example:
+    """The better answer's document, with the worse one's behind it; what is noticed in either counts once."""
+    noticed = [Encoded([], []), Encoded([], [])]
+    halves = [_examples(i, p, recipe, source, n)[0] for i, p, n in zip(items, pieces, noticed, strict=True)]
+    chosen, rejected = halves
+    if np.array_equal(chosen.input_ids, rejected.input_ids):
+        raise RowError(f"nothing tells the two answers apart within max_seq_length ({recipe.max_seq_length:,} tokens)")
+    for name in _COUNTS:
+        setattr(seen, name, getattr(seen, name) + max(getattr(part, name) for part in noticed))
+    return replace(chosen, rejected=rejected, truncated=chosen.truncated + rejected.truncated)
 
 
 def _examples(

@@ -80,6 +80,11 @@ class DataOptions(Options):
         "0 holds out none.",
     )
     eval_max_rows: int = Field(default=500, ge=1, description="The most rows that a share in `eval_split` holds out.")
+    task: Literal["auto", "causal", "classification", "seq2seq", "dpo"] = Field(
+        default="auto",
+        description="What is learned: causal (the next token), classification (a trained head), seq2seq, or dpo (to "
+        "prefer the chosen answer); auto takes dpo for preference rows and causal for all others.",
+    )
     data_format: Annotated[RowFormat | None, BeforeValidator(_format_alias)] = Field(
         default=None,
         description=f"What a row is: {', '.join(ROW_FORMATS)}. Detected from the columns when it is not given.",

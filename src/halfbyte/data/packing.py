@@ -1,7 +1,7 @@
 """From examples to batches: rows laid end to end, never padded, and an update cut into micro-batches.
 
 Packing changes the layout and never the update: the rows of an update are chosen by the sampler, and documents do not
-see each other in a batch, so any division into micro-batches has the same gradient.
+see each other in a batch, so any division into micro-batches has the same gradient. A pair of answers is one row.
 """
 
 from collections.abc import Sequence
@@ -14,23 +14,30 @@ from halfbyte.data.examples import Example
 
 
 def collate(examples: Sequence[Example]) -> Batch:
-    """Lay examples end to end. The target of a position is the next token of the same example, if it is supervised."""
+    """Lay examples end to end. The target of a position is the next token of the same document, if it is supervised.
+
+    A pair is two documents, side by side; pairs and other rows do not mix.
+    """
     if not examples:
         raise ValueError("a batch needs at least one example")
-    input_ids = np.concatenate([example.input_ids for example in examples]).astype(np.int64)
-    positions = np.concatenate([np.arange(len(example), dtype=np.int64) for example in examples])
+    documents = [document for example in examples for document in example.documents]
+    if len(documents) not in (len(examples), 2 * len(examples)):
+        raise ValueError("a batch holds pairs or other rows, not both")
+    input_ids = np.concatenate([document.input_ids for document in documents]).astype(np.int64)
+    positions = np.concatenate([np.arange(len(document.input_ids), dtype=np.int64) for document in documents])
     targets = np.full(len(input_ids), IGNORE, dtype=np.int64)
     start = 0
-    for example in examples:
-        end = start + len(example)
-        targets[start : end - 1] = np.where(example.supervised[1:], example.input_ids[1:], IGNORE)
+    for document in documents:
+        end = start + len(document.input_ids)
+        targets[start : end - 1] = np.where(document.supervised[1:], document.input_ids[1:], IGNORE)
         start = end
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         position_ids=torch.from_numpy(positions),
         targets=torch.from_numpy(targets),
-        lengths=tuple(len(example) for example in examples),
-        rows=tuple(example.index for example in examples),
+        lengths=tuple(len(document.input_ids) for document in documents),
+        rows=tuple(example.index for example in examples for _ in example.documents),
+        paired=len(documents) > len(examples),
     )
 
 

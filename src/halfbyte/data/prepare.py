@@ -12,7 +12,7 @@ from halfbyte.data.encoding import Encoder
 from halfbyte.data.examples import Encoded, Example, LabelChoice, Recipe, encode_rows, label_text
 from halfbyte.data.options import DataOptions, DataSource, RowFormat, sources_of
 from halfbyte.data.reading import read_source
-from halfbyte.data.records import BadRow, Chat, Labelled, Record, Row, RowError
+from halfbyte.data.records import BadRow, Chat, Labelled, Preference, Record, Row, RowError
 from halfbyte.data.rows import canonical, normalise
 from halfbyte.data.sampler import Sampler
 from halfbyte.data.templates import ChatTemplate, resolve_template, stop_ids
@@ -49,6 +49,7 @@ class Prepared:
     data_format    the row format, or several joined by " + "
     stop_ids       the ids at which a generated answer ends
     labels         classification: the classes, in the order of Example.label
+    pairs          whether the training rows are pairs of answers, each an Example with `rejected`: `task: dpo`
     sizes, weights of the sources in `train`, for the sampler
     """
 
@@ -63,6 +64,10 @@ class Prepared:
     labels: tuple[LabelChoice, ...]
     sizes: tuple[int, ...]
     weights: tuple[float, ...] | None
+
+    @property
+    def pairs(self) -> bool:
+        return self.data_format == "preference"
 
     def sampler(self, seed: int) -> Sampler:
         """The order of the training rows."""
@@ -125,7 +130,8 @@ def prepare(options: DataOptions, tokenizer: Any, seed: int) -> Prepared:
     encoder = Encoder(tokenizer)
     parts = load_rows(options)
     held_out_parts = load_rows(options, evaluation=True) if options.eval_data is not None else []
-    _refuse_preferences([*parts, *held_out_parts])
+    _check_task(options, parts)
+    _check_task(options.model_copy(update={"task": "auto"}), held_out_parts)
     recipe, notes = _recipe(options, encoder, [*parts, *held_out_parts])
     encoded = _encode(parts, recipe, options)
     held_out_encoded = _encode(held_out_parts, recipe, options)
@@ -167,20 +173,35 @@ def prepare(options: DataOptions, tokenizer: Any, seed: int) -> Prepared:
     )
 
 
-def _refuse_preferences(parts: Sequence[Rows]) -> None:
-    for part in parts:
-        if part.row_format == "preference":
-            raise UsageError(
-                f"{part.source.path}: preference rows (chosen, rejected) are read and checked but not trained on: "
-                "to train on the better answers, map them, e.g. data_format: prompt_completion with "
-                "columns: {completion: chosen}"
-            )
+def _check_task(options: DataOptions, parts: Sequence[Rows]) -> None:
+    """Pairs of answers are for `task: dpo`, and it is for nothing else."""
+    pairs = [part for part in parts if part.row_format == "preference"]
+    others = [part for part in parts if part.row_format != "preference"]
+    if pairs and others:
+        raise UsageError(
+            f"{pairs[0].source.path} has preference rows and {others[0].source.path} {others[0].row_format} rows: "
+            "train on them one after the other (adapter_path goes on from an adapter)"
+        )
+    if pairs and options.task not in ("auto", "dpo"):
+        raise UsageError(
+            f"{pairs[0].source.path}: preference rows (chosen, rejected) are for task dpo, not {options.task}: to "
+            "learn the better answers alone, set data_format: prompt_completion and columns: {completion: chosen}"
+        )
+    if pairs and options.train_on_inputs:
+        raise UsageError("train_on_inputs has no effect on preference rows (both answers follow one prompt): drop it")
+    if options.task == "dpo" and others:
+        raise UsageError(
+            f"{others[0].source.path}: task dpo needs pairs of answers (prompt, chosen, rejected), and these are "
+            f"{others[0].row_format} rows: map them with columns: {{part: column}}, or leave task out"
+        )
+    if pairs and options.task == "auto":
+        pairs[0].notes.append(f"{pairs[0].source.path}: pairs of answers select task dpo")
 
 
 def _recipe(options: DataOptions, encoder: Encoder, parts: Sequence[Rows]) -> tuple[Recipe, list[str]]:
     """What `encode_rows` needs, and what the user should be told about it."""
     rows = [row for part in parts for row in part.rows]
-    chats = any(isinstance(row, Chat) for row in rows)
+    chats = any(isinstance(row, Chat | Preference) for row in rows)
     labelled = [row for row in rows if isinstance(row, Labelled)]
     if options.system_prompt and not chats and not labelled:
         raise UsageError("system_prompt has no effect on prompt/completion and text rows: leave it out")
@@ -241,8 +262,10 @@ def _numbered(examples: Iterable[Example]) -> list[Example]:
 
 def _key(example: Example) -> bytes:
     """Two rows with the same key are the same row: same tokens, same supervision."""
-    digest = hashlib.blake2b(example.input_ids.tobytes(), digest_size=16)
-    digest.update(example.supervised.tobytes())
+    digest = hashlib.blake2b(digest_size=16)
+    for document in example.documents:
+        digest.update(document.input_ids.tobytes())
+        digest.update(document.supervised.tobytes())
     return digest.digest()
 
 

@@ -8,6 +8,7 @@ because that is what chat templates print.
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from halfbyte.data.detection import REQUIRED, TEXT_COLUMNS
@@ -32,6 +33,8 @@ def normalise(record: Record, row_format: RowFormat, system_prompt: str | None =
     if isinstance(row, Chat) and system_prompt and row.messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *row.messages]
         row = Chat(row.origin, messages, (False, *row.supervise), row.tools)
+    if isinstance(row, Preference) and system_prompt and row.prompt[0]["role"] != "system":
+        row = replace(row, prompt=[{"role": "system", "content": system_prompt}, *row.prompt])
     _check_unicode(row)
     return row
 

@@ -49,7 +49,8 @@ class RowResult:
     """One row: where it came from, what was asked, what was expected, what came, and how it scored.
 
     prediction  the generated answer, or the chosen label; None where neither was asked for
-    nll         summed negative log-likelihood of the row's supervised tokens; `tokens` is how many
+    nll         summed negative log-likelihood of the row's supervised tokens; `tokens` is how many. Of a pair of
+                answers its loss, and 1
     """
 
     row: str
@@ -63,13 +64,17 @@ class RowResult:
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """The figures of one model on one set of rows. `metrics` and `intervals` are by name; rows in the data's order."""
+    """The figures of one model on one set of rows. `metrics` and `intervals` are by name; rows in the data's order.
+
+    of_tokens   whether the loss is one of tokens, and so has a perplexity; a preference loss is one of pairs
+    """
 
     loss: float
     supervised_tokens: int
     metrics: dict[str, float]
     intervals: dict[str, Interval]
     rows: list[RowResult]
+    of_tokens: bool = True
 
     @property
     def perplexity(self) -> float:
@@ -80,7 +85,7 @@ class EvaluateResult:
         out: dict[str, Any] = {
             "schema_version": SCHEMA_VERSION,
             "loss": self.loss,
-            "perplexity": self.perplexity,
+            **({"perplexity": self.perplexity} if self.of_tokens else {}),
             "supervised_tokens": self.supervised_tokens,
             "evaluated_rows": len(self.rows),
             **self.metrics,
@@ -122,13 +127,15 @@ def evaluate(
     labels, stop_ids   of the `data.Prepared` that the examples come from; with labels and no metric asked for, the
                        metric is accuracy
 
+    Of pairs of answers the better one is measured alone; `halfbyte.evaluate.preference` compares them.
+
     Raises UsageError where there are no rows or a metric cannot be computed on them, HalfbyteError for a loss that
     is not finite.
     """
     options = options or EvaluateOptions()
     if labels and not options.metrics:
         options = options.model_copy(update={"metrics": (ACCURACY,)})
-    examples = list(examples)[: options.max_rows]
+    examples = [replace(e, rejected=None) for e in examples[: options.max_rows]]
     if not examples:
         raise UsageError("there are no rows to evaluate on: give --eval-data, or set eval_split above 0")
     metrics = find_metrics(options.metrics)

@@ -30,6 +30,7 @@ from halfbyte.export.score import HeldOut, Said, Score, compare, listen
 from halfbyte.heap import give_back
 from halfbyte.models.load import load_model, resolve_device, resolve_dtype
 from halfbyte.models.options import ModelOptions
+from halfbyte.models.shifted_source import LinearBase
 from halfbyte.models.source import ModelSource
 from halfbyte.models.spec import ModelSpec
 from halfbyte.quant import QuantOptions
@@ -175,7 +176,7 @@ def require_memory(merging: Merging) -> None:
 def unmerged_says(merging: Merging, listener: Listener) -> Said:
     """What the model says as it was trained: the base as training held it, the updates beside it."""
     loaded = load_model(merging.model, merging.quant, merging.compute_dtype, source=merging.source)
-    attach_deltas(loaded.model, merging.deltas)
+    attach_deltas(loaded.model, merging.deltas, LinearBase(loaded, merging.quant))
     return listener(loaded.model.eval(), loaded.tokenizer)
 
 

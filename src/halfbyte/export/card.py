@@ -22,8 +22,25 @@ _NAMES = {
     "rouge_l": "ROUGE-L",
 }
 _BOOKKEEPING = {"schema_version", "supervised_tokens", "evaluated_rows"}
-_METHODS = {"lora": "LoRA", "qlora": "QLoRA", "full": "full fine-tuning"}
-_ADAPTER_KEYS = ("lora_", "target_modules", "use_rslora", "init_lora", "rank_pattern", "alpha_pattern", "adapter_")
+_METHODS = {
+    "lora": "LoRA",
+    "qlora": "QLoRA",
+    "rslora": "rsLoRA",
+    "qrslora": "rsQLoRA",
+    "loraplus": "LoRA+",
+    "qloraplus": "QLoRA+",
+    "dora": "DoRA",
+    "qdora": "QDoRA",
+    "pissa": "PiSSA",
+    "qpissa": "QPiSSA",
+    "loftq": "LoftQ",
+    "galore": "GaLore",
+    "full": "full fine-tuning",
+}
+_ADAPTER_KEYS = (
+    *("lora_", "target_modules", "use_rslora", "use_dora", "init_lora", "loftq_", "modules_to_save", "rank_pattern"),
+    *("alpha_pattern", "adapter_"),
+)
 _QUANT_KEYS = ("quant_type", "blocksize", "double_quant", "quant_pattern", "requantize")
 
 
@@ -42,7 +59,7 @@ def model_card(
     commands        further commands to show, as they were given
     """
     method = str(result.get("method", config["method"]))
-    title = f"{_short(str(config['model']))}, tuned with {_METHODS.get(method, method)}"
+    title = f"{_short(str(config['model']))}, tuned with {_name(result, method)}"
     parts = [
         f"---\n{yaml.safe_dump(front_matter(config, method, source), sort_keys=False)}---",
         f"# {title}",
@@ -77,7 +94,7 @@ def export_card(
         front["base_model_relation"] = "finetune"
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---",
-        f"# {_short(str(config['model']))}, tuned with {_METHODS.get(method, method)}, as {exported['format']}",
+        f"# {_short(str(config['model']))}, tuned with {_name(result, method)}, as {exported['format']}",
         _summary(config, record, result, source, method),
         _serving(exported),
         parity_section(exported),
@@ -176,6 +193,8 @@ def already_quantized(source: ModelSource) -> str | None:
         formats = [name for name in formats if name not in ("F16", "F32", "F64", "BF16")]
         return f"a GGUF file in {', '.join(formats)}" if formats else None
     quantization = source.config.get("quantization_config")
+    if isinstance(quantization, dict) and source.blocks in ("gptq", "awq"):
+        return f"a checkpoint in {quantization.get('bits', 4)} bits by {str(source.blocks).upper()}"
     if isinstance(quantization, dict):
         return f"a bitsandbytes 4-bit checkpoint ({quantization.get('bnb_4bit_quant_type', 'fp4')})"
     return None
@@ -320,6 +339,11 @@ def _commands(commands: Sequence[str]) -> str:
 def _versions(record: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
     return f"## Versions\n\n{versions}" if versions else ""
+
+
+def _name(result: Mapping[str, Any], method: str) -> str:
+    """The method as people write it: `qdora+qrslora` is QDoRA and rsQLoRA."""
+    return " and ".join(_METHODS.get(name, name) for name in str(result.get("method_name", method)).split("+"))
 
 
 def _short(path: str) -> str:

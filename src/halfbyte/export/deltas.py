@@ -1,33 +1,86 @@
-"""LoRA updates as values: read from PEFT folders, weighted, summed, and put beside a model's weights.
+"""What adapters do to a model, as values: read from PEFT folders, weighted, summed, and put beside a model's weights.
 
 A sum of low-rank updates is a low-rank update: the factors side by side, [A1; A2] and [w1 s1 B1, w2 s2 B2]. PEFT calls
-this combination "cat". So whatever takes one adapter takes several.
+this combination "cat". So whatever takes one adapter takes several. What is not linear in its factors (DoRA's row
+norms) or takes the weight's place (modules_to_save) stands alone.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from halfbyte.adapters.lora import device_of
-from halfbyte.adapters.peft_io import lora_options, read_adapter_config, read_adapter_tensors
+from halfbyte.adapters import saved_modules
+from halfbyte.adapters.initial import Initial, Shift
+from halfbyte.adapters.lora import Base, put
+from halfbyte.adapters.peft_io import Factors, read_adapter
 from halfbyte.errors import UsageError
-from halfbyte.linear import LoraAdapter, segments
+from halfbyte.linear import segments
 
 
 @dataclass(frozen=True)
 class Delta:
-    """One linear's update: scaling * B A, by rows of the output. `a` is [rank, in], `b` is [out, rank]."""
+    """One linear's update: scaling * B A, by rows of the output. `a` is [rank, in], `b` is [out, rank].
+
+    magnitude  [out]: the length of every row of the weight with its update (DoRA); None: as it comes
+    shift      what the base was freed of in training, [r, in] and [out, r] (PiSSA, LoftQ)
+    """
 
     a: Tensor
     b: Tensor
     scaling: float
+    magnitude: Tensor | None = None
+    shift: Shift | None = None
 
     def rows(self, start: int, stop: int) -> Tensor:
+        """scaling * B A of these rows, float32."""
         return (self.b[start:stop].float() @ self.a.float()) * self.scaling
+
+    def applied(self, weight: Tensor, start: int, shifted: bool) -> Tensor:
+        """Rows of the base from `start` on, float32, with the update; `shifted`: the shift is out of them already."""
+        stop = start + weight.shape[0]
+        merged = weight + self.rows(start, stop)
+        if self.shift is not None and not shifted:
+            merged -= self.shift.rows(start, stop)
+        if self.magnitude is not None:
+            merged *= (self.magnitude[start:stop].float() / merged.norm(dim=1))[:, None]
+        return merged
+
+    def as_plain(self) -> "Delta":
+        """Over the base before the shift."""
+        plain = Factors(self.a, self.b, self.scaling, self.magnitude, self.shift).as_plain()
+        return Delta(plain.a, plain.b, plain.scaling, plain.magnitude)
+
+
+@dataclass(frozen=True, eq=False)
+class Deltas(Mapping[str, Delta]):
+    """Everything that an adapter changes: updates by the linear's name (the mapping itself), and whole tensors.
+
+    whole  by full name: they take the place of the base's (modules_to_save)
+    tied   tied embeddings among them are one tensor
+    """
+
+    updates: Mapping[str, Delta]
+    whole: Mapping[str, Tensor] = field(default_factory=dict)
+    tied: bool = False
+    folder: Path = Path()
+
+    def __getitem__(self, name: str) -> Delta:
+        return self.updates[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.updates)
+
+    def __len__(self) -> int:
+        return len(self.updates)
+
+    @property
+    def shifts(self) -> dict[str, Shift]:
+        """By the linear's name."""
+        return {name: delta.shift for name, delta in self.updates.items() if delta.shift is not None}
 
 
 @dataclass(frozen=True)
@@ -58,33 +111,24 @@ def parse_adapter(text: str) -> WeightedAdapter:
     return WeightedAdapter(Path(name).expanduser(), weight)
 
 
-def read_deltas(adapter: Path) -> dict[str, Delta]:
-    """The updates of a PEFT folder by the linear's name. UsageError for one that is broken or not plain LoRA."""
-    options = lora_options(read_adapter_config(adapter))
-    tensors = read_adapter_tensors(adapter)
-    prefix, suffix = "base_model.model.", ".lora_A.weight"
-    names = sorted(key.removeprefix(prefix).removesuffix(suffix) for key in tensors if key.endswith(suffix))
-    deltas: dict[str, Delta] = {}
-    for name in names:
-        a, b = tensors.get(f"{prefix}{name}{suffix}"), tensors.get(f"{prefix}{name}.lora_B.weight")
-        if a is None or b is None or a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
-            raise UsageError(f"{adapter}: the factors of {name} do not belong together: the file is damaged")
-        if a.shape[0] != options.rank_of(name):
-            raise UsageError(
-                f"{adapter}: {name} has rank {a.shape[0]} in the file and {options.rank_of(name)} in its "
-                "adapter_config.json: the two are not of one adapter"
-            )
-        deltas[name] = Delta(a, b, options.scaling_of(name))
-    if not deltas or len(tensors) != 2 * len(deltas):
-        odd = next((k for k in tensors if ".lora_A." not in k and ".lora_B." not in k), "no factors")
-        raise UsageError(f"{adapter} holds {odd}, which is not part of a plain LoRA: it cannot be merged")
-    return deltas
+def read_deltas(adapter: Path) -> Deltas:
+    """What a PEFT folder changes. UsageError for one that is broken, or is more than LoRA, DoRA and whole modules."""
+    file = read_adapter(adapter)
+    updates = {
+        name: Delta(one.a, one.b, one.scaling, one.magnitude, one.shift) for name, one in sorted(file.factors.items())
+    }
+    return Deltas(updates, file.saved, file.tied, adapter)
 
 
-def read_sum(adapters: Sequence[WeightedAdapter]) -> dict[str, Delta]:
-    """The weighted sum of the adapters' updates. UsageError where two do not fit one model."""
+def read_sum(adapters: Sequence[WeightedAdapter]) -> Deltas:
+    """The weighted sum of the adapters' updates. UsageError where two do not fit one model, or cannot be summed.
+
+    One adapter with weight 1 is itself; in a sum each is what it is over the model's own base, without a shift.
+    """
     if not adapters:
         raise UsageError("there is nothing to merge: no adapter was given")
+    if len(adapters) == 1 and adapters[0].weight == 1:
+        return read_deltas(adapters[0].folder)
     total: dict[str, Delta] = {}
     seen: dict[Path, None] = {}
     first: dict[str, WeightedAdapter] = {}
@@ -92,9 +136,7 @@ def read_sum(adapters: Sequence[WeightedAdapter]) -> dict[str, Delta]:
         if adapter.folder.resolve() in seen:
             raise UsageError(f"{adapter.folder} is given twice: give it once, with the sum of the weights")
         seen[adapter.folder.resolve()] = None
-        for name, delta in read_deltas(adapter.folder).items():
-            if adapter.weight != 1:
-                delta = Delta(delta.a, delta.b, delta.scaling * adapter.weight)
+        for name, delta in _summable(adapter).items():
             held = total.get(name)
             if held is None:
                 total[name], first[name] = delta, adapter
@@ -106,7 +148,24 @@ def read_sum(adapters: Sequence[WeightedAdapter]) -> dict[str, Delta]:
                     f"in {adapter.folder}"
                 )
             total[name] = _side_by_side(held, delta)
-    return total
+    return Deltas(total, folder=adapters[0].folder)
+
+
+def _summable(adapter: WeightedAdapter) -> dict[str, Delta]:
+    """The adapter's updates over the base itself, weighted. UsageError where they are not updates that can be added."""
+    found = read_deltas(adapter.folder)
+    if found.whole:
+        raise UsageError(
+            f"{adapter.folder} holds whole modules ({min(found.whole)}), which take the base's place: they cannot be "
+            "weighted or summed with another adapter. Merge it alone, with weight 1"
+        )
+    if any(delta.magnitude is not None for delta in found.values()):
+        raise UsageError(
+            f"{adapter.folder} is a DoRA, whose row norms are of its own weight and update: it cannot be weighted "
+            "or summed with another adapter. Merge it alone, and the others into the result"
+        )
+    plain = {name: delta.as_plain() for name, delta in found.items()}
+    return {name: replace(delta, scaling=delta.scaling * adapter.weight) for name, delta in plain.items()}
 
 
 def _side_by_side(one: Delta, two: Delta) -> Delta:
@@ -115,11 +174,20 @@ def _side_by_side(one: Delta, two: Delta) -> Delta:
     return Delta(a, b, 1.0)
 
 
-def attach_deltas(model: nn.Module, deltas: Mapping[str, Delta]) -> None:
-    """Put the updates beside the model's weights, unmerged. UsageError for a linear that the model has not."""
+def attach_deltas(model: nn.Module, deltas: Mapping[str, Delta], base: Base | None = None) -> None:
+    """Put the changes beside the model's weights, unmerged. UsageError for a linear that the model has not.
+
+    base  makes shifted bases again as training held them; not needed without shifts
+    """
     found = segments(model)
+    if isinstance(deltas, Deltas):
+        saved_modules.load(model, deltas.whole, deltas.folder, deltas.tied)
     for name, delta in deltas.items():
         segment = found.get(name)
         if segment is None:
             raise UsageError(f"the adapter changes {name}, which the model has not: it is another model's")
-        segment.adapter = LoraAdapter(delta.a, delta.b, delta.scaling).to(device_of(segment)).eval()
+        if delta.shift is not None:
+            assert base is not None, "a shifted base is made from its source"
+            segment.weight = base.held(name, delta.shift.rows)
+        initial = Initial(delta.a, delta.b, delta.shift)
+        put(segment, initial, delta.scaling, magnitude=delta.magnitude).eval()

@@ -396,15 +396,19 @@ def _write_folder(folder: Path, subject: Subject, options: ExportOptions, kind: 
 
         quant = subject.quant
         four_bit = quant is not None and quant.quant_type in ("nf4", "fp4")
-        # A GGUF file's own blocks are another format: what was trained on them is quantized like 16-bit weights.
+        # GGUF's, GPTQ's and AWQ's blocks are other formats: what was trained on them is quantized like 16-bit weights.
         served = ModelSpec.serves(subject.source.config)
-        same = served and four_bit and options.base == "dequantized" and not _trained_in_gguf_blocks(subject)
+        same = served and four_bit and options.base == "dequantized" and not _trained_in_foreign_blocks(subject)
         planned = _planned(subject, options, torch.float32 if same else torch.bfloat16)
         if same:
             linears = {f"{linear.name}.weight" for linear in ModelSpec.from_config(subject.source.config).linears()}
             planned = [one if one.name in linears else _as_bfloat16(one) for one in planned]
         chosen = quant if four_bit and quant is not None else QuantOptions()
-        write_bnb_folder(folder, planned, subject.source, chosen, adapter, trained_on=same)
+        deltas = None if subject.adapter is None else read_deltas(subject.adapter)
+        shifts, whole = ({}, {}) if deltas is None else (deltas.shifts, deltas.whole)
+        write_bnb_folder(
+            folder, planned, subject.source, chosen, adapter, trained_on=same, shifts=shifts, whole=frozenset(whole)
+        )
         return []
     planned = _planned(subject, options, torch.bfloat16)
     rows, progress = subject.calibration(), partial(tell, "quantizing")
@@ -419,9 +423,9 @@ def _write_folder(folder: Path, subject: Subject, options: ExportOptions, kind: 
     return list(report.notes)
 
 
-def _trained_in_gguf_blocks(subject: Subject) -> bool:
+def _trained_in_foreign_blocks(subject: Subject) -> bool:
     kept = subject.quant is not None and not subject.quant.requantize
-    return kept and isinstance(subject.source, GgufSource) and bool(subject.source.prequantized_bytes())
+    return kept and subject.source.blocks not in (None, "bitsandbytes")
 
 
 def _as_bfloat16(tensor: Planned) -> Planned:

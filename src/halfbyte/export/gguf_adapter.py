@@ -2,8 +2,9 @@
 
 llama.cpp computes W x + (alpha / rank) B A x with one alpha for the whole file and each tensor's own rank. Where
 scaling * rank is the same everywhere (no alpha patterns), that is alpha; where not, the rest is multiplied into B, so
-that every rank pattern, alpha pattern and rsLoRA comes out exactly. Rows of B go where the base's rows went: Llama's q
-and k in llama.cpp's order. Source: llama.cpp's src/llama-adapter.cpp, convert_lora_to_gguf.py.
+that every rank pattern, alpha pattern and rsLoRA comes out exactly. An adapter of a shifted base (PiSSA, LoftQ) is
+written as the plain LoRA of twice the rank that it is over the base itself. Rows of B go where the base's rows went:
+Llama's q and k in llama.cpp's order. Source: llama.cpp's src/llama-adapter.cpp, convert_lora_to_gguf.py.
 """
 
 from collections.abc import Mapping
@@ -13,11 +14,11 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import UsageError
+from halfbyte.export.deltas import Delta, Deltas
 from halfbyte.export.gguf_container import Entry, float32, header, string, uint32, write_container
 from halfbyte.export.gguf_names import gguf_tensor_name, heads_in
 from halfbyte.export.gguf_types import find_quantization
 from halfbyte.export.gguf_writer import general, permuted, spec_of
-from halfbyte.export.merge import Delta
 from halfbyte.files import require_free_space
 from halfbyte.models.source import ModelSource
 from halfbyte.models.spec import ModelSpec
@@ -41,7 +42,9 @@ def write_gguf_adapter(
         raise UsageError(f"{dtype!r} is not a type for a GGUF adapter: choose f32 or f16")
     if not deltas:
         raise UsageError("the adapter changes no linear, so there is nothing to write as GGUF")
+    _require_plain(deltas)
     spec = spec_of(source)
+    deltas = {name: delta.as_plain() for name, delta in deltas.items()}
     alpha = _alpha(deltas)
     entries = []
     for linear, delta in deltas.items():
@@ -55,6 +58,17 @@ def write_gguf_adapter(
     start = header(fields, entries)
     require_free_space(path.parent, len(start) + sum(entry.nbytes + 32 for entry in entries), f"the adapter ({path})")
     write_container(path, start, entries)
+
+
+def _require_plain(deltas: Mapping[str, Delta]) -> None:
+    """UsageError for what llama.cpp's adapters have no place for."""
+    instead = "export it merged, --to gguf (for Ollama, --to ollama with a --quantization)"
+    if any(delta.magnitude is not None for delta in deltas.values()):
+        raise UsageError(f"a DoRA scales the rows of base plus update, which a GGUF adapter cannot say: {instead}")
+    if isinstance(deltas, Deltas) and deltas.whole:
+        raise UsageError(
+            f"the adapter holds whole modules ({min(deltas.whole)}), and a GGUF adapter holds updates only: {instead}"
+        )
 
 
 def _alpha(deltas: Mapping[str, Delta]) -> float:

@@ -1,4 +1,4 @@
-"""Writing and reading the folder of a model whose linears are in integer codes: GPTQ's and AWQ's common part.
+"""Writing the folder of a model whose linears are in integer codes: GPTQ's and AWQ's common part.
 
 The sizes of all tensors are known before the first is computed, so the safetensors files are written in one pass
 while the quantization goes from layer to layer: what is held is a layer's tensors.
@@ -7,14 +7,11 @@ while the quantization goes from layer to layer: what is held is a layer's tenso
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from halfbyte.errors import HalfbyteError, UsageError
@@ -22,12 +19,9 @@ from halfbyte.export.folder import new_folder
 from halfbyte.export.model_files import write_model_files
 from halfbyte.export.safetensors_file import INDEX, Planned, plan_shards, shard_index, write_file
 from halfbyte.files import require_free_space
-from halfbyte.models.decoder import Decoder
 from halfbyte.models.safetensors_source import read_json_object
 from halfbyte.models.source import ModelSource
 from halfbyte.models.spec import ModelSpec
-from halfbyte.quant import DenseWeight, awq_format, gptq_format
-from halfbyte.quant.group_codes import GroupCodes
 
 GROUP_SIZES = (128, 64, 32)
 """Group sizes that GPTQModel's, vLLM's and ExLlama's kernels all know, the usual one first."""
@@ -175,88 +169,6 @@ class _Supply:
         if dtype.is_floating_point and not bool(torch.isfinite(tensor).all()):
             raise HalfbyteError(f"{name} is not finite in {dtype}: the weights are too large to quantize")
         yield tensor
-
-
-def read_codes(folder: Path) -> dict[str, Callable[[], GroupCodes]]:
-    """Linear -> a function that reads its codes, of a GPTQ or AWQ folder; UsageError where it is not one."""
-    stated = _read_quantization(folder)
-    found = _Files(folder)
-
-    def reader(name: str) -> Callable[[], GroupCodes]:
-        if stated.quant_method == "awq":
-            return lambda: awq_format.unpack(found.of(name, awq_format.SUFFIXES), name)
-        form, bits, size = stated.checkpoint_format, stated.bits, stated.group_size
-        return lambda: gptq_format.unpack(found.of(name, gptq_format.SUFFIXES), name, bits, form, size)
-
-    return {key.removesuffix(".qweight"): reader(key.removesuffix(".qweight")) for key in found.of_linears}
-
-
-def load_decoder(folder: Path, dtype: torch.dtype = torch.float32) -> Decoder:
-    """Our decoder with the folder's weights, dequantized: what its codes are worth, whatever kernel serves them."""
-    codes, files = read_codes(folder), _Files(folder)
-    spec = ModelSpec.from_config(read_json_object(folder / "config.json"))
-
-    def tensor(name: str) -> Tensor:
-        linear = name.removesuffix(".weight")
-        return codes[linear]().dequantize(dtype) if linear in codes and linear != name else files.read(name)
-
-    return Decoder.build(spec, lambda name, _: DenseWeight(tensor(name).to(dtype)), tensor, dtype).eval()
-
-
-class _Quantization(BaseModel):
-    """quantization_config, as far as reading needs it; everything else in it is nobody's business here."""
-
-    quant_method: Literal["gptq", "awq"]
-    bits: int = 4
-    group_size: int = 0
-    checkpoint_format: str = "gptq"
-    version: Literal["gemm"] = "gemm"
-
-
-def _read_quantization(folder: Path) -> _Quantization:
-    path = folder / "config.json"
-    try:
-        return _Quantization.model_validate(read_json_object(path).get("quantization_config") or {})
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(["quantization_config", *map(str, first["loc"])])
-        raise UsageError(f"{path}: {where}: {first['msg']}; a GPTQ or AWQ (gemm) folder is needed") from None
-
-
-class _Files:
-    """The safetensors files of a folder, opened when a tensor is asked for."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._where: dict[str, Path] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            with _opened(path) as file:
-                self._where |= dict.fromkeys(file.keys(), path)
-
-    @property
-    def of_linears(self) -> list[str]:
-        """The names of the packed weights."""
-        return [key for key in self._where if key.endswith(".qweight")]
-
-    def of(self, name: str, suffixes: Sequence[str]) -> dict[str, Tensor]:
-        """The tensors of a linear that are there."""
-        return {key: self.read(key) for key in (f"{name}.{suffix}" for suffix in suffixes) if key in self._where}
-
-    def read(self, key: str) -> Tensor:
-        if key not in self._where:
-            raise UsageError(f"{self._folder} has no tensor {key}: the checkpoint is incomplete")
-        with _opened(self._where[key]) as file:
-            tensor: Tensor = file.get_tensor(key)
-        return tensor
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except SafetensorError as error:
-        raise UsageError(f"{path} is not a whole safetensors file ({error}); copy it again") from None
 
 
 def seconds_since(started: float) -> float:

@@ -230,6 +230,8 @@ def describe_base(source: ModelSource, quant: QuantOptions | None, base: Base) -
         own += f" ({was}, so already quantized once)"
     if quant is None:
         return f"{own}, as trained"
+    if base_is_the_sources_own(source, quant):
+        return f"{own}, dequantized: the base that the adapter was trained on"
     how = f"{quant.quant_type} in blocks of {quant.blocksize}{', double-quantized' if quant.double_quant else ''}"
     if base == "dequantized":
         return f"{own} in {how}, dequantized: the base that the adapter was trained on"

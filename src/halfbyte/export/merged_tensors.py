@@ -1,7 +1,9 @@
 """The merged model as named tensors: what each is called, its shape, and how its rows are made.
 
-W' = round(W + scaling * B A), computed in float32 and rounded once. W is the base that is asked for: with `quant` the
-weights as training held them, dequantized; without, the source's own.
+W' = round(W + scaling * B A), computed in float32 and rounded once; of a DoRA, with its rows brought to their trained
+lengths. W is the base that is asked for: with `quant` the weights as training held them, dequantized, and where PiSSA
+or LoftQ had shifted the base, as shifted; without, the source's own, from which a shift is taken in float32. A module
+that was trained whole replaces its tensors.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -9,11 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from halfbyte.adapters.initial import Shift
 from halfbyte.errors import HalfbyteError, UsageError
-from halfbyte.export.deltas import Delta
+from halfbyte.export.deltas import Delta, Deltas
 from halfbyte.export.safetensors_file import Planned
 from halfbyte.models.load import load_model, read_weight
 from halfbyte.models.options import ModelOptions
+from halfbyte.models.shifted_source import ShiftedSource
 from halfbyte.models.source import ModelSource
 from halfbyte.models.spec import ModelSpec
 from halfbyte.quant import DTYPE_NAMES, DTYPES, QuantOptions, Weight
@@ -29,10 +33,14 @@ def plan_tensors(
     dtype: torch.dtype,
 ) -> list[Planned]:
     """Every tensor of the merged model, and how its rows are made. Reads no weights for the decoder's families."""
+    shifts = deltas.shifts if isinstance(deltas, Deltas) and quant is not None else {}
+    held = base_in_training(source, shifts)
     if ModelSpec.serves(source.config):
-        planned = _plan_streamed(source, deltas, quant, dtype)
+        planned = _plan_streamed(held, deltas, quant, dtype)
     else:
-        planned = _plan_loaded(model, deltas, quant, dtype)
+        planned = _plan_loaded(model, held, deltas, quant, dtype)
+    if isinstance(deltas, Deltas):
+        planned = _with_whole(planned, deltas, source, dtype)
     names = {tensor.name for tensor in planned}
     lost = sorted(name for name in deltas if f"{name}.weight" not in names)
     if lost:
@@ -40,6 +48,46 @@ def plan_tensors(
             f"the adapter changes {lost[0]} ({len(lost)} such), which {source.name} has not: it is another model's"
         )
     return planned
+
+
+def base_in_training(source: ModelSource, shifts: Mapping[str, Shift]) -> ModelSource:
+    """The source whose weights training quantized: `source`, freed of the shifts of these linears."""
+    if not shifts:
+        return source
+    return ShiftedSource(source, {f"{name}.weight": shift.rows for name, shift in shifts.items()})
+
+
+def _with_whole(planned: list[Planned], deltas: Deltas, source: ModelSource, dtype: torch.dtype) -> list[Planned]:
+    """With the modules that were trained whole. UsageError for a tensor that the model has not, or in another shape."""
+    shapes = {tensor.name: tensor.shape for tensor in planned}
+    tied = bool(source.config.get("tie_word_embeddings", deltas.tied))
+    for name, tensor in deltas.whole.items():
+        if name not in shapes and deltas.tied and tied:
+            continue  # the other name of tied embeddings, which are one tensor of the model
+        if shapes.get(name) != tuple(tensor.shape):
+            raise UsageError(
+                f"the adapter replaces {name}, {list(tensor.shape)}, and {source.name} has "
+                f"{list(shapes[name]) if name in shapes else 'no such tensor'}: it was trained on another base"
+            )
+    return [
+        Planned(one.name, one.shape, dtype, *_replaced(deltas.whole[one.name], one.name, dtype))
+        if one.name in deltas.whole
+        else one
+        for one in planned
+    ]
+
+
+def _replaced(
+    tensor: Tensor, name: str, dtype: torch.dtype
+) -> tuple[Callable[[], Iterator[Tensor]], Callable[[int, int], Tensor]]:
+    def read(start: int, stop: int) -> Tensor:
+        return _finite(tensor[start:stop].to(dtype, copy=True), name)
+
+    def rows() -> Iterator[Tensor]:
+        for start, stop in _pieces(tuple(tensor.shape)):
+            yield read(start, stop)
+
+    return rows, read
 
 
 def _plan_streamed(
@@ -62,14 +110,18 @@ def _plan_streamed(
             own = source.info(name).dtype  # what stays unquantized keeps its precision until the sum
             return read_weight(source, name, quant, own if own in DTYPE_NAMES else torch.float32, torch.device("cpu"))
 
-        planned.append(Planned(name, shape, dtype, _merged(weight, delta, name, dtype)))
+        planned.append(Planned(name, shape, dtype, _merged(weight, delta, name, dtype, quant is not None)))
     return planned
 
 
 def _plan_loaded(
-    model: ModelOptions, deltas: Mapping[str, Delta], quant: QuantOptions | None, dtype: torch.dtype
+    model: ModelOptions,
+    source: ModelSource,
+    deltas: Mapping[str, Delta],
+    quant: QuantOptions | None,
+    dtype: torch.dtype,
 ) -> list[Planned]:
-    loaded = load_model(model, quant, device="cpu").model
+    loaded = load_model(model, quant, device="cpu", source=source).model
     transposed: frozenset[str] = getattr(loaded, "transposed", frozenset())
     planned = []
     for name, dense in loaded.named_tensors():  # type: ignore[operator]
@@ -77,7 +129,7 @@ def _plan_loaded(
         delta = deltas.get(module) if name.endswith(".weight") else None
         shape = tuple(dense().shape)
         _require_fit(module, delta, shape[::-1] if module in transposed else shape)
-        rows = _whole(dense, delta, module in transposed, name, dtype)
+        rows = _at_once(dense, delta, module in transposed, name, dtype, quant is not None)
         planned.append(Planned(name, shape, dtype, rows))
     return planned
 
@@ -104,27 +156,27 @@ def _copied(
 
 
 def _merged(
-    weight: Callable[[], Weight], delta: Delta | None, name: str, dtype: torch.dtype
+    weight: Callable[[], Weight], delta: Delta | None, name: str, dtype: torch.dtype, shifted: bool
 ) -> Callable[[], Iterator[Tensor]]:
     def rows() -> Iterator[Tensor]:
         held = weight()
         for start, stop in _pieces(held.shape):
             piece = held.dequantize(torch.float32, rows=slice(start, stop))
             if delta is not None:
-                piece = piece + delta.rows(start, stop)
+                piece = delta.applied(piece, start, shifted)
             yield _finite(piece.to(dtype), name)
 
     return rows
 
 
-def _whole(
-    dense: Callable[[], Tensor], delta: Delta | None, transposed: bool, name: str, dtype: torch.dtype
+def _at_once(
+    dense: Callable[[], Tensor], delta: Delta | None, transposed: bool, name: str, dtype: torch.dtype, shifted: bool
 ) -> Callable[[], Iterator[Tensor]]:
     def rows() -> Iterator[Tensor]:
         tensor = dense().float()
         if delta is not None:
-            update = delta.rows(0, delta.b.shape[0])
-            tensor = tensor + (update.t() if transposed else update)
+            turned = delta.applied(tensor.t() if transposed else tensor, 0, shifted)
+            tensor = turned.t() if transposed else turned
         yield _finite(tensor.to(dtype), name)
 
     return rows

@@ -20,6 +20,7 @@ from halfbyte.export.deltas import Delta, attach_deltas
 from halfbyte.export.safetensors_file import Planned
 from halfbyte.models.load import load_model
 from halfbyte.models.options import ModelOptions
+from halfbyte.models.shifted_source import LinearBase
 from halfbyte.models.source import open_source
 from halfbyte.quant import QuantOptions
 
@@ -105,7 +106,7 @@ def compare_logits(
     # Half precision is for GPUs: what it would add here is its own overflow, not the merge's error.
     compute = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     loaded = load_model(model, quant, compute, "cpu")
-    attach_deltas(loaded.model, deltas)
+    attach_deltas(loaded.model, deltas, LinearBase(loaded, quant))
     ids = probe_ids(loaded.tokenizer)
     before = _logits(loaded.model, ids)
     del loaded

@@ -78,9 +78,9 @@ def _chunk_logits(hidden_CD: Tensor, head: Weight, softcap: float | None) -> Ten
 class _LinearCrossEntropy(torch.autograd.Function):
     """(hidden [N, D], head, targets [N]) -> negative log-likelihood of each row, float32 [N].
 
-    The saved gradient is that of the *sum*; the caller's scale arrives in `backward` as one number for all rows
-    (a sum or a weighted mean over rows), which is what makes it possible to have it before. `backward` refuses
-    anything else.
+    The saved gradient is that of the *sum*; the caller's scale arrives in `backward`, as one number for all rows (a
+    sum or a mean) or one a row, which is what makes it possible to have it before. The gradient of a trained head sums
+    over rows already: there `backward` refuses unequal weights.
     """
 
     @staticmethod
@@ -140,14 +140,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
             return (grad_ND, grad_VD, None, None, None)
         scale = dnll_N[0]
         if not bool((dnll_N == scale).all()):
-            raise RuntimeError("linear_cross_entropy: reduce its rows with a sum or a mean, not with unequal weights")
+            if grad_VD is not None:
+                raise RuntimeError(
+                    "linear_cross_entropy: with a trained head, reduce its rows with a sum or a mean, not with unequal "
+                    "weights"
+                )
+            # In float32: a weight rounded to bfloat16 would scale a whole document's gradient by up to 0.4 % too much.
+            weighted = None if grad_ND is None else (grad_ND.float() * dnll_N[:, None]).to(grad_ND.dtype)
+            return weighted, None, None, None, None
         return (
             None if grad_ND is None else grad_ND * scale.to(grad_ND.dtype),
-            None if grad_VD is None else (grad_VD * scale).to(ctx.head_dtype),
+            None if grad_VD is None else _scaled(grad_VD, scale, ctx.head_dtype),
             None,
             None,
             None,
         )
+
+
+def _scaled(grad_VD: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The float32 gradient times `scale` in `dtype`, panel by panel: beside a large vocabulary's there is no room for
+    another of its size in float32."""
+    out = torch.empty(grad_VD.shape, dtype=dtype, device=grad_VD.device)
+    step = max(1, PANEL_BYTES // (4 * grad_VD.shape[1]))
+    for start in range(0, grad_VD.shape[0], step):
+        out[start : start + step] = grad_VD[start : start + step] * scale
+    return out
 
 
 def linear_cross_entropy(hidden_ND: Tensor, head: Weight, targets_N: Tensor, softcap: float | None = None) -> Tensor:
@@ -157,7 +174,7 @@ def linear_cross_entropy(hidden_ND: Tensor, head: Weight, targets_N: Tensor, sof
     targets_N  int64, each in [0, V)
     softcap    Gemma 2's final soft-capping: c * tanh(logits / c)
 
-    The rows may be summed or averaged; unequal weights are refused in backward.
+    The rows may be weighted as one likes; where the head is trained, equally (backward refuses anything else).
     """
     result: Tensor = _LinearCrossEntropy.apply(hidden_ND, head.trainable_tensor(), head, targets_N, softcap)  # type: ignore[no-untyped-call]
     return result

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from halfbyte.linear.dora import RowNorms, scale_rows
 from halfbyte.linear.lora import LoraAdapter
 from halfbyte.linear.workspace import scratch
 from halfbyte.ops.linear import LinearSegment, available, linear_backward, linear_forward
@@ -30,6 +31,7 @@ class Segment(nn.Module):
         self.weight = weight
         self.bias: nn.Parameter | None = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.adapter: LoraAdapter | None = None
+        self.norms = RowNorms()
 
     @property
     def out_features(self) -> int:
@@ -48,6 +50,8 @@ class Segment(nn.Module):
         weight = self.weight.dequantize(torch.float32)
         if self.adapter is not None:
             weight = weight + self.adapter.delta()
+            if self.adapter.magnitude is not None:
+                weight = weight * (self.adapter.magnitude.detach() / weight.norm(dim=1))[:, None]
         return weight.to(dtype)
 
 
@@ -224,8 +228,39 @@ class GroupedLinear(nn.Module):
     def sizes(self) -> list[int]:
         return [segment.out_features for segment in self.parts]
 
+    @property
+    def keeps_output(self) -> bool:
+        """Whether the gradients need the output as it was returned: nobody may write over it."""
+        return self._has_magnitudes() and all(segment.bias is None for segment in self.parts)
+
+    def _has_magnitudes(self) -> bool:
+        adapters = (segment.active_adapter for segment in self.parts)
+        return any(adapter is not None and adapter.magnitude is not None for adapter in adapters)
+
     def forward(self, x_TI: Tensor, remake: Remake | None = None) -> Tensor:
         """`remake`: how to make x again, so that it need not be kept for the gradients."""
+        if not self._has_magnitudes():
+            return self._products(x_TI, remake, biased=True)
+        return scale_rows(self._products(x_TI, remake, biased=False), *self._magnitudes(x_TI))
+
+    def _magnitudes(self, x_TI: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(m, norm, bias) of all outputs side by side, float32 [S]; m and norm are 1 where there is no magnitude."""
+        magnitudes: list[Tensor] = []
+        norms, biases = [], []
+        for segment in self.parts:
+            adapter, ones = segment.active_adapter, torch.ones(segment.out_features, device=x_TI.device)
+            if adapter is not None and adapter.magnitude is not None:
+                magnitudes.append(adapter.magnitude)
+                norms.append(segment.norms.of(segment.weight, adapter, x_TI.dtype))
+            else:
+                magnitudes.append(ones)
+                norms.append(ones)
+            biases.append(torch.zeros_like(ones) if segment.bias is None else segment.bias.float())
+        bias = None if all(segment.bias is None for segment in self.parts) else torch.cat(biases)
+        return torch.cat(magnitudes), torch.cat(norms), bias
+
+    def _products(self, x_TI: Tensor, remake: Remake | None, biased: bool) -> Tensor:
+        """x (W + s B A)^T of every segment, side by side, with the biases or without."""
         call_weights, scalings, tensors = [], [], []
         with_dropout: list[tuple[int, LoraAdapter]] = []
         for i, segment in enumerate(self.parts):
@@ -237,7 +272,7 @@ class GroupedLinear(nn.Module):
             scalings.append(None if adapter is None else adapter.scaling)
             tensors += [
                 segment.weight.trainable_tensor(),
-                segment.bias,
+                segment.bias if biased else None,
                 None if adapter is None else adapter.lora_A,
                 None if adapter is None else adapter.lora_B,
             ]

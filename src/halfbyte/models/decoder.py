@@ -102,14 +102,15 @@ class Layer(nn.Module):
     def forward(self, x_TD: Tensor, context: Context, rows: Tensor | None = None) -> Tensor:
         """The layer's output; only of `rows` (int64) where given: behind the attention, positions do not meet."""
         x_TD, y_TD = self.input_norm.of_sum(x_TD)
-        out_TS = self._attention(self.qkv(y_TD, self.input_norm.remake(x_TD)), context)
+        qkv = self.qkv(y_TD, self.input_norm.remake(x_TD))
+        out_TS = self._attention(qkv, context)
         if rows is not None:
             x_TD, out_TS = x_TD.index_select(0, rows), out_TS.index_select(0, rows)
         h = self.o(out_TS)
         s_TD, y_TD = self.before_mlp.of_sum(x_TD, h, self.after_attention)
         remake = self.before_mlp.remake(s_TD, x_TD, h, self.after_attention)
         gate_up, kind = self.gate_up(y_TD, remake), self.spec.activation
-        unit = gated_unit(gate_up, kind, overwrite=True)
+        unit = gated_unit(gate_up, kind, overwrite=not self.gate_up.keeps_output)
         h = self.down(unit, Remake(lambda kept: gated_unit(kept, kind), (gate_up,)))
         after = None if self.after_mlp is None else self.after_mlp.weight
         return residual_add(s_TD, h, after, self.spec.norm_eps, self.spec.norm_plus_one)
@@ -121,7 +122,7 @@ class Layer(nn.Module):
             norms = self.q_norm.weight, self.k_norm.weight
         sizes, tables = (spec.num_heads, spec.num_kv_heads), context.tables[self.rope]
         options = sizes, tables, norms, spec.norm_eps, spec.norm_plus_one
-        q, k, v = rope.heads(qkv, *options, overwrite=True)
+        q, k, v = rope.heads(qkv, *options, overwrite=not self.qkv.keeps_output)
         scale, cap = spec.attention_scale, spec.attention_softcap
         if context.cache is None:
             # With norms the projection is kept for their gradients; queries and keys are one pass over it away.
@@ -238,15 +239,16 @@ class Decoder(nn.Module):
 
         Divide by the tokens of the whole update, not of the micro-batch: that is what makes accumulation exact.
         """
-        nll = self._token_nll(batch)
+        nll = self.token_nll(batch)
         return nll.sum(), nll.numel()
 
     @torch.no_grad()
     def token_logprobs(self, batch: Batch) -> Tensor:
         """Log-probability of every supervised token in order, float32 [supervised tokens]."""
-        return -self._token_nll(batch)
+        return -self.token_nll(batch)
 
-    def _token_nll(self, batch: Batch) -> Tensor:
+    def token_nll(self, batch: Batch) -> Tensor:
+        """Negative log-likelihood of every supervised token in order, float32 [supervised tokens], with a graph."""
         supervised = (batch.targets != IGNORE).nonzero()[:, 0]
         hidden = self.hidden(*_rounded_up(batch), rows=supervised)
         return linear_cross_entropy(hidden, self.head, batch.targets[supervised], self.spec.final_softcap)
@@ -325,6 +327,21 @@ class Decoder(nn.Module):
         return trainable
 
     # -- the tensors ----------------------------------------------------------------------------------------------
+
+    def places(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """(Hugging Face tensor name, the module that has it, its attribute there): what may be exchanged whole.
+
+        The attribute is a `Weight` or a parameter; tied embeddings are one object in two places.
+        """
+        yield "model.embed_tokens.weight", self, "embed"
+        for module in self.modules():
+            if isinstance(module, Segment):
+                yield f"{module.name}.weight", module, "weight"
+                if module.bias is not None:
+                    yield f"{module.name}.bias", module, "bias"
+            elif isinstance(module, Norm):
+                yield f"{module.name}.weight", module, "weight"
+        yield "lm_head.weight", self, "head"
 
     def named_tensors(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """(Hugging Face name, a function that returns the dense tensor as it is held, adapters left out)."""

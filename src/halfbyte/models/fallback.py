@@ -97,6 +97,11 @@ class Fallback(nn.Module):
         logits_PV, targets_P = self._supervised(batch)
         return nn.functional.cross_entropy(logits_PV, targets_P, reduction="sum"), targets_P.numel()
 
+    def token_nll(self, batch: Batch) -> Tensor:
+        """Negative log-likelihood of every supervised token in the batch's order, float32, with a graph."""
+        logits_PV, targets_P = self._supervised(batch)
+        return nn.functional.cross_entropy(logits_PV, targets_P, reduction="none")
+
     @property
     def checkpointing(self) -> bool:
         """Whether a training forward keeps only the inputs of each layer and recomputes the rest."""
@@ -123,8 +128,7 @@ class Fallback(nn.Module):
     @torch.no_grad()
     def token_logprobs(self, batch: Batch) -> Tensor:
         """The log-probability of each supervised token, float32, in the batch's order."""
-        logits_PV, targets_P = self._supervised(batch)
-        return -nn.functional.cross_entropy(logits_PV, targets_P, reduction="none")
+        return -self.token_nll(batch)
 
     @torch.no_grad()
     def logits(
@@ -159,6 +163,24 @@ class Fallback(nn.Module):
         return logits.view(*input_ids.shape, -1)
 
     # -- the tensors ----------------------------------------------------------------------------------------------
+
+    def places(self) -> Iterator[tuple[str, nn.Module, str]]:
+        """(Hugging Face tensor name, the module that has it, its attribute there): what may be exchanged whole.
+
+        The attribute is a `Weight` or a parameter; tied embeddings are one object in two places. Linears that the
+        files keep turned around (Conv1D) are left out: a whole one would have another shape than its file's.
+        """
+        ours: set[int] = set()
+        for name, segment in segments(self.model).items():
+            ours.update(id(parameter) for parameter in segment.parameters())
+            if name not in self.transposed:
+                yield f"{name}.weight", segment, "weight"
+            if segment.bias is not None:
+                yield f"{name}.bias", segment, "bias"
+        for prefix, module in self.model.named_modules():
+            for leaf, parameter in module.named_parameters(recurse=False):
+                if id(parameter) not in ours:
+                    yield f"{prefix}.{leaf}" if prefix else leaf, module, leaf
 
     def named_tensors(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """(Hugging Face name, a function that returns the dense tensor as it is held, adapters left out)."""

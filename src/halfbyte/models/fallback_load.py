@@ -177,7 +177,7 @@ class Loader:
         ready = None if linear is None else source.prequantized(source_name)
         if ready is None:
             return source.read(source_name)
-        if self.quant is not None and self.quant.format_of(module_name) not in DTYPES:
+        if self.quant is not None and not self.quant.requantize and self.quant.format_of(module_name) not in DTYPES:
             return ready
         return self._weight(source_name, module_name, ready.dequantize(ready.source_dtype))
 

@@ -122,6 +122,10 @@ class GgufSource(ModelSource):
             if len(t.shape) == 2 and t.type_name != "F64"
         }
 
+    @property
+    def blocks(self) -> str | None:
+        return "gguf" if self._quantized else None
+
     @staticmethod
     def _in_place(tensor: GgufTensor) -> bool:
         return is_trainable_on(tensor.type_name, tensor.shape[-1])

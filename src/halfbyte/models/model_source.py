@@ -117,6 +117,11 @@ class ModelSource(ABC):
         """The tensors that `prequantized` returns, and the bytes that each takes in memory. Reads headers only."""
         return {}
 
+    @property
+    def blocks(self) -> str | None:
+        """Whose format `prequantized` returns: "gguf", "bitsandbytes", "gptq" or "awq"; None where nothing is."""
+        return None
+
     def reads_rows(self, name: str) -> bool:
         """Whether `read_rows` costs no more than those rows: not where a whole tensor is decoded for them."""
         return True

@@ -1,34 +1,23 @@
-"""Reading tensors from files with pread: no page of the file ever counts as this process's memory.
-
-Mapped pages do: a whole checkpoint walked through `mmap` shows up in the peak resident set although
-each tensor is dropped. pread copies straight into the tensor that stays.
-"""
+"""Reading tensors from a model's files with pread (`halfbyte.rawfile`), one that was cut off named."""
 
 import os
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
+from halfbyte import rawfile
 from halfbyte.errors import UsageError
-
-_MOST = 1 << 30  # Linux moves at most 2 GiB a call
 
 
 def read_into(fd: int, out: Tensor, offset: int, path: Path) -> None:
     """Fill `out` (contiguous, on the CPU) with the file's bytes from `offset` on, in the file's byte order."""
-    if out.numel() == 0:
-        return
-    view = memoryview(out.view(-1).view(torch.uint8).numpy().data)
-    done = 0
-    while done < len(view):
-        count = os.preadv(fd, [view[done : done + _MOST]], offset + done)
-        if count == 0:
-            raise UsageError(
-                f"{path} ends at byte {offset + done}, in the middle of a tensor: "
-                "the file was cut off while it was read; download or copy it again"
-            )
-        done += count
+    try:
+        rawfile.read_into(fd, out, offset)
+    except rawfile.CutOff as error:
+        raise UsageError(
+            f"{path} ends at byte {error.at}, in the middle of a tensor: "
+            "the file was cut off while it was read; download or copy it again"
+        ) from None
 
 
 class OpenFile:

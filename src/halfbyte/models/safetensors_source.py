@@ -1,4 +1,6 @@
-"""A model in a Hugging Face folder: config.json and safetensors, one file or shards, plain or bitsandbytes 4-bit.
+"""A model in a Hugging Face folder: config.json and safetensors, one file or shards, plain or quantized.
+
+Quantized: bitsandbytes 4-bit (`quant.bnb_format`), GPTQ and AWQ (`group_folder`).
 
 The header is parsed here, with every length checked against the file's before anything is allocated,
 and tensors are read with pread (see `halfbyte.models.pread`). Format: 8 bytes of header length, a JSON
@@ -15,11 +17,13 @@ import torch
 from torch import Tensor
 
 from halfbyte.errors import UsageError
+from halfbyte.models.group_folder import METHODS, GroupFolder
 from halfbyte.models.model_source import ModelSource, Stored, TensorInfo
 from halfbyte.models.names import normalised
 from halfbyte.models.pread import OpenFile
 from halfbyte.models.spec import ModelSpec
 from halfbyte.quant import BlockWeight, Weight, bnb_keys
+from halfbyte.quant.group_codes import GroupCodes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _HEADER_LIMIT = 100_000_000  # safetensors' own
@@ -61,13 +65,13 @@ class FolderSource(ModelSource):
         served = ModelSpec.serves(self.config)  # for the rest, transformers has renaming rules of its own
         self._entries = {normalised(key, raw) if served else key: entry for key, entry in raw.items()}
         self._bnb = bnb_keys(self._entries)
-        self._bnb_infos = {key: self._bnb_info(key) for key in self._bnb}
-        owned = {part for parts in self._bnb.values() for part in parts}
-        self._infos = self._bnb_infos | {
-            key: TensorInfo(entry.shape, _DTYPES[entry.format])
-            for key, entry in self._entries.items()
-            if key not in owned
-        }
+        plain = {key: TensorInfo(entry.shape, _DTYPES[entry.format]) for key, entry in self._entries.items()}
+        self._groups = _group_folder(path, self.config, plain)
+        groups = {} if self._groups is None else self._groups.parts
+        owned = {part for parts in (*self._bnb.values(), *groups.values()) for part in parts}
+        self._infos = {key: self._bnb_info(key) for key in self._bnb}
+        self._infos |= {} if self._groups is None else self._groups.infos
+        self._infos |= {key: info for key, info in plain.items() if key not in owned}
 
     def tensors(self) -> dict[str, TensorInfo]:
         return dict(self._infos)
@@ -81,8 +85,9 @@ class FolderSource(ModelSource):
 
     def read_rows(self, name: str, start: int, stop: int) -> Tensor:
         info = self.info(name)
-        if name in self._bnb:
-            return self._block_weight(name).dequantize(info.dtype, rows=slice(start, stop))
+        weight = self.prequantized(name)
+        if weight is not None:
+            return weight.dequantize(info.dtype, rows=slice(start, stop))
         entry = self._entries[name]
         rows = max(info.shape[0], 1) if info.shape else 1
         out = torch.empty((stop - start, *info.shape[1:]) if info.shape else (1,), dtype=info.dtype)
@@ -90,13 +95,30 @@ class FolderSource(ModelSource):
         return out
 
     def prequantized(self, name: str) -> Weight | None:
-        return self._block_weight(name) if name in self._bnb else None
+        if name in self._bnb:
+            return self._block_weight(name)
+        if self._groups is not None and name in self._groups.parts:
+            return self._groups.weight(name, self._raw)
+        return None
+
+    def group_codes(self, name: str) -> GroupCodes | None:
+        """The integer codes of a linear's weight in a GPTQ or AWQ folder; None for another tensor."""
+        if self._groups is None or name not in self._groups.parts:
+            return None
+        return self._groups.codes(name, self._raw)
 
     def prequantized_bytes(self) -> dict[str, int]:
-        return {name: sum(self._entries[part].nbytes for part in parts) for name, parts in self._bnb.items()}
+        blocks = {name: sum(self._entries[part].nbytes for part in parts) for name, parts in self._bnb.items()}
+        return blocks | ({} if self._groups is None else {n: self._groups.nbytes(n) for n in self._groups.parts})
+
+    @property
+    def blocks(self) -> str | None:
+        if self._groups is not None:
+            return self._groups.stated.quant_method
+        return "bitsandbytes" if self._bnb else None
 
     def reads_rows(self, name: str) -> bool:
-        return name not in self._bnb
+        return name not in self._bnb and (self._groups is None or name not in self._groups.parts)
 
     @property
     def generation(self) -> dict[str, Any]:
@@ -169,11 +191,26 @@ def _refuse_foreign_quantization(folder: Path, config: dict[str, Any]) -> None:
         four_bit = quantization.get("load_in_4bit") or "bnb_4bit_quant_type" in quantization
         if four_bit and not quantization.get("load_in_8bit"):
             return
+    if isinstance(quantization, dict) and method in METHODS:
+        return  # `GroupFolder` says what of them cannot be read
     what = "bitsandbytes 8-bit" if method == "bitsandbytes" else repr(method)
     raise UsageError(
-        f"{folder / 'config.json'}: the model is quantized with {what}; bitsandbytes 4-bit, GGUF and unquantized "
-        "models can be read: use the original model"
+        f"{folder / 'config.json'}: the model is quantized with {what}; bitsandbytes 4-bit, GPTQ, AWQ, GGUF and "
+        "unquantized models can be read: use the original model"
     )
+
+
+def _group_folder(folder: Path, config: dict[str, Any], infos: dict[str, TensorInfo]) -> GroupFolder | None:
+    """GPTQ's or AWQ's linears; None for a model that has none."""
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") in METHODS:
+        return GroupFolder(folder, config, infos)
+    if packed := next((key for key in infos if key.endswith(".qweight")), None):
+        raise UsageError(
+            f"{folder / 'config.json'} has no quantization_config of GPTQ or AWQ, and {packed} is packed by one: copy "
+            "what the model's quantize_config.json or quant_config.json says into it"
+        )
+    return None
 
 
 def read_headers(folder: Path) -> dict[str, _Entry]:

@@ -7,6 +7,7 @@ import ctypes
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from halfbyte.ops import levels, native
 from halfbyte.ops.native import INT64, POINTER
@@ -80,3 +81,4 @@ def adamw_bytes(
         (_ByteMoment * 2)(*moments),
         (ctypes.c_float * len(numbers))(*numbers),
     )
+    increment_version(weights)  # written behind torch's back: what was computed from them is no longer theirs

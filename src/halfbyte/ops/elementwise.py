@@ -38,6 +38,10 @@ native.declare(
             *[INT, *[INT64] * 4, POINTER, INT64, INT64, POINTER, POINTER, INT, POINTER, POINTER, INT64],
             *[POINTER, POINTER, INT64, POINTER],
         ],
+        # dtype, rows, width, x, scale, bias, out
+        "hb_columns": [INT, INT64, INT64, *[POINTER] * 4],
+        # dtype, rows, width, dy, kept, scale, dx, products
+        "hb_columns_backward": [INT, INT64, INT64, *[POINTER] * 5],
     }
 )
 
@@ -292,3 +296,41 @@ def rotate_heads_backward(
         x_THE.data_ptr(), x_THE.stride(0), rstd_TH.data_ptr(), out_THE.data_ptr(), out_THE.stride(0), pointer(dweight),
     )  # fmt: skip
     return dweight
+
+
+# -- columns ----------------------------------------------------------------------------------------------------------
+
+
+def scale_columns(x_TS: Tensor, scale_S: Tensor, bias_S: Tensor | None = None, out: Tensor | None = None) -> Tensor:
+    """x * scale + bias, [T, S]; scale and bias float32 [S]. `out` may be x itself."""
+    _check_served(x_TS)
+    if x_TS.ndim != 2:
+        raise ValueError(f"x is [T, S], not {list(x_TS.shape)}")
+    rows, width = x_TS.shape
+    _check(x_TS, (rows, width), x_TS, "x")
+    for name, vector in (("scale", scale_S), ("bias", bias_S)):
+        if vector is not None:
+            _check_float(vector, (width,), name)
+    out = pool.empty_like(x_TS) if out is None else out
+    _check(out, (rows, width), x_TS, "out")
+    _library().hb_columns(
+        native.DTYPE[x_TS.dtype], rows, width, x_TS.data_ptr(), scale_S.data_ptr(), pointer(bias_S), out.data_ptr()
+    )
+    return out
+
+
+def scale_columns_backward(dy_TS: Tensor, kept_TS: Tensor, scale_S: Tensor) -> tuple[Tensor, Tensor]:
+    """(dy * scale [T, S], the sums over rows of dy * kept, float32 [S])."""
+    _check_served(dy_TS)
+    if dy_TS.ndim != 2:
+        raise ValueError(f"dy is [T, S], not {list(dy_TS.shape)}")
+    rows, width = dy_TS.shape
+    _check(dy_TS, (rows, width), dy_TS, "dy")
+    _check(kept_TS, (rows, width), dy_TS, "kept")
+    _check_float(scale_S, (width,), "scale")
+    dx, products = pool.empty_like(dy_TS), torch.empty(width, dtype=torch.float32)
+    _library().hb_columns_backward(
+        native.DTYPE[dy_TS.dtype], rows, width, dy_TS.data_ptr(), kept_TS.data_ptr(), scale_S.data_ptr(),
+        dx.data_ptr(), products.data_ptr(),
+    )  # fmt: skip
+    return dx, products

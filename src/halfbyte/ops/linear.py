@@ -49,6 +49,8 @@ class WeightView(ctypes.Structure):
         ("blocksize", INT64),
         ("nested_blocksize", INT64),
         ("head_rows", INT64),
+        ("groups", INT64),
+        ("group_of", POINTER),
     )
 
 
@@ -128,6 +130,44 @@ def gguf_view(data: Tensor, type_name: str, shape: tuple[int, int], head_rows: i
         return None
     view = WeightView(GGUF_TYPES[type_name], shape[0], shape[1], data.data_ptr(), head_rows=head_rows)
     view.held = (data,)
+    return view
+
+
+_GROUP_KIND = {4: 13, 8: 14}
+"""Bits of GPTQ's and AWQ's codes, and their `WeightKind`."""
+
+
+def group_view(
+    codes: Tensor, constants: Tensor, bits: int, shape: tuple[int, int], group_size: int, group_of: Tensor | None
+) -> WeightView | None:
+    """The view of a matrix in integer codes; None where the engine cannot read it in place.
+
+    codes       uint8, flat: rows of `bits` a code, the first of two in the high half of a byte
+    constants   int32 [rows, groups]: a float16's bits, and above them the zero point
+    group_size  columns of a group
+    group_of    int32 [cols], each below `groups`: the group of every column (act-order); None: runs of `group_size`
+    """
+    tensors = (codes, constants) if group_of is None else (codes, constants, group_of)
+    if shape[1] % 32 or (group_of is None and group_size % 32 and group_size < shape[1]):
+        return None
+    if not all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors):
+        return None
+    groups = constants.shape[1]
+    if codes.numel() * 8 < shape[0] * shape[1] * bits or constants.shape[0] != shape[0]:
+        raise ValueError(f"{codes.numel()} bytes and constants {list(constants.shape)} do not reach {list(shape)}")
+    if (groups * group_size if group_of is None else len(group_of)) < shape[1]:
+        raise ValueError(f"{groups} groups of {group_size} do not reach {shape[1]} columns")
+    view = WeightView(
+        _GROUP_KIND[bits],
+        shape[0],
+        shape[1],
+        codes.data_ptr(),
+        constants.data_ptr(),
+        blocksize=group_size,
+        groups=groups,
+        group_of=native.pointer(group_of),
+    )
+    view.held = tensors
     return view
 
 

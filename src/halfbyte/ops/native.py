@@ -22,7 +22,7 @@ from halfbyte.errors import UsageError
 ISAS = ("amx", "avx512bf16", "avx512", "avx2", "portable")
 EMULATED = "amx_emulated"
 """amx with its instructions in plain C++: for tests on machines without them."""
-_VERSION = 6
+_VERSION = 7
 DTYPE = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float

@@ -1,8 +1,9 @@
 """AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101), once.
 
-Replaces torch.optim.AdamW, which it equals within float32 rounding, and 8-bit AdamW: how a moment is kept is the
-business of `moments`, the arithmetic here is float32 for every one of them. Left out: parameter groups, closures,
-AMSGrad, sparse gradients.
+Replaces torch.optim.AdamW, which it equals within float32 rounding, 8-bit AdamW and paged AdamW: how a moment is kept
+is the business of `moments`, where it lies that of `held` and `paged`; the arithmetic here is float32 for every one of
+them. GaLore's matrices (`galore`) take the same step in a subspace. Left out: closures, AMSGrad, sparse gradients, and
+parameter groups but for one thing, LoRA+'s factor on the learning rate (arXiv 2402.12354).
 
 A bfloat16 parameter is trained without losing small updates: its float32 value is the bfloat16 that the model sees plus
 the 16 bits below it, which the optimizer keeps (2 bytes an element, where a float32 copy takes 4).
@@ -13,28 +14,49 @@ the cache (measured on 2 cores: 9 ms for 5 million parameters in 252 tensors, 0.
 kernel 0.24 s).
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
 from math import isfinite
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from halfbyte.errors import UsageError
+from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.ops.adamw import adamw_bytes, available
-from halfbyte.optim.moments import SMALLEST_QUANTIZED, ByteMoment, Float32Moment, MomentStore
+from halfbyte.optim import galore
+from halfbyte.optim.galore import GaloreSlot
+from halfbyte.optim.held import HeldStates, Work, managed, plain
+from halfbyte.optim.moments import ByteMoment
 from halfbyte.optim.options import OptimOptions
+from halfbyte.optim.paged import PagedStates
+from halfbyte.optim.slots import Chunk, Slot, chunks_of
+from halfbyte.tensorfile import Planned, layout_of, part_of
 
 CHUNK = 1 << 18
 """Elements updated at once on a CPU: 5 MB with their moments."""
 CUDA_CHUNK = 1 << 24
+STEP = "step"
+
+
+class NonFiniteGradient(HalfbyteError):
+    """With per-layer updates: the gradient of the parameter `name` is NaN or infinite; it was not updated."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"the gradient of {name} is not finite")
+        self.name = name
 
 
 def global_norm(gradients: list[Tensor]) -> float:
     """The 2-norm of all gradients as one vector, summed in float32 (float64 across tensors)."""
     if not gradients:
         return 0.0
-    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+    return _norm_of(torch._foreach_norm(gradients, 2, dtype=torch.float32))
+
+
+def _norm_of(norms: list[Tensor] | tuple[Tensor, ...]) -> float:
     return float(torch.stack([norm.double() for norm in norms]).norm())
 
 
@@ -48,129 +70,171 @@ def clip_factor(norm: float, max_norm: float) -> float:
     return min(1.0, max_norm / (norm + 1e-6))
 
 
-@dataclass(frozen=True)
-class _Span:
-    """Elements start..stop of one flattened parameter."""
-
-    parameter: "_Slot"
-    start: int
-    stop: int
-
-
-class _Slot:
-    """One parameter and its state."""
-
-    def __init__(self, name: str, parameter: nn.Parameter, options: OptimOptions) -> None:
-        if parameter.dtype not in (torch.float32, torch.bfloat16):
-            raise UsageError(f"{name} is {parameter.dtype}: trainable weights must be float32 or bfloat16")
-        if not parameter.is_contiguous():
-            raise ValueError(f"{name} is not contiguous: AdamW works on flat views")
-        self.name, self.parameter = name, parameter
-        self.decays = parameter.ndim >= 2
-        flat = parameter.detach()
-        bytes_ = options.optim == "adamw_8bit" and parameter.numel() >= SMALLEST_QUANTIZED
-        self.exp_avg: MomentStore = ByteMoment(flat, signed=True) if bytes_ else Float32Moment(flat)
-        self.exp_avg_sq: MomentStore = ByteMoment(flat, signed=False) if bytes_ else Float32Moment(flat)
-        half = parameter.dtype == torch.bfloat16
-        self.low_bits = torch.zeros(parameter.numel(), dtype=torch.int16, device=flat.device) if half else None
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All state of this parameter by its key in `state_dict`."""
-        state = {f"{self.name}.exp_avg{suffix}": t for suffix, t in self.exp_avg.tensors().items()}
-        state |= {f"{self.name}.exp_avg_sq{suffix}": t for suffix, t in self.exp_avg_sq.tensors().items()}
-        return state if self.low_bits is None else state | {f"{self.name}.low_bits": self.low_bits}
-
-    def load_weight(self, start: int, stop: int) -> Tensor:
-        """The float32 weights: a view of the parameter, or bfloat16 joined with the bits below it."""
-        flat = self.parameter.detach().view(-1)[start:stop]
-        return flat if self.low_bits is None else join_bits(flat, self.low_bits[start:stop])
-
-    def store_weight(self, start: int, stop: int, weight: Tensor) -> None:
-        if self.low_bits is not None:
-            high, low = split_bits(weight)
-            self.parameter.detach().view(-1)[start:stop] = high
-            self.low_bits[start:stop] = low
-
-
-def split_bits(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """float32 as (bfloat16 rounded to nearest, ties away from zero; int16 difference of the bit patterns), exactly."""
-    bits = weight.view(torch.int32)
-    high = (bits + 0x8000) >> 16
-    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
-
-
-def join_bits(high: Tensor, low: Tensor) -> Tensor:
-    """The inverse of `split_bits`."""
-    return ((high.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)).view(torch.float32)
-
-
 class AdamW:
     """AdamW over named parameters.
 
-    AdamW(parameters, options): parameters by name; float32, or bfloat16 with 16 bits more in the state
-    step(learning_rate, scale)  one update from the `.grad`s times `scale`; consumes them (they are overwritten)
-    zero_grad()                 drop the gradients
-    state_dict() / load_state_dict(state)      plain tensors by name, "step" among them; the dictionary holds the
-                                               optimizer's own storage, not copies
+    AdamW(parameters, options, folder)   parameters by name: float32, or bfloat16 with 16 bits more in the state;
+                                         `folder` is where paged state has its file, if the options name no other
+    step(learning_rate, scale)           one update from the gradients times `scale`; consumes them
+    grad_norm()                          norm of all gradients since `zero_grad`
+    zero_grad()                          drop the gradients
+    updating(learning_rate)              with per-layer updates: `backward()` inside of it is the update
+    planned() / state_dict() / load_state_dict(state)     plain tensors by name, "step" among them
+    close()                              remove hooks and the file
+
+    With paged state on a CPU the gradients are not in `.grad`: a hook takes each as soon as it is there. With per-layer
+    updates they are nowhere: the hook updates its parameter.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], options: OptimOptions) -> None:
-        self.options = options
-        self.updates = 0
-        self.slots = [_Slot(name, parameter, options) for name, parameter in parameters.items()]
-        self.chunks = _chunks(self.slots)
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], options: OptimOptions, folder: Path | None = None
+    ) -> None:
+        self.options, self.updates = options, 0
+        if options.galore:
+            galore.require_targets(dict(parameters))
+        rates = _rates(parameters, options.loraplus_lr_ratio)
+        self.slots = [
+            GaloreSlot(name, parameter, options)
+            if options.galore and galore.is_target(name, parameter)
+            else Slot(name, parameter, options.in_bytes, rates[name])
+            for name, parameter in parameters.items()
+        ]
+        dense = [slot for slot in self.slots if not isinstance(slot, GaloreSlot)]
+        self.chunks = _chunks(dense)
+        self.store: HeldStates | PagedStates
+        on_cpu = all(slot.device.type == "cpu" for slot in self.slots)
+        if options.paged and on_cpu:
+            where = options.optim_offload_dir or folder
+            if where is None:
+                raise UsageError("optim paged_… needs a folder for its file: set optim_offload_dir")
+            self.store = PagedStates(self.chunks, where, options.optim_memory, gradients=not options.by_layer)
+        else:
+            self.store = HeldStates(dense, self.chunks, managed if options.paged else plain)
+        self._rate: float | None = None
+        self._norms: dict[str, Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
+        if self.takes_gradients:
+            for slot in self.slots:
+                self._hooks.append(slot.parameter.register_post_accumulate_grad_hook(partial(self._on_gradient, slot)))
+
+    @property
+    def takes_gradients(self) -> bool:
+        """Whether a hook takes each gradient as the backward pass finishes it."""
+        return self.options.by_layer or (isinstance(self.store, PagedStates) and self.store.gradients)
 
     def gradients(self) -> list[Tensor]:
-        """The gradients that exist, in the order of the parameters."""
+        """The gradients that stand in the parameters, in their order."""
         return [slot.parameter.grad for slot in self.slots if slot.parameter.grad is not None]
+
+    def grad_norm(self) -> float:
+        """The norm of all gradients that came since `zero_grad`; see `global_norm`."""
+        if not self.takes_gradients:
+            return global_norm(self.gradients())
+        norms = [self._norms[slot.name] for slot in self.slots if slot.name in self._norms]
+        return _norm_of(norms) if norms else 0.0
 
     def zero_grad(self) -> None:
         for slot in self.slots:
             slot.parameter.grad = None
+        self._norms.clear()
+        if isinstance(self.store, PagedStates):
+            self.store.forget_gradients()
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self.store.close()
+
+    # -- updates ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, learning_rate: float, scale: float = 1.0) -> None:
         """One update. Parameters without a gradient keep their value and moments."""
+        if self.options.by_layer:
+            raise ValueError("with per_layer_updates the backward pass makes the update: see `updating`")
         self.updates += 1
-        for chunk in self.chunks:
-            spans = [span for span in chunk if span.parameter.parameter.grad is not None]
-            in_torch = [span for span in spans if not self._update_natively(span, learning_rate, scale)]
-            if in_torch:
-                self._update(in_torch, learning_rate, scale)
+        for work in self.store.walk():
+            self._update(work, learning_rate, scale)
+        for slot in self.slots:
+            if isinstance(slot, GaloreSlot) and slot.parameter.grad is not None:
+                slot.update(learning_rate, scale, self.updates)
 
-    def _update_natively(self, span: _Span, learning_rate: float, scale: float) -> bool:
+    @contextmanager
+    def updating(self, learning_rate: float) -> Iterator[None]:
+        """Per-layer updates: each parameter is updated as soon as its gradient is whole, which is then dropped.
+
+        NonFiniteGradient out of the backward pass where one is not finite: that parameter and those whose gradients
+        come later are as before, the others are updated, and the weights in memory are of no step.
+        """
+        self.updates += 1
+        self._rate = learning_rate
+        try:
+            yield
+        finally:
+            self._rate = None
+
+    @torch.no_grad()
+    def _on_gradient(self, slot: Slot, parameter: nn.Parameter) -> None:
+        """What happens to a gradient as soon as it is whole. Outside of `updating` it is measured and dropped."""
+        gradient = parameter.grad
+        assert gradient is not None
+        if not self.options.by_layer:
+            assert isinstance(self.store, PagedStates)
+            self._norms[slot.name] = self.store.take_gradient(slot)
+            return
+        (norm,) = torch._foreach_norm([gradient], 2, dtype=torch.float32)
+        self._norms[slot.name] = norm
+        if self._rate is not None:
+            if not isfinite(float(norm)):
+                parameter.grad = None
+                raise NonFiniteGradient(slot.name)
+            if isinstance(slot, GaloreSlot):
+                slot.update(self._rate, 1.0, self.updates)
+            else:
+                for work in self.store.walk(slot):
+                    self._update(work, self._rate, 1.0)
+        parameter.grad = None
+
+    def _update(self, work: list[Work], learning_rate: float, scale: float) -> None:
+        """Update the spans of one chunk."""
+        rate = learning_rate * work[0][0].slot.rate
+        in_torch = [each for each in work if not self._update_natively(each, rate, scale)]
+        if in_torch:
+            self._update_in_torch(in_torch, rate, scale)
+
+    def _update_natively(self, work: Work, rate: float, scale: float) -> bool:
         """One pass over weights with byte moments, where the native library has it; False: not done."""
-        slot, options = span.parameter, self.options
-        first, second = slot.exp_avg, slot.exp_avg_sq
-        if not isinstance(first, ByteMoment) or not isinstance(second, ByteMoment) or slot.low_bits is not None:
+        (span, state, gradient), options = work, self.options
+        first, second = state.exp_avg, state.exp_avg_sq
+        if not isinstance(first, ByteMoment) or not isinstance(second, ByteMoment) or state.low_bits is not None:
             return False
-        weights = slot.load_weight(span.start, span.stop)
-        gradients = _flat_gradient(span)
-        if not available(weights) or not gradients.is_contiguous():
+        weights, gradient = span.weight, gradient.float()
+        if not available(weights) or not gradient.is_contiguous():
             return False
         betas = options.adam_beta1, options.adam_beta2
         adamw_bytes(
             weights,
-            gradients,
-            first.part(span.start, span.stop),
-            second.part(span.start, span.stop),
+            gradient,
+            (first.codes, first.absmax),
+            (second.codes, second.absmax),
             factor=scale,
             betas=betas,
             corrections=(1 - betas[0] ** self.updates, 1 - betas[1] ** self.updates),
-            learning_rate=learning_rate,
+            learning_rate=rate,
             epsilon=options.adam_epsilon,
-            decay=options.weight_decay if slot.decays else 0.0,
+            decay=options.weight_decay if span.slot.decays else 0.0,
         )
         return True
 
-    def _update(self, spans: list[_Span], learning_rate: float, scale: float) -> None:
+    def _update_in_torch(self, work: list[Work], rate: float, scale: float) -> None:
         options = self.options
         beta1, beta2 = options.adam_beta1, options.adam_beta2
         correction1, correction2 = 1 - beta1**self.updates, 1 - beta2**self.updates
-        grads = [_flat_gradient(span) for span in spans]
-        weights = [span.parameter.load_weight(span.start, span.stop) for span in spans]
-        m = [span.parameter.exp_avg.load(span.start, span.stop) for span in spans]
-        v = [span.parameter.exp_avg_sq.load(span.start, span.stop) for span in spans]
+        grads = [gradient.float() for _, _, gradient in work]
+        weights = [state.load_weight(span.weight) for span, state, _ in work]
+        m = [state.exp_avg.load() for _, state, _ in work]
+        v = [state.exp_avg_sq.load() for _, state, _ in work]
 
         if scale != 1.0:
             torch._foreach_mul_(grads, scale)
@@ -178,68 +242,71 @@ class AdamW:
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
         if options.weight_decay:
-            decaying = [w for w, span in zip(weights, spans, strict=True) if span.parameter.decays]
-            torch._foreach_mul_(decaying, 1 - learning_rate * options.weight_decay)
+            decaying = [w for w, (span, _, _) in zip(weights, work, strict=True) if span.slot.decays]
+            torch._foreach_mul_(decaying, 1 - rate * options.weight_decay)
         denominators = torch._foreach_sqrt(v)
         torch._foreach_div_(denominators, correction2**0.5)
         torch._foreach_add_(denominators, options.adam_epsilon)
-        torch._foreach_addcdiv_(weights, m, denominators, -learning_rate / correction1)
+        torch._foreach_addcdiv_(weights, m, denominators, -rate / correction1)
 
-        for span, weight, first, second in zip(spans, weights, m, v, strict=True):
-            span.parameter.store_weight(span.start, span.stop, weight)
-            span.parameter.exp_avg.store(span.start, span.stop, first)
-            span.parameter.exp_avg_sq.store(span.start, span.stop, second)
+        for (span, state, _), weight, first, second in zip(work, weights, m, v, strict=True):
+            state.store_weight(span.weight, weight)
+            state.exp_avg.store(first)
+            state.exp_avg_sq.store(second)
+
+    # -- state ------------------------------------------------------------------------------------------------------
+
+    def planned(self) -> list[Planned]:
+        """Everything that a checkpoint must have, tensor by tensor, each made when it is written."""
+        own = {slot.name + end: t for slot in self._galore_slots() for end, t in slot.tensors().items()}
+        step = Planned.of(STEP, torch.tensor(self.updates, dtype=torch.int64))
+        return [step, *self.store.planned(), *(Planned.of(key, tensor) for key, tensor in own.items())]
 
     def state_dict(self) -> dict[str, Tensor]:
-        state = {"step": torch.tensor(self.updates, dtype=torch.int64)}
-        for slot in self.slots:
-            state |= slot.tensors()
-        return state
+        """The same as tensors: the optimizer's own storage and not copies where it is in memory (copies if paged)."""
+        found = {}
+        for planned in self.planned():
+            pieces = list(planned.rows())
+            found[planned.name] = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        return found
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore; a missing, left-over or differently shaped tensor is an error and changes nothing."""
-        mine = {key: tensor for slot in self.slots for key, tensor in slot.tensors().items()}
-        differing = sorted((mine.keys() | {"step"}) ^ state.keys())
-        differing += [k for k in mine.keys() & state.keys() if _layout(mine[k]) != _layout(state[k])]
+        mine = {planned.name: (torch.Size(planned.shape), planned.dtype) for planned in self.planned()}
+        differing = sorted(mine.keys() ^ state.keys())
+        differing += [k for k in mine.keys() & state.keys() if k != STEP and mine[k] != layout_of(state, k)]
         if differing:
             raise UsageError(
                 f"the optimizer's saved state does not match this run ({len(differing)} tensors differ, "
                 f"{differing[0]} first): resume with the optimizer and the adapters it was saved with"
             )
-        for key, tensor in mine.items():
-            tensor.copy_(state[key])
-        self.updates = int(state["step"])
+        self.store.restore(state)
+        for slot in self._galore_slots():
+            for end, tensor in slot.tensors().items():
+                tensor.copy_(part_of(state, slot.name + end, 0, tensor.numel()).view(tensor.shape))
+        self.updates = int(state[STEP])
+
+    def _galore_slots(self) -> list[GaloreSlot]:
+        return [slot for slot in self.slots if isinstance(slot, GaloreSlot)]
 
     @property
     def nbytes(self) -> int:
-        """Bytes held by the state."""
-        return sum(tensor.nbytes for slot in self.slots for tensor in slot.tensors().values())
+        """Bytes of the state, wherever it is."""
+        return sum(planned.nbytes for planned in self.planned() if planned.name != STEP)
 
 
-def _layout(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
-    return tensor.shape, tensor.dtype
+def _rates(parameters: Mapping[str, nn.Parameter], ratio: float | None) -> dict[str, float]:
+    """LoRA+: the factor on each parameter's learning rate. B's and, as in PEFT's and the paper's code, vectors'."""
+    if ratio is None:
+        return dict.fromkeys(parameters, 1.0)
+    if not any("lora_B" in name for name in parameters):
+        raise UsageError("loraplus_lr_ratio is for adapters, and none is trained here: leave it out")
+    return {name: ratio if "lora_B" in name or p.ndim == 1 else 1.0 for name, p in parameters.items()}
 
 
-def _flat_gradient(span: _Span) -> Tensor:
-    gradient = span.parameter.parameter.grad
-    assert gradient is not None
-    return gradient.reshape(-1)[span.start : span.stop].float()
-
-
-def _chunks(slots: list[_Slot]) -> list[list[_Span]]:
-    """Group the parameters into lists of spans with at most CHUNK elements each, one device a list."""
-    chunks: list[list[_Span]] = []
-    room, device = 0, None
-    for slot in slots:
-        n = slot.parameter.numel()
-        limit = CUDA_CHUNK if slot.parameter.is_cuda else CHUNK
-        for start in range(0, n, limit):
-            span = _Span(slot, start, min(n, start + limit))
-            size = span.stop - span.start
-            if size > room or slot.parameter.device != device:
-                chunks.append([])
-                room, device = limit, slot.parameter.device
-            chunks[-1].append(span)
-            room -= size
-    return chunks
+def _chunks(slots: list[Slot]) -> list[Chunk]:
+    """Chunks for all devices: a GPU takes larger ones."""
+    on_cpu = [slot for slot in slots if slot.device.type == "cpu"]
+    rest = [slot for slot in slots if slot.device.type != "cpu"]
+    return chunks_of(on_cpu, CHUNK) + chunks_of(rest, CUDA_CHUNK)

@@ -15,6 +15,9 @@ from halfbyte.adapters.lora import LoraOptions, target_names
 from halfbyte.linear.cross_entropy import PANEL_BYTES, chunk_rows
 from halfbyte.models.spec import LinearSpec, ModelSpec
 from halfbyte.ops.loss import WORKSPACE_BYTES
+from halfbyte.optim.galore import Projection
+from halfbyte.optim.options import OptimOptions
+from halfbyte.optim.paged import PAGE_ELEMENTS
 from halfbyte.quant.options import QuantOptions
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -45,6 +48,7 @@ class Job:
     supervised      share of them that is supervised
     eval_tokens     tokens of all evaluation passes together, forward only
     file_itemsize   bytes of a value in the model's file
+    updates         the optimizer's options beside its name
     held            tensors that the model's file brings in blocks of its own (`ModelSource.prequantized_bytes`)
     """
 
@@ -64,6 +68,7 @@ class Job:
     device: str = "cpu"
     held: Mapping[str, int] = field(default_factory=dict)
     file_itemsize: int = 4
+    updates: OptimOptions = field(default_factory=OptimOptions)
 
     @property
     def dense_bytes(self) -> int:
@@ -119,8 +124,10 @@ def weight_bytes(count: int, form: str, blocksize: int = 64, double_quant: bool 
 
 
 def adapter_parameters(spec: ModelSpec, job: Job) -> int:
-    """Trainable parameters of the adapters: r (in + out) for each linear that has one."""
-    return sum(job.lora.rank_of(x.name) * (x.in_features + x.out_features) for x in targets(spec, job))
+    """Trainable parameters of the adapters: r (in + out) for each linear that has one, and DoRA's magnitudes."""
+    linears = targets(spec, job)
+    magnitudes = sum(x.out_features for x in linears) if job.lora.use_dora else 0
+    return magnitudes + sum(job.lora.rank_of(x.name) * (x.in_features + x.out_features) for x in linears)
 
 
 def trainable_parameters(spec: ModelSpec, job: Job) -> int:
@@ -193,7 +200,20 @@ def _adapters_keep(spec: ModelSpec, job: Job) -> int:
     """
     masked = 2 if job.lora.lora_dropout > 0 else 0
     linears = targets(spec, job)
-    return sum(job.lora.rank_of(linear.name) + masked * linear.in_features for linear in linears) // spec.num_layers
+    ranks = sum(job.lora.rank_of(linear.name) + masked * linear.in_features for linear in linears)
+    return (ranks + _magnitudes_keep(spec, job, linears)) // spec.num_layers
+
+
+def _magnitudes_keep(spec: ModelSpec, job: Job, linears: list[LinearSpec]) -> int:
+    """Elements that DoRA keeps of all layers beside LoRA, per token: the outputs that it scales (`linear.dora`).
+
+    Gate and up are kept anyway, and so is what a norm behind the projection or behind its rotation reads.
+    """
+    if not job.lora.use_dora:
+        return 0
+    read = {"gate_up"} | ({"o", "down"} if spec.sandwich_norms else set()) | ({"qkv"} if spec.qk_norm else set())
+    groups = {(linear.layer, linear.group) for linear in linears}
+    return sum(x.out_features for x in spec.linears() if (x.layer, x.group) in groups and x.group not in read)
 
 
 def activation_bytes(spec: ModelSpec, job: Job) -> int:
@@ -201,8 +221,8 @@ def activation_bytes(spec: ModelSpec, job: Job) -> int:
     per_token, size = layer_activations(spec, job), DTYPE_BYTES[job.dtype]
     if job.native:
         # A normed input, the gated product and its gradient, gradients of the residual; those of gate and up take the
-        # place of gate and up.
-        working = (2 * spec.intermediate_size + 3 * spec.hidden_size) * size
+        # place of gate and up, but where DoRA reads them.
+        working = ((4 if job.lora.use_dora else 2) * spec.intermediate_size + 3 * spec.hidden_size) * size
     else:
         # Gradients of gate and up, of their product and of the residual, and float32 temporaries of a norm.
         working = (4 * spec.intermediate_size + 3 * spec.hidden_size) * size + 3 * 4 * spec.hidden_size
@@ -278,11 +298,46 @@ def _round_up(count: int, to: int) -> int:
 
 
 def optimizer_bytes(spec: ModelSpec, job: Job) -> int:
-    """AdamW's two moments: float32, or one byte each with a float32 constant for every 256 (`optim.moments`)."""
+    """AdamW's state in memory; in a file, the pages that stay and the two at work (`optim.paged`)."""
+    whole = optimizer_state(spec, job)
+    if not job.optim.startswith("paged") or job.device != "cpu":
+        return whole
+    return min(whole + gradient_bytes(spec, job), job.updates.optim_memory + 2 * PAGE_ELEMENTS * 14)
+
+
+def optimizer_state(spec: ModelSpec, job: Job) -> int:
+    """AdamW's two moments: float32, or one byte each with a float32 constant for every 256 (`optim.moments`).
+
+    GaLore's are of rank r for the linears' matrices, with a float32 projection (`optim.galore`).
+    """
     count = trainable_parameters(spec, job)
-    moments = 8 * count if job.optim == "adamw" else 2 * count + 8 * (-(-count // 256))
     # A trained 16-bit weight keeps the 16 bits below it in the optimizer's state.
-    return moments + (2 * count if job.method == "full" and DTYPE_BYTES[job.dtype] == 2 else 0)
+    low_bits = 2 * count if job.method == "full" and DTYPE_BYTES[job.dtype] == 2 else 0
+    projections = 0
+    if job.optim.startswith("galore") and job.method == "full":
+        for linear in spec.linears():
+            made = Projection.of((linear.out_features, linear.in_features), job.updates)
+            rows, columns = made.low_shape
+            count += rows * columns - linear.parameters
+            projections += 4 * made.rank * (made.left * made.m + made.right * made.n)
+    moments = 2 * count + 8 * (-(-count // 256)) if job.optim.endswith("8bit") else 8 * count
+    return moments + low_bits + projections
+
+
+def gradient_bytes(spec: ModelSpec, job: Job) -> int:
+    """All gradients as they stand after a backward pass, in the type of what is trained."""
+    return trainable_parameters(spec, job) * (DTYPE_BYTES[job.dtype] if job.method == "full" else 4)
+
+
+def standing_gradients(spec: ModelSpec, job: Job) -> int:
+    """Gradients in memory at once. Where a hook takes each one, the vocabulary's is the largest, with the float32 sums
+    that it comes from (`linear.cross_entropy`)."""
+    by_layer, paged = job.updates.per_layer_updates, job.optim.startswith("paged") and job.device == "cpu"
+    if paged or (job.optim.startswith("galore") if by_layer is None else by_layer):
+        table = spec.vocab_size * spec.hidden_size
+        one = table * (4 + DTYPE_BYTES[job.dtype]) if job.method == "full" else 0
+        return min(one, gradient_bytes(spec, job))
+    return gradient_bytes(spec, job)
 
 
 def runtime_bytes(spec: ModelSpec, job: Job) -> int:
@@ -314,7 +369,7 @@ def phases(spec: ModelSpec, job: Job) -> dict[str, dict[str, int]]:
     held["adapters"] = 0 if job.method == "full" else 4 * trainable
     train = {
         **held,
-        "gradients": trainable * (DTYPE_BYTES[job.dtype] if job.method == "full" else 4),
+        "gradients": standing_gradients(spec, job),
         "optimizer": optimizer_bytes(spec, job),
         "activations": activation_bytes(spec, job),
         "loss": loss_bytes(spec, job),

@@ -18,6 +18,7 @@ from typing import Any
 from halfbyte.adapters.lora import LoraOptions
 from halfbyte.errors import DoesNotFit
 from halfbyte.models.spec import ModelSpec
+from halfbyte.optim.options import OptimOptions
 from halfbyte.plan import memory, time
 from halfbyte.plan.hardware import Hardware, Rates
 from halfbyte.plan.memory import Job
@@ -71,6 +72,7 @@ class Request:
     evaluations    passes over the held-out rows, base against tuned at the end included
     held           bytes of the tensors that the model's file brings in blocks of its own
     file_itemsize  bytes of a value in the model's file
+    updates        the optimizer's other options
     """
 
     method: str
@@ -86,6 +88,7 @@ class Request:
     evaluations: int = 1
     held: Mapping[str, int] = field(default_factory=dict)
     file_itemsize: int = 4
+    updates: OptimOptions = field(default_factory=OptimOptions)
 
 
 @dataclass(frozen=True)
@@ -213,6 +216,7 @@ def _job(request: Request, method: str, data: DataShape, batch: tuple[int, int],
         quant=request.quant,
         lora=request.lora,
         optim=request.optim,
+        updates=request.updates,
         checkpointing=checkpointing,
         micro_tokens=micro_tokens,
         longest=data.longest,
@@ -287,7 +291,8 @@ def too_big(e: Estimate, budget: int, why: str, plan: Plan | None = None) -> str
         largest = max(parts, key=lambda name: parts[name])
         tips = {
             "activations": "try a smaller --max-seq-length or --per-device-train-batch-size",
-            "optimizer": "try --optim adamw_8bit",
+            "optimizer": "try --optim adamw_8bit, or paged_adamw, which keeps it on the disk",
+            "gradients": "try --optim paged_adamw, which keeps them on the disk",
             "runtime": "that is Python, torch and the tokenizer, which every run needs",
         }
         advice = f"most of it is {largest} ({_gb(parts[largest])}): {tips.get(largest, 'try a smaller model')}"

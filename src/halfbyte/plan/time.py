@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from halfbyte.models.spec import ModelSpec
 from halfbyte.plan.hardware import Rates
-from halfbyte.plan.memory import Job, adapter_parameters, base_bytes, layer_tensors
+from halfbyte.plan.memory import Job, adapter_parameters, base_bytes, layer_tensors, targets
 
 GEMM_EFFICIENCY = 0.55
 """Share of the measured rate that a step's products reach: their shapes are smaller than the one measured."""
@@ -48,8 +48,12 @@ def training_work(spec: ModelSpec, job: Job, length: float) -> Work:
     tokens = job.train_tokens
     supervised = tokens * job.supervised
     adapters = adapter_parameters(spec, job) if job.method != "full" else 0
+    # DoRA measures the rows of every adapted weight once an update: a product with the rows of A, 64 at least.
+    measured = 0.0
+    if job.method != "full" and job.lora.use_dora:
+        measured = job.steps * sum(2.0 * x.parameters * max(64, job.lora.rank_of(x.name)) for x in targets(spec, job))
     return Work(
-        linears=2.0 * passes * spec.linear_parameters * tokens,
+        linears=2.0 * passes * spec.linear_parameters * tokens + measured,
         head=2.0 * (2 + (job.method == "full")) * spec.head_parameters * supervised,
         attention=attention_flops(spec, tokens, length) * (3.5 + job.checkpointing),
         adapters=2.0 * 3 * adapters * tokens,
@@ -98,4 +102,4 @@ def phases(spec: ModelSpec, job: Job, rates: Rates, length: float) -> dict[str, 
 def trainable_update_bytes(spec: ModelSpec, job: Job) -> float:
     """Memory that one optimizer step reads and writes: parameter, gradient and two moments, most of them twice."""
     count = spec.total_parameters if job.method == "full" else adapter_parameters(spec, job)
-    return count * (4.0 * 7 if job.optim == "adamw" else 4.0 * 4)
+    return count * (4.0 * 4 if job.optim.endswith("8bit") else 4.0 * 7)

@@ -2,6 +2,7 @@
 
 from halfbyte.quant.bnb_format import bnb_keys
 from halfbyte.quant.gguf_weight import GgufWeight
+from halfbyte.quant.group_weight import GroupWeight
 from halfbyte.quant.options import QuantOptions
 from halfbyte.quant.weight import DTYPE_NAMES, DTYPES, BlockWeight, DenseWeight, Weight, quantize
 
@@ -11,6 +12,7 @@ __all__ = [
     "BlockWeight",
     "DenseWeight",
     "GgufWeight",
+    "GroupWeight",
     "QuantOptions",
     "Weight",
     "bnb_keys",

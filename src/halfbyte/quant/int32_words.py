@@ -6,10 +6,10 @@ from torch import Tensor
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """uint8 [..., n] codes to int32 [..., n * bits / 32]; n is a multiple of 32 / bits."""
-    codes = codes.contiguous()
     if bits == 4:
         codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return codes.contiguous().view(torch.int32)
+    # Flat first: a turned matrix of one row counts as contiguous, with strides that another type cannot have.
+    return codes.reshape(-1).view(torch.int32).view(*codes.shape[:-1], -1)
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:

@@ -21,8 +21,8 @@ class QuantOptions(Options):
     double_quant: bool = Field(True, description="store the blocks' constants in 8 bits: 0.37 bits a weight less")
     requantize: bool = Field(
         False,
-        description="a base that is a quantized file (GGUF, bitsandbytes): quantize it anew in quant_type; without it, "
-        "training keeps the file's own blocks, which are what is served",
+        description="a base that is a quantized file (GGUF, GPTQ, AWQ, bitsandbytes): quantize it anew in quant_type; "
+        "without it, training keeps the file's own blocks, which are what is served",
     )
     quant_pattern: Mapping[str, Format] = Field(
         default_factory=dict,

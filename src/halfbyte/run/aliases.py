@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from halfbyte.run.methods import PRESETS, QUANTIZED
+
 
 @dataclass(frozen=True)
 class Alias:
@@ -142,6 +144,11 @@ ALIASES: dict[str, Alias] = {
     "peft_use_rslora": Alias("use_rslora"),
     "lora_use_rslora": Alias("use_rslora"),
     "peft_init_lora_weights": Alias("init_lora_weights"),
+    "peft_use_dora": Alias("use_dora"),
+    "lora_use_dora": Alias("use_dora"),
+    "lora_modules_to_save": Alias("modules_to_save"),
+    "additional_target": Alias("modules_to_save"),
+    "loraplus_ratio": Alias("loraplus_lr_ratio"),
     "adapter_name_or_path": Alias("adapter_path"),
     "lora_model_dir": Alias("adapter_path"),
     "resume_adapter_file": Alias("adapter_path"),
@@ -203,10 +210,11 @@ _OWN_VALUES: dict[str, dict[str, str]] = {
         "adamw_torch": "adamw",
         "adamw_torch_fused": "adamw",
         "adamw_hf": "adamw",
-        "paged_adamw_32bit": "adamw",
+        "paged_adamw_32bit": "paged_adamw",
         "adamw_bnb_8bit": "adamw_8bit",
         "adamw8bit": "adamw_8bit",
-        "paged_adamw_8bit": "adamw_8bit",
+        "galore_adamw_layerwise": "galore_adamw",
+        "galore_adamw_8bit_layerwise": "galore_adamw_8bit",
     },
     "dtype": _DTYPES,
     "target_modules": {"all": "all-linear", "linear": "all-linear"},
@@ -225,16 +233,17 @@ BITS_KEYS = ("load_in_4bit", "load_in_8bit", "quantization_bit")
 SWITCHES = frozenset(
     {"load_in_4bit", "load_in_8bit", "use_peft", "full_finetuning", "bf16", "fp16", "sample_packing", "pack", "packed"}
     | {"mask_prompt", "completion_only_loss", "assistant_only_loss", "train_on_responses_only"}
-    | {"lora_target_linear", "peft_use_rslora", "lora_use_rslora", "bnb_4bit_use_double_quant", "use_bnb_nested_quant"}
+    | {"lora_target_linear", "peft_use_rslora", "lora_use_rslora", "peft_use_dora", "lora_use_dora"}
+    | {"bnb_4bit_use_double_quant", "use_bnb_nested_quant"}
     | {"grad_checkpoint", "enable_activation_checkpointing", "activation_checkpointing", "use_gradient_checkpointing"}
 )
 """Names above that a command line gives without a value."""
-LATER_KEYS = {"use_dora": "dora", "peft_use_dora": "dora", "loftq": "loftq", "use_galore": "galore"}
-LATER_KEYS |= {"modules_to_save": "training whole modules beside an adapter", "neftune_noise_alpha": "NEFTune"}
-LATER_KEYS |= {"lora_modules_to_save": "training whole modules beside an adapter", "additional_target": "the same"}
-LATER_METHODS = ("dora", "qdora", "loftq", "pissa", "eva", "galore", "qgalore", "lora_plus", "adalora", "vera", "ia3",
-                 "freeze", "prefix", "prompt", "dpo", "orpo", "kto")  # fmt: skip
-"""Names that other tools know; some are planned here, none is built, and each is answered with that."""
+LATER_KEYS = {"neftune_noise_alpha": "NEFTune", "use_galore": "use_galore (method: galore is)"}
+LATER_KEYS |= {"loftq": "loftq as a switch (method: loftq is)"}
+LATER_METHODS = ("eva", "qgalore", "adalora", "vera", "ia3", "freeze", "prefix", "prompt", "orpo", "kto")
+"""Names that other tools know and that are not built: each is answered with that."""
+TASKS_ELSEWHERE = ("dpo",)
+"""What other tools call a method, and is a task here."""
 
 
 def method_and_bits(key: str, value: Any) -> tuple[str | None, int | None]:
@@ -268,12 +277,13 @@ def combined_method(names: set[str], bits: set[int]) -> str | None:
     if len(bits) > 1:
         raise ValueError("they ask for a 4-bit and an 8-bit base at once")
     quantized = bool(bits & {4, 8})
-    names = {"qlora" if name == "lora" and (quantized or "qlora" in names) else name for name in names}
+    if quantized or "qlora" in names:
+        names = {QUANTIZED.get(name, name) for name in names}
     if len(names) > 1:
         raise ValueError(f"they mean {' and '.join(sorted(names))}")
     name = next(iter(names), None)
     if name == "full" and quantized:
         raise ValueError("full fine-tuning needs a 16-bit base")
-    if name == "qlora" and bits == {16}:
-        raise ValueError("QLoRA needs a 4-bit or 8-bit base")
+    if name is not None and name in PRESETS and PRESETS[name].method == "qlora" and bits == {16}:
+        raise ValueError(f"{'QLoRA' if name == 'qlora' else name} needs a 4-bit or 8-bit base")
     return name or ("qlora" if quantized else None)

@@ -6,56 +6,41 @@ keys are answered with the nearest known one, wrong values with the file, the li
 """
 
 import difflib
-import re
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from halfbyte.adapters.lora import LoraOptions
 from halfbyte.data.options import DataOptions
 from halfbyte.errors import UsageError
+from halfbyte.evaluate.preference import DpoOptions
 from halfbyte.files import write_atomic
 from halfbyte.models.options import ModelOptions
 from halfbyte.optim.options import OptimOptions
-from halfbyte.options import Options
+from halfbyte.options import Options, Size
 from halfbyte.quant.options import QuantOptions
-from halfbyte.run import aliases
+from halfbyte.run import aliases, methods
 from halfbyte.run.yamlfile import Entry, read_yaml
 from halfbyte.train.options import TrainOptions
 
 SCHEMA_VERSION = 2
 """Of run.yaml. Before 2, QLoRA on a GGUF file quantized its dequantized weights anew."""
 RECORD_KEY = "record"
-METHODS = ("auto", "full", "lora", "qlora")
 
 AnyOptions = TypeVar("AnyOptions", bound=Options)
-
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}
-_UNITS |= {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
-
-
-def parse_bytes(value: Any) -> Any:
-    """Bytes of `6GiB`, `6GB` (10⁹ each), `800M` or a plain number. ValueError for anything else."""
-    if value is None or (isinstance(value, int) and not isinstance(value, bool)):
-        return value
-    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-zA-Z]*)\s*", str(value))
-    if match is None or match[2].lower() not in _UNITS:
-        raise ValueError("a size is a number and a unit, as in 6GiB, 6GB or 800MB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
-
-
-Size = Annotated[int, BeforeValidator(parse_bytes)]
 
 
 class RunOptions(Options):
     """What belongs to the run and to no component."""
 
-    method: Literal["auto", "full", "lora", "qlora"] = Field(
-        "auto", description="auto (the plan chooses and says why), qlora (4-bit base), lora (16-bit base) or full"
+    method: methods.Base = Field(
+        "auto",
+        description="auto (the plan chooses and says why), qlora (4-bit base), lora (16-bit base) or full; or a name "
+        f"that is short for one of them with other fields: {', '.join(methods.named_presets())}",
     )
     memory: Size | None = Field(
         None, gt=0, description="Budget that the run must keep, as 6GiB or 6GB; by default 90 % of what is free"
@@ -68,13 +53,44 @@ class RunOptions(Options):
     @classmethod
     def _built(cls, value: Any) -> Any:
         name = str(value).lower()
+        if name in aliases.TASKS_ELSEWHERE:
+            raise ValueError(f"{name} is a task here and no method: --task {name}")
         if name in aliases.LATER_METHODS:
-            raise ValueError(f"{name} is not built yet: choose one of {', '.join(METHODS)}")
+            raise ValueError(f"{name} is not built: choose one of auto, {', '.join(methods.PRESETS)}")
         return name if isinstance(value, str) else value
 
 
-class RunConfig(ModelOptions, DataOptions, QuantOptions, LoraOptions, OptimOptions, TrainOptions, RunOptions):
-    """One run: a frozen value. `model_dump()` gives it back as plain data; `run.yaml` is exactly that."""
+class RunConfig(
+    ModelOptions, DataOptions, QuantOptions, LoraOptions, OptimOptions, DpoOptions, TrainOptions, RunOptions
+):
+    """One run: a frozen value. `model_dump()` gives it back as plain data; `run.yaml` is exactly that.
+
+    `method` may be given as any name of `run.methods.PRESETS`; it is held written out.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _presets(cls, values: Any) -> Any:
+        return methods.expand(values) if isinstance(values, Mapping) else values
+
+    @property
+    def method_name(self) -> str:
+        """The method's name for people: `qdora`, where `method` is qlora and `use_dora` is set."""
+        return methods.name_of(self.model_dump())
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "RunConfig":
+        """What options of two components cannot mean together."""
+        if self.galore and self.method != "full":
+            raise ValueError(f"optim: {self.optim} is for full fine-tuning: set method: full")
+        if self.loraplus_lr_ratio is not None and self.method == "full":
+            raise ValueError("loraplus_lr_ratio is for adapters, and method full has none: leave it out")
+        if self.by_layer and (self.gradient_accumulation_steps or 1) > 1:
+            raise ValueError(
+                "gradient_accumulation_steps must be 1 with per_layer_updates (on with optim: galore_…): gradients are "
+                "gone after each backward pass; raise per_device_train_batch_size, or set per_layer_updates to false"
+            )
+        return self
 
     def pick(self, options: type[Options]) -> Any:
         """The part of this config that a component declared, as that component's own class."""
@@ -82,7 +98,7 @@ class RunConfig(ModelOptions, DataOptions, QuantOptions, LoraOptions, OptimOptio
 
     def replace(self, **changes: Any) -> "RunConfig":
         """A copy with fields changed, validated again."""
-        return RunConfig.model_validate({**self.model_dump(), **changes})
+        return RunConfig.model_validate({**self.model_dump(), **methods.expand(changes)})
 
 
 COMPONENTS: dict[str, type[Options]] = {
@@ -92,6 +108,7 @@ COMPONENTS: dict[str, type[Options]] = {
     "quantization": QuantOptions,
     "adapter": LoraOptions,
     "optimizer": OptimOptions,
+    "preference": DpoOptions,
     "training": TrainOptions,
 }
 """Title → options class, in the order in which a person fills them in."""
@@ -142,7 +159,7 @@ def _describe(error: ValidationError, entries: Mapping[str, Entry]) -> str:
         entry = entries.get(field)
         where = f"{entry.where}: " if entry and not entry.where.startswith("--") and entry.where != "argument" else ""
         name = entry.where if entry and entry.where.startswith("--") else field
-        got = f", not {entry.value!r}" if entry and not any("not built yet" in t for t in texts) else ""
+        got = f", not {entry.value!r}" if entry and not any("not built" in t or "no method" in t for t in texts) else ""
         parts.append(f"{where}{name + ' ' if name else ''}{' or '.join(texts)}{got}")
     return "; ".join(parts)
 
@@ -150,16 +167,16 @@ def _describe(error: ValidationError, entries: Mapping[str, Entry]) -> str:
 def translate(raw: Mapping[str, Entry]) -> dict[str, Entry]:
     """Our field names for whatever spelling was used. UsageError for unknown keys and for two that disagree."""
     found: dict[str, Entry] = {}
-    methods: dict[str, Entry] = {}
+    methods_given: dict[str, Entry] = {}
     for written, entry in raw.items():
         key = written.replace("-", "_")
         if key in (RECORD_KEY, "schema_version"):
             _check_schema(key, entry)
         elif key in aliases.METHOD_KEYS or key in aliases.BITS_KEYS:
-            methods[key] = entry
+            methods_given[key] = entry
         elif key in aliases.LATER_KEYS:
             if entry.value not in (False, None):
-                raise UsageError(f"{entry.where}: {written}: {aliases.LATER_KEYS[key]} is not built yet")
+                raise UsageError(f"{entry.where}: {written}: {aliases.LATER_KEYS[key]} is not built")
         elif key in RunConfig.model_fields:
             _put(found, key, Entry(aliases.own_value(key, entry.value), entry.where), written)
         elif key in aliases.ALIASES:
@@ -169,9 +186,29 @@ def translate(raw: Mapping[str, Entry]) -> dict[str, Entry]:
             continue
         else:
             raise UsageError(f"{entry.where}: {written} is not a key that halfbyte knows{did_you_mean(key)}")
-    method = _method(methods)
+    method = _method(methods_given)
     if method is not None:
-        _put(found, "method", method, " and ".join(methods))
+        _put(found, "method", method, " and ".join(methods_given))
+    return _with_preset(found)
+
+
+def _with_preset(found: dict[str, Entry]) -> dict[str, Entry]:
+    """The method's preset written out, each field at the place that named the method."""
+    entry = found.get("method")
+    name = None if entry is None else methods.known(str(entry.value))
+    if entry is None or name is None or name == "auto":
+        return found
+    preset = methods.PRESETS[name]
+    for field, value in preset.fields.items():
+        own = found.get(field)
+        if own is None or own.value is None:
+            found[field] = Entry(value, entry.where)
+        elif not preset.is_one(field, own.value):
+            raise UsageError(
+                f"{entry.where}: method {name} means {field}: {_scalar(value)}, but {own.where} says "
+                f"{_scalar(own.value)}: remove one"
+            )
+    found["method"] = Entry(preset.method, entry.where)
     return found
 
 

@@ -162,7 +162,7 @@ def summary(path: Path) -> RunSummary:
     """What the files of a run say about it."""
     try:
         config, record = read_config(path)
-        model, method, started = Path(config.model).name, config.method, str(record.get("started"))
+        model, method, started = Path(config.model).name, config.method_name, str(record.get("started"))
         events = read_events(path / EVENTS) if (path / EVENTS).is_file() else []
     except UsageError:
         return RunSummary(path, "damaged", "?", "?", 0, None, None, None, None)

@@ -95,6 +95,7 @@ def result_of(
     return {
         "schema_version": SCHEMA_VERSION,
         "method": config.method,
+        "method_name": config.method_name,
         **trained.to_json(),
         "seconds": round(trained.seconds + other_seconds, 3),
         "training_seconds": round(trained.seconds, 3),

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from halfbyte import ops
-from halfbyte.adapters import AttachReport, attach, load_adapter, read_adapter_config
-from halfbyte.adapters.lora import LoraOptions
-from halfbyte.adapters.peft_io import lora_options
+from halfbyte.adapters import AttachReport, attach, load_adapter, read_options
+from halfbyte.adapters.lora import LoraOptions, report
+from halfbyte.adapters.peft_io import CONFIG as ADAPTER_CONFIG
 from halfbyte.data import Prepared, collate, plan_micro_batches
 from halfbyte.errors import Interrupted, UsageError
 from halfbyte.evaluate.evaluate import BaseAndTuned, EvaluateResult, against, evaluate, evaluate_base_and_tuned
@@ -32,11 +32,12 @@ from halfbyte.files import write_atomic
 from halfbyte.linear import segments
 from halfbyte.models.load import LoadedModel, load_model
 from halfbyte.models.options import ModelOptions
+from halfbyte.models.shifted_source import LinearBase
 from halfbyte.models.source import ModelSource
 from halfbyte.optim.options import OptimOptions
 from halfbyte.plan.recommend import check_fits
 from halfbyte.quant.options import QuantOptions
-from halfbyte.run import folder, outputs, planning
+from halfbyte.run import folder, outputs, planning, preference
 from halfbyte.run.config import RunConfig, to_yaml
 from halfbyte.run.planning import Survey
 from halfbyte.train.checkpoint import list_checkpoints, step_of
@@ -146,13 +147,21 @@ def with_adapter(config: RunConfig) -> RunConfig:
         return config
     if config.method == "full":
         raise UsageError("adapter_path continues an adapter, and method full has none: leave one out")
-    options = lora_options(read_adapter_config(Path(config.adapter_path)))
-    shape = ("lora_r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+    if config.init_lora_weights != "default" or config.loftq_iter != 1:
+        raise UsageError(
+            f"init_lora_weights is {config.init_lora_weights!r}, and the adapter in {config.adapter_path} has its "
+            "values already: leave it out"
+        )
+    options = read_options(Path(config.adapter_path))
+    shape = ("lora_r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
     for name in shape:
         asked, own = getattr(config, name), getattr(options, name)
         if asked not in (LoraOptions.model_fields[name].get_default(call_default_factory=True), own):
             raise UsageError(f"{name} is {asked!r}, and the adapter in {config.adapter_path} has {own!r}: leave it out")
-    return config.replace(**{name: getattr(options, name) for name in shape})
+    own = {name: getattr(options, name) for name in shape}
+    if config.lora_dropout == LoraOptions.model_fields["lora_dropout"].default:
+        own["lora_dropout"] = options.lora_dropout
+    return config.replace(**own)
 
 
 def tell_prepared(found: Survey, on_event: Listener) -> None:
@@ -175,13 +184,13 @@ def _train(directory: RunDirectory, config: RunConfig, record: Event, found: Sur
     prepared = found.prepared
     assert prepared is not None
     loaded = load(config, found.source)
-    trainable, report = make_trainable(loaded, config)
+    trainable, attached = make_trainable(loaded, config, _last_adapter(directory.path))
     on_event(
         {
             "event": "loaded",
             "seconds": clock() - started,
-            "trainable_parameters": report.trainable_parameters,
-            "total_parameters": report.total_parameters,
+            "trainable_parameters": attached.trainable_parameters,
+            "total_parameters": attached.total_parameters,
             "formats": dict(Counter(s.weight.format for s in segments(loaded.model).values()).most_common()),
             "backend": ops.backend().name,
             "backend_reason": ops.backend().reason,
@@ -189,15 +198,23 @@ def _train(directory: RunDirectory, config: RunConfig, record: Event, found: Sur
     )
     base = _base_of_full(directory.path, config, loaded, prepared)
     plan = train_plan(config, loaded, trainable, prepared, identity(found))
+    model: Any = loaded.model
+    reference: Tensor | None = None
+    if prepared.pairs:
+        feed = feed_of(config, prepared)
+        model, plan, reference = preference.paired(directory.path, config, loaded, prepared, plan, feed, on_event)
     sinks = open_sinks(config.report_to, directory.path, config.model_dump(mode="json"))
     before = clock()
     try:
-        trained = train(loaded.model, plan, directory, [on_event, *sinks])  # type: ignore[arg-type]
+        trained = train(model, plan, directory, [on_event, *sinks])
     finally:
         for sink in sinks:
             sink.close()
     after = clock()
-    scores = _scores(config, loaded, prepared, base)
+    if prepared.pairs:
+        scores = None if reference is None else preference.scores(config, loaded, prepared, reference)
+    else:
+        scores = _scores(config, loaded, prepared, base)
     beside = (before - started) + (clock() - after)
     result = outputs.write(directory.path, config, record, found, loaded, trained, scores, beside)
     on_event({"event": "finished", "path": directory.path, "result": result})
@@ -206,23 +223,55 @@ def _train(directory: RunDirectory, config: RunConfig, record: Event, found: Sur
 
 def load(config: RunConfig, source: ModelSource | None = None) -> LoadedModel:
     """The base model as the run's method holds it: quantized linears for QLoRA, the compute dtype for the others."""
-    quant = config.pick(QuantOptions) if config.method == "qlora" else None
-    return load_model(config.pick(ModelOptions), quant, source=source)
+    return load_model(config.pick(ModelOptions), quant_of(config), source=source)
 
 
-def make_trainable(loaded: LoadedModel, config: RunConfig) -> tuple[dict[str, nn.Parameter], AttachReport]:
-    """What the optimizer moves, by name: the adapters, or under `full` every tensor."""
+def quant_of(config: RunConfig) -> QuantOptions | None:
+    """How the run's method quantizes the base; None: it does not."""
+    return config.pick(QuantOptions) if config.method == "qlora" else None
+
+
+def make_trainable(
+    loaded: LoadedModel, config: RunConfig, begun: Path | None = None
+) -> tuple[dict[str, nn.Parameter], AttachReport]:
+    """What the optimizer moves, by name: the adapters and `modules_to_save`, or under `full` every tensor.
+
+    begun  the adapter of a checkpoint of this run. Where initial values had shifted the base, the shift is taken from
+           this file: trained factors no longer say what it was
+    """
     model = loaded.model
     if config.method == "full":
-        if not hasattr(model, "unfreeze"):
-            raise UsageError("method full is built for the decoder's families only: use lora or qlora with this model")
-        parameters: dict[str, nn.Parameter] = model.unfreeze()  # type: ignore[operator]
-        count = sum(p.numel() for p in parameters.values())
-        return parameters, AttachReport((), count, count)
-    report = attach(model, config.pick(LoraOptions), config.seed)
-    if config.adapter_path is not None:
-        load_adapter(model, Path(config.adapter_path))
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}, report
+        return _unfreeze(model, config)
+    options, base = config.pick(LoraOptions), LinearBase(loaded, quant_of(config))
+    given = config.adapter_path
+    path = begun if begun is not None and (options.shifts_base or given is not None) else given
+    if path is None:
+        attached = attach(model, options, config.seed, base)
+    else:
+        load_adapter(model, Path(path), base)
+        adapters = {name: s.adapter for name, s in segments(model).items() if s.adapter is not None}
+        for adapter in adapters.values():
+            adapter.dropout = config.lora_dropout
+        attached = report(model, tuple(adapters))
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}, attached
+
+
+def _unfreeze(model: nn.Module, config: RunConfig) -> tuple[dict[str, nn.Parameter], AttachReport]:
+    for name in ("use_dora", "init_lora_weights", "modules_to_save"):
+        value = getattr(config, name)
+        if value != LoraOptions.model_fields[name].get_default(call_default_factory=True):
+            raise UsageError(f"{name} is {value!r}, which is for adapters, and method full has none: leave it out")
+    if not hasattr(model, "unfreeze"):
+        raise UsageError("method full is built for the decoder's families only: use lora or qlora with this model")
+    parameters: dict[str, nn.Parameter] = model.unfreeze()  # type: ignore[operator]
+    count = sum(p.numel() for p in parameters.values())
+    return parameters, AttachReport((), count, count)
+
+
+def _last_adapter(run: Path) -> Path | None:
+    """The newest checkpoint of a run that has an adapter in it."""
+    found = (checkpoint for checkpoint in reversed(list_checkpoints(run)) if (checkpoint / ADAPTER_CONFIG).is_file())
+    return next(found, None)
 
 
 def identity(found: Survey) -> dict[str, str]:
@@ -244,16 +293,11 @@ def train_plan(
 ) -> TrainPlan:
     """The loop's plan: rows of a step, steps in all, how to evaluate, what else to save."""
     options, model = config.pick(TrainOptions), loaded.model
-    micro_batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
-    assert micro_batch is not None
-    assert accumulation is not None
-    longest = max(map(len, prepared.train))
-    rows = micro_batch * accumulation
-    feed = Feed(prepared.train, prepared.sampler(config.seed), rows, micro_batch, config.packing, micro_batch * longest)
-    per_epoch, total = count_steps(len(prepared.train), rows, options)
+    feed = feed_of(config, prepared)
+    per_epoch, total = count_steps(len(prepared.train), feed.rows_per_update, options)
     device = torch.device(config.device)
     model.checkpointing = bool(config.gradient_checkpointing)  # type: ignore[assignment]
-    pieces = plan_micro_batches([len(e) for e in prepared.eval], 1, True, micro_batch * longest)
+    pieces = plan_micro_batches([len(e) for e in prepared.eval], 1, True, feed.max_tokens)
     held_out = [collate([prepared.eval[i] for i in piece]) for piece in pieces]
     extras = None if config.method == "full" else partial(outputs.write_adapter, config=config, loaded=loaded)
     return TrainPlan(
@@ -271,6 +315,16 @@ def train_plan(
         device=device,
         loss_scaling=config.dtype == "float16",
     )
+
+
+def feed_of(config: RunConfig, prepared: Prepared) -> Feed:
+    """The rows of every update, in micro-batches."""
+    micro_batch, accumulation = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    assert micro_batch is not None
+    assert accumulation is not None
+    max_tokens = micro_batch * max(map(len, prepared.train))
+    rows = micro_batch * accumulation
+    return Feed(prepared.train, prepared.sampler(config.seed), rows, micro_batch, config.packing, max_tokens)
 
 
 def _base_of_full(path: Path, config: RunConfig, loaded: LoadedModel, prepared: Prepared) -> EvaluateResult | None:

@@ -29,12 +29,14 @@ from halfbyte.evaluate.evaluate import (
 )
 from halfbyte.evaluate.evaluate import against as pair
 from halfbyte.evaluate.generate import Generation, end_ids, generate_batch
+from halfbyte.evaluate.preference import DpoOptions, evaluate_preferences
 from halfbyte.evaluate.sampling import GenerateOptions
 from halfbyte.export.deltas import WeightedAdapter
 from halfbyte.export.merge import MergeOptions, MergeReport, merge
 from halfbyte.export.score import MAX_FALLBACK_TOKENS, MAX_TOKENS, HeldOut, choose_rows
 from halfbyte.models.load import LoadedModel, load_model
 from halfbyte.models.options import ModelOptions
+from halfbyte.models.shifted_source import LinearBase
 from halfbyte.models.source import ModelSource
 from halfbyte.quant.options import QuantOptions
 from halfbyte.run import folder, planning
@@ -133,7 +135,7 @@ def open_target(target: Target, source: ModelSource | None = None) -> Opened:
     config = target.config
     loaded = load_model(config.pick(ModelOptions), target.quant, source=source)
     if target.adapter is not None:
-        load_adapter(loaded.model, target.adapter)
+        load_adapter(loaded.model, target.adapter, LinearBase(loaded, target.quant))
     loaded.model.eval()
     encoder = Encoder(loaded.tokenizer)
     kept = target.run / TEMPLATE if target.run is not None else None
@@ -174,6 +176,11 @@ def evaluate_target(
     found = planning.survey(config)
     assert found.prepared is not None
     opened = open_target(target, found.source)
+    options = options or EvaluateOptions()
+    pairs = found.prepared.eval[: options.max_rows]
+    if pairs and pairs[0].rejected is not None and opened.tuned and not options.metrics:
+        tell = on_progress or (lambda what, done, total: None)
+        return evaluate_preferences(opened.model, pairs, config.pick(DpoOptions), options.eval_batch_tokens, tell)
     rows, labels, stops = found.prepared.eval, found.prepared.labels, opened.end_ids | set(found.prepared.stop_ids)
 
     def measure(model: Any, both: bool) -> Any:

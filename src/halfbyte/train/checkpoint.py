@@ -20,14 +20,12 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from halfbyte.errors import HalfbyteError
@@ -40,6 +38,8 @@ from halfbyte.files import (
     take_place,
     write_atomic,
 )
+from halfbyte.rawfile import CutOff
+from halfbyte.tensorfile import Planned, TensorFile, largest_items_first, write_file
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
@@ -53,11 +53,11 @@ _REST = 1 << 20
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory: tensors on the CPU, and the content of state.json."""
+    """A checkpoint: its tensors, on the CPU, each read when it is asked for, and the content of state.json."""
 
     path: Path
-    trainable: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
+    trainable: Mapping[str, Tensor]
+    optimizer: Mapping[str, Tensor]
     state: dict[str, Any]
 
 
@@ -82,20 +82,23 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted((p for p in run.glob("checkpoint-*") if p.is_dir() and _NAME.fullmatch(p.name)), key=step_of)
 
 
-def bytes_needed(trainable: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> int:
+def bytes_needed(trainable: Mapping[str, Tensor], optimizer: Sequence[Planned]) -> int:
     """What one checkpoint takes on the disk, the run's own copy of the trained tensors included."""
-    return 2 * sum(t.nbytes for t in trainable.values()) + sum(t.nbytes for t in optimizer.values()) + _REST
+    return 2 * sum(t.nbytes for t in trainable.values()) + sum(t.nbytes for t in optimizer) + _REST
 
 
 def save(
     run: Path,
     step: int,
     trainable: Mapping[str, Tensor],
-    optimizer: Mapping[str, Tensor],
+    optimizer: Sequence[Planned],
     state: Mapping[str, object],
     save_extras: Callable[[Path], None] | None = None,
 ) -> Path:
-    """Write checkpoint-<step> below `run`; raises DoesNotFit before it writes if the disk is too small."""
+    """Write checkpoint-<step> below `run`; raises DoesNotFit before it writes if the disk is too small.
+
+    optimizer   its state, tensor by tensor; none has to be in memory before it is written, or whole
+    """
     require_free_space(run, bytes_needed(trainable, optimizer), f"the checkpoint of step {step}")
     target = folder_of(run, step)
     partial = run / f".{target.name}.partial-{os.getpid()}"
@@ -104,8 +107,9 @@ def save(
         partial.mkdir(parents=True)
         if save_extras is not None:
             save_extras(partial)
-        save_file(_on_cpu(trainable), partial / TRAINABLE)
-        save_file(_on_cpu(optimizer), partial / OPTIMIZER)
+        weights = [Planned.of(name, tensor) for name, tensor in trainable.items()]
+        write_file(partial / TRAINABLE, largest_items_first(weights))
+        write_file(partial / OPTIMIZER, largest_items_first(optimizer))
         write_atomic(partial / STATE, _json({"schema_version": SCHEMA_VERSION, "step": step, **state}))
         files = [path for path in sorted(partial.rglob("*")) if path.is_file()]
         for path in files:
@@ -148,12 +152,12 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path) -> Checkpoint:
-    """Verify and read a checkpoint."""
+    """Verify a checkpoint and open it."""
     verify(folder)
     try:
         state = json.loads((folder / STATE).read_bytes())
-        return Checkpoint(folder, load_file(folder / TRAINABLE), load_file(folder / OPTIMIZER), state)
-    except (OSError, ValueError, SafetensorError) as error:
+        return Checkpoint(folder, TensorFile(folder / TRAINABLE), TensorFile(folder / OPTIMIZER), state)
+    except (OSError, ValueError, CutOff) as error:
         raise Damaged(f"{folder} is not a checkpoint of training: {error}") from error
 
 
@@ -227,10 +231,6 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if version != SCHEMA_VERSION:
         raise HalfbyteError(f"{path} has schema_version {version}; this halfbyte reads {SCHEMA_VERSION}")
     return dict(manifest)
-
-
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _json(value: object) -> str:

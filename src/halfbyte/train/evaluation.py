@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from halfbyte.batch import Batch
-from halfbyte.train.update import Model, to_device
+from halfbyte.train.update import Model
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def evaluation_loss(
     for batch in batches:
         if stop():
             return None
-        nll, supervised = model.loss(to_device(batch, device))
+        nll, supervised = model.loss(batch.to(device))
         total += nll.double().cpu()
         tokens += supervised
     return {"loss": float(total) / tokens if tokens else float("nan"), "supervised_tokens": tokens}

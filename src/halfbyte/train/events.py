@@ -15,6 +15,8 @@ In a `step`, seconds, tokens and supervised_tokens are sums over the updates sin
 unless logging_steps says otherwise), seconds without evaluation and saving; loss is the mean over their supervised
 tokens; learning_rate and grad_norm (before clipping) are the last update's; memory_bytes is the process's resident set
 at that moment (VmRSS) and peak_memory_bytes its peak (VmHWM). On a GPU device_memory_bytes is torch's peak allocation.
+With `task: dpo` loss is the mean over pairs of answers, and `step` and `eval` have more such means: rewards/chosen,
+rewards/rejected, rewards/margins, rewards/accuracies, logps/chosen, logps/rejected.
 
 Each line is written at once, so a killed process loses none, and synced to the disk with each checkpoint. A
 resumed run drops the lines after its checkpoint (and a torn last line), so each step is there once; the file is then

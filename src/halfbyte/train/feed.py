@@ -42,6 +42,13 @@ class Feed:
         start = update * self.rows_per_update
         return [int(index) for index in self.sampler.order(epoch)[start : start + self.rows_per_update]]
 
+    def rows_of(self, total_steps: int) -> list[int]:
+        """Indices of the examples that the first `total_steps` updates see, sorted."""
+        epochs, updates = divmod(total_steps, self.steps_per_epoch)
+        orders = [self.sampler.order(epoch) for epoch in range(epochs)]
+        orders.append(self.sampler.order(epochs)[: updates * self.rows_per_update])
+        return [int(index) for index in np.unique(np.concatenate(orders))]
+
     def batches_for_update(self, step: int) -> list[Batch]:
         """The micro-batches of update `step`."""
         chosen = [self.examples[index] for index in self.rows(step)]

@@ -25,13 +25,25 @@ from halfbyte.errors import HalfbyteError, Interrupted, UsageError
 from halfbyte.files import require_free_space
 from halfbyte.optim.adamw import AdamW, clip_factor
 from halfbyte.optim.schedule import learning_rate_at
+from halfbyte.tensorfile import layout_of, part_of
 from halfbyte.train import checkpoint
 from halfbyte.train.events import SCHEMA_VERSION, EventLog, Listener, drop_after
 from halfbyte.train.memory import process_memory
 from halfbyte.train.run_directory import RunDirectory
 from halfbyte.train.signals import StopRequest
 from halfbyte.train.state import TrainPlan, TrainResult, TrainState, environment
-from halfbyte.train.update import FIRST_LOSS_SCALE, LossScale, Model, NonFinite, Stopped, backward, to_device
+from halfbyte.train.update import (
+    FIRST_LOSS_SCALE,
+    LossScale,
+    Model,
+    NonFinite,
+    Stopped,
+    backward,
+    update_by_layer,
+)
+
+READ_AT_ONCE = 1 << 24
+"""Elements of a checkpoint's tensor that are read at once."""
 
 
 def train(model: Model, plan: TrainPlan, run: RunDirectory, listeners: Iterable[Listener] = ()) -> TrainResult:
@@ -41,8 +53,11 @@ def train(model: Model, plan: TrainPlan, run: RunDirectory, listeners: Iterable[
     DoesNotFit if the disk cannot hold the checkpoints. The random state of torch is as before afterwards.
     """
     options, optim = plan.options, plan.optim
-    optimizer = AdamW(plan.trainable, optim)
-    with StopRequest() as stop, _random_state_kept(plan.device), contextlib.closing(Session(run, plan, listeners)) as s:
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        stack.enter_context(_random_state_kept(plan.device))
+        s = stack.enter_context(contextlib.closing(Session(run, plan, listeners)))
+        optimizer = stack.enter_context(contextlib.closing(AdamW(plan.trainable, optim, run.path)))
         state = s.start(optimizer)
         scale = LossScale(state.loss_scale, state.loss_scale_good_updates, plan.loss_scaling)
         try:
@@ -55,15 +70,19 @@ def train(model: Model, plan: TrainPlan, run: RunDirectory, listeners: Iterable[
                     break
 
                 started, step = time.perf_counter(), state.step + 1
-                batches = [to_device(batch, plan.device) for batch in plan.batches_for_update(step)]
+                batches = [batch.to(plan.device) for batch in plan.batches_for_update(step)]
                 model.train()
-                update = backward(model, optimizer, batches, options.seed, step, scale, stop, plan.locate)
                 rate = learning_rate_at(step, plan.total_steps, optim)
-                optimizer.step(rate, update.unscale * clip_factor(update.grad_norm, optim.max_grad_norm))
+                if optim.by_layer:
+                    update = update_by_layer(model, optimizer, batches, options.seed, step, rate, stop, plan.locate)
+                else:
+                    update = backward(model, optimizer, batches, options.seed, step, scale, stop, plan.locate)
+                    optimizer.step(rate, update.unscale * clip_factor(update.grad_norm, optim.clip_norm))
                 optimizer.zero_grad()
                 scale.grow()
                 state.take_scale(scale)
-                state.add(update.loss, update.tokens, update.supervised_tokens, time.perf_counter() - started)
+                figures = plan.figures() if plan.figures is not None else {}
+                state.add(update, time.perf_counter() - started, figures)
                 if step % options.logging_steps == 0 or step == plan.total_steps:
                     s.log_step(rate, update.grad_norm)
         except Stopped:
@@ -105,9 +124,9 @@ class Session:
         found = checkpoint.load_latest(self.run.path, problems.append)
         if found is None:
             self.state.loss_scale = FIRST_LOSS_SCALE if self.plan.loss_scaling else 1.0
-            room = (self.plan.options.save_total_limit + 2) * checkpoint.bytes_needed(
-                self.plan.trainable, optimizer.state_dict()
-            )
+            # Those that are kept, the best one beside them, and the one that is written before the oldest goes.
+            most = min(self.plan.options.save_total_limit + 2, self.plan.total_steps)
+            room = most * checkpoint.bytes_needed(self.plan.trainable, optimizer.planned())
             require_free_space(self.run.path, room, "keeping this run's checkpoints")
         else:
             problems += self._restore(found, optimizer)
@@ -221,7 +240,7 @@ class Session:
                 self.run.path,
                 self.state.step,
                 self.plan.trainable,
-                optimizer.state_dict(),
+                optimizer.planned(),
                 description,
                 self.plan.save_extras,
             )
@@ -241,7 +260,7 @@ class Session:
         """Tell why it ends; where the numbers broke, the weights of the update before are saved first."""
         optimizer.zero_grad()
         with contextlib.suppress(HalfbyteError):
-            if isinstance(error, NonFinite) and error.weights_are_finite:
+            if isinstance(error, NonFinite) and error.worth_saving:
                 self.save(optimizer, final=False)
             self.end("failed", message=str(error))
 
@@ -273,7 +292,7 @@ class Session:
             tokens=state.tokens,
             supervised_tokens=state.supervised_tokens,
             tokens_per_second=state.tokens / state.seconds if state.seconds else 0.0,
-            train_loss=state.nll / state.supervised_tokens if state.supervised_tokens else None,
+            train_loss=state.loss_sum / state.terms if state.terms else None,
             final_loss=state.last_loss,
             eval_loss=state.eval_loss,
             best_step=state.best_step,
@@ -290,8 +309,7 @@ def _load_trainable(plan: TrainPlan, found: checkpoint.Checkpoint) -> None:
     """Copy a checkpoint's tensors into the parameters; another set or shape of tensors is not this run."""
     mine, theirs = plan.trainable, found.trainable
     different = sorted(mine.keys() ^ theirs.keys())
-    different += [n for n in mine.keys() & theirs.keys() if mine[n].shape != theirs[n].shape]
-    different += [n for n in mine.keys() & theirs.keys() if mine[n].dtype != theirs[n].dtype]
+    different += [n for n in mine.keys() & theirs.keys() if (mine[n].shape, mine[n].dtype) != layout_of(theirs, n)]
     if different:
         raise UsageError(
             f"{found.path} has other trained tensors than this run ({len(different)} differ, {different[0]} first): "
@@ -299,7 +317,10 @@ def _load_trainable(plan: TrainPlan, found: checkpoint.Checkpoint) -> None:
         )
     with torch.no_grad():
         for name, parameter in mine.items():
-            parameter.copy_(theirs[name])
+            flat = parameter.detach().view(-1)
+            for start in range(0, flat.numel(), READ_AT_ONCE):  # a large embedding is not held twice
+                stop = min(start + READ_AT_ONCE, flat.numel())
+                flat[start:stop] = part_of(theirs, name, start, stop)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from halfbyte.batch import Batch
 from halfbyte.errors import UsageError
 from halfbyte.optim.options import OptimOptions
 from halfbyte.train.options import TrainOptions
-from halfbyte.train.update import LossScale
+from halfbyte.train.update import LossScale, Update
 
 CPU = torch.device("cpu")
 
@@ -46,6 +46,7 @@ class TrainPlan:
     total_tokens        tokens of the whole run, where known, for the time left
     device              where batches are moved to
     loss_scaling        scale the loss against fp16's small range
+    figures             what else is known of the update that was just computed, for `step` events: means over its terms
     """
 
     options: TrainOptions
@@ -61,12 +62,18 @@ class TrainPlan:
     total_tokens: int | None = None
     device: torch.device = CPU
     loss_scaling: bool = False
+    figures: Callable[[], Mapping[str, float]] | None = None
 
     def __post_init__(self) -> None:
         if not self.trainable:
             raise UsageError("nothing to train: no adapter is attached and no weight is trainable")
         if self.optim.learning_rate is None:
             raise ValueError("optim.learning_rate must be resolved before training")
+        if self.optim.by_layer and self.loss_scaling:
+            raise UsageError(
+                "per_layer_updates cannot be had in float16: an overflow is found when layers are already updated, and "
+                "the loss cannot be scaled again; use --dtype bfloat16 or float32"
+            )
 
     def evaluation_is_due(self, step: int) -> bool:
         """After every `eval_steps` (or epoch), and after the last step."""
@@ -81,6 +88,7 @@ class TrainState:
     """What a checkpoint carries beside tensors. Sums are over the whole run, all its sessions.
 
     seconds        of the updates alone; other_seconds: of evaluating and saving
+    loss_sum       over `terms`: supervised tokens, or pairs of answers
     window_*       sums since the last `step` event, for logging_steps > 1
     """
 
@@ -89,11 +97,14 @@ class TrainState:
     other_seconds: float = 0.0
     tokens: int = 0
     supervised_tokens: int = 0
-    nll: float = 0.0
+    terms: int = 0
+    loss_sum: float = 0.0
     window_seconds: float = 0.0
     window_tokens: int = 0
     window_supervised_tokens: int = 0
-    window_nll: float = 0.0
+    window_terms: int = 0
+    window_loss_sum: float = 0.0
+    window_figures: dict[str, float] = field(default_factory=dict)
     last_loss: float | None = None
     evaluated_step: int = 0
     eval_loss: float | None = None
@@ -103,18 +114,22 @@ class TrainState:
     loss_scale: float = 1.0
     loss_scale_good_updates: int = 0
 
-    def add(self, loss: float, tokens: int, supervised_tokens: int, seconds: float) -> None:
-        """Count one update."""
+    def add(self, update: Update, seconds: float, figures: Mapping[str, float]) -> None:
+        """Count one update; `figures` are further means over its terms."""
         self.step += 1
-        self.last_loss = loss
+        self.last_loss = update.loss
         self.seconds += seconds
-        self.tokens += tokens
-        self.supervised_tokens += supervised_tokens
-        self.nll += loss * supervised_tokens
+        self.tokens += update.tokens
+        self.supervised_tokens += update.supervised_tokens
+        self.terms += update.terms
+        self.loss_sum += update.loss * update.terms
         self.window_seconds += seconds
-        self.window_tokens += tokens
-        self.window_supervised_tokens += supervised_tokens
-        self.window_nll += loss * supervised_tokens
+        self.window_tokens += update.tokens
+        self.window_supervised_tokens += update.supervised_tokens
+        self.window_terms += update.terms
+        self.window_loss_sum += update.loss * update.terms
+        for name, value in figures.items():
+            self.window_figures[name] = self.window_figures.get(name, 0.0) + value * update.terms
 
     def take_window(self) -> dict[str, float | int]:
         """The fields of a `step` event, and an empty window."""
@@ -122,9 +137,11 @@ class TrainState:
             "seconds": round(self.window_seconds, 6),
             "tokens": self.window_tokens,
             "supervised_tokens": self.window_supervised_tokens,
-            "loss": self.window_nll / self.window_supervised_tokens,
+            "loss": self.window_loss_sum / self.window_terms,
+            **{name: value / self.window_terms for name, value in self.window_figures.items()},
         }
-        self.window_seconds, self.window_tokens, self.window_supervised_tokens, self.window_nll = 0.0, 0, 0, 0.0
+        self.window_seconds, self.window_tokens, self.window_supervised_tokens = 0.0, 0, 0
+        self.window_terms, self.window_loss_sum, self.window_figures = 0, 0.0, {}
         return taken
 
     def take_evaluation(self, loss: float) -> bool:
@@ -145,6 +162,14 @@ class TrainState:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """The state that `to_json` wrote. Before pairs of answers, terms were supervised tokens under other names."""
+        older = {
+            f"{window}{now}": values[f"{window}{then}"]
+            for window in ("", "window_")
+            for now, then in (("terms", "supervised_tokens"), ("loss_sum", "nll"))
+            if f"{window}{now}" not in values
+        }
+        values = {"window_figures": {}, **values, **older}
         return cls(**{f.name: values[f.name] for f in fields(cls)})
 
 
@@ -155,7 +180,7 @@ class TrainResult:
     status              completed or stopped_early
     seconds             of training, with evaluating and saving, over all sessions; work that a kill lost is not counted
     update_seconds      of the updates alone, which tokens_per_second counts
-    train_loss          mean over the supervised tokens of the whole run; final_loss: of the last update
+    train_loss          mean over the supervised tokens (or pairs) of the whole run; final_loss: of the last update
     eval_loss           of the last evaluation
     checkpoint          the last one
     """
