@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from halfbyte import ops
 from halfbyte.errors import UsageError
 from halfbyte.optim import OptimOptions
-from halfbyte.optim.adamw import AdamW, join_bits
+from halfbyte.optim.adamw import AdamW
+from halfbyte.optim.moments import join_bits
 
 RATE = 1e-3
 SHAPES = [(1024, 32), (256, 256), (64, 4097), (1024, 1)]
