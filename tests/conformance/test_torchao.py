@@ -5,6 +5,7 @@ torchao itself is no judge of bits: its codebook is rounded to four decimals, it
 
 import copy
 import io
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,6 +15,13 @@ from tests.conformance.routes import DTYPES, SHORT, Direct, Registered
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=SHORT.get)
 NF4 = QuantOptions(double_quant=False)
+
+
+@pytest.fixture(autouse=True)
+def _eager() -> Iterator[None]:
+    """bitsandbytes compiles its reference in PyTorch at the first call: seconds, and a compiler's own rounding."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @dtypes
