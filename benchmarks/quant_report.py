@@ -1,6 +1,7 @@
 """What `quant_table.py` found, as Markdown: error on normal weights, bits a parameter, perplexity a model."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from quant_formats import BLOCKSIZES, FORMATS
@@ -21,12 +22,15 @@ def change(cell: dict[str, Any], base: dict[str, Any], length: int, count: int) 
     return math.expm1(sum(difference) / sum(tokens)), math.expm1(low), math.expm1(high)
 
 
+PAIRS = (("nf4+dq", "nf4"), ("e2m1", "nf4"), ("int4", "nf4"), ("fp4", "nf4"), ("int4", "e2m1"), ("int4", "fp4"))
+
+
 def markdown(found: dict[str, Any]) -> str:
     parts = []
     if found["normal"]:
         parts.append(_normal(found["normal"]))
     for model in found["models"]:
-        parts += [_perplexities(model), _bits(model)]
+        parts += [_perplexities(model), _pairs(model), _bits(model)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -51,7 +55,7 @@ def _perplexities(model: dict[str, Any]) -> str:
     base = cells.get(("16bit", None))
     if base is None:
         return f"**{model['name']}**: nothing yet."
-    count = min(len(cell["nll"]) for cell in cells.values())  # all figures are over the same windows
+    count = _windows(cells)
     rows = [["blocks of", *(chosen.title for chosen in FORMATS.values())]]
     for size in BLOCKSIZES:
         row = [f"{size:,}"]
@@ -68,6 +72,28 @@ def _perplexities(model: dict[str, Any]) -> str:
         f"of {length} tokens, {count * (length - 1):,} predicted; computed in {model['dtype']}."
     )
     return said + (f" {model['note']}" if model["note"] else "") + "\n\n" + _table(rows)
+
+
+def _windows(cells: Mapping[tuple[str, int | None], dict[str, Any]]) -> int:
+    """How many windows all cells have: every figure is over the same ones."""
+    return min(len(cell["nll"]) for cell in cells.values())
+
+
+def _pairs(model: dict[str, Any]) -> str:
+    """One format's perplexity over another's: far tighter than two intervals against 16 bits side by side."""
+    cells = _cells(model)
+    rows = [["blocks of", *(f"{FORMATS[one].title} over {FORMATS[other].title}" for one, other in PAIRS)]]
+    for size in BLOCKSIZES:
+        row = [f"{size:,}"]
+        for pair in PAIRS:
+            one, other = (cells.get((name, size)) for name in pair)
+            if one is None or other is None:
+                row.append("")
+                continue
+            share, low, high = (100 * value for value in change(one, other, model["length"], _windows(cells)))
+            row.append(f"{share:+.2f} % ({low:+.2f} to {high:+.2f})")
+        rows.append(row)
+    return f"{model['name']}, one format's perplexity over another's, windows paired.\n\n" + _table(rows)
 
 
 def _bits(model: dict[str, Any]) -> str:

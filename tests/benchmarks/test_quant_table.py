@@ -139,6 +139,8 @@ def test_a_table_half_extended_is_over_the_windows_that_all_cells_have(report: A
     assert "2 of 9 windows of 32 tokens, 62 predicted" in shown
     assert f"16 bits {math.exp(1.5):.3f}" in shown
     assert f"| 64 | {math.exp(1.51):.3f} (+1.01 %: +1.01 to +1.01) |" in shown
+    cells.append({"format": "int4", "blocksize": 64, "nll": [31.93, 62.93, 5.0]})
+    assert "+2.02 % (+2.02 to +2.02)" in report._pairs(model)
 
 
 # -- the whole -------------------------------------------------------------------------------------------------------
