@@ -46,7 +46,7 @@ def test_values() -> None:
 
 def test_help_shows_words_units_and_defaults() -> None:
     fields = RunConfig.model_fields
-    assert flags._metavar(fields["quant_type"], "str") == "nf4|fp4|int4|int8"
+    assert flags._metavar(fields["quant_type"], "str") == "nf4|fp4|e2m1|int4|int8"
     assert flags._metavar(fields["memory"], "str") == "SIZE"
     assert flags._metavar(fields["learning_rate"], "str") == "X"
     assert flags._metavar(fields["lora_r"], "str") == "N"

@@ -171,8 +171,9 @@ def test_shards_have_an_index(llama: Trained, tmp_path: Path, monkeypatch: pytes
 
 def test_what_bitsandbytes_lacks_is_refused(llama: Trained, tmp_path: Path) -> None:
     planned, source = planned_of(llama)
-    for quant in (QuantOptions(quant_type="int4"), DOUBLE.model_copy(update={"quant_pattern": {"up_proj": "int8"}})):
-        with pytest.raises(UsageError, match="know nf4 and fp4, not int"):
+    pattern = DOUBLE.model_copy(update={"quant_pattern": {"up_proj": "int8"}})
+    for quant in (QuantOptions(quant_type="int4"), QuantOptions(quant_type="e2m1"), pattern):
+        with pytest.raises(UsageError, match=r"know nf4 and fp4, not (int|e2m1)"):
             write_bnb_folder(tmp_path, planned, source, quant, llama.adapter)
     assert not any(tmp_path.iterdir())
 

@@ -293,10 +293,11 @@ def test_both_forms_of_a_weight(tmp_path: Path) -> None:
     refused(folder, r"has both .*q_proj\.weight and .*q_proj\.qweight")
 
 
-def test_no_g_idx_and_a_group_size_that_does_not_fit(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("size", "message"), [(64, "64"), (10**30, "160")])
+def test_no_g_idx_and_a_group_size_that_does_not_fit(size: int, message: str, tmp_path: Path) -> None:
     folder = write(tmp_path, FORMS["gptq-no-g-idx"])
-    change_config(folder, quantization_config={**Form().config, "group_size": 64})
-    refused(folder, "160 inputs in groups of 64 are not the 5 groups of its scales")
+    change_config(folder, quantization_config={**Form().config, "group_size": size})
+    refused(folder, f"160 inputs in groups of {message} are not the 5 groups of its scales")
 
 
 def test_a_truncated_file(tmp_path: Path) -> None:

@@ -20,6 +20,14 @@ def test_nf4_is_made_of_normal_quantiles():
     torch.testing.assert_close(levels.levels("nf4").double(), expected / expected.max(), atol=4.5e-8, rtol=0)
 
 
+def test_e2m1_is_the_standards_float():
+    """A sign, two bits of exponent with bias 1, one of mantissa; 6 is the largest."""
+    for code, level in enumerate(levels.levels("e2m1").tolist()):
+        exponent, mantissa = code >> 1 & 3, code & 1
+        size = (1 + mantissa / 2) * 2 ** (exponent - 1) if exponent else mantissa / 2
+        assert abs(level - (-1) ** (code >> 3) * size / 6) < 1e-7
+
+
 def test_a_code_stands_for_the_level_it_is_ordered_by():
     for quant_type in levels.FOUR_BIT:
         middles, order = levels.ordering(quant_type)

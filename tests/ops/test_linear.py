@@ -36,7 +36,7 @@ class Case:
         self.segments = []
         for rows, rank in zip(outputs, ranks, strict=True):
             values = torch.randn(rows, features) / features**0.5
-            if storage in ("nf4", "fp4", "int4", "int8"):
+            if storage in ("nf4", "fp4", "e2m1", "int4", "int8"):
                 weight: Weight = quantize(values.bfloat16(), QuantOptions(quant_type=storage, **quant))
             elif storage in linear.GGUF_TYPES:
                 weight = random_weight(storage, rows, features, quant.get("head_rows", 0), seed)
@@ -89,7 +89,7 @@ class Case:
 
 
 @pytest.mark.parametrize(("isa", "dtype"), CASES)
-@pytest.mark.parametrize("storage", ["nf4", "fp4", "int4", "int8", "bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("storage", ["nf4", "fp4", "e2m1", "int4", "int8", "bfloat16", "float16", "float32"])
 def test_every_storage(isa, dtype, storage):
     native.use(isa)
     Case(70, 128, (66, 20), (8, 4), dtype, storage, bias=True).check()

@@ -75,7 +75,8 @@ def test_int8_is_the_nearest_of_255_steps():
 
 # FACTS of bitsandbytes' own tests: mean |error| on N(0, 1). INT8: uniform steps, a quarter step on average.
 @pytest.mark.parametrize(
-    ("quant_type", "expected"), [("nf4", 0.0728), ("fp4", 0.0966), ("int4", 0.0914), ("int8", 0.00505)]
+    ("quant_type", "expected"),
+    [("nf4", 0.0728), ("fp4", 0.0966), ("e2m1", 0.0803), ("int4", 0.0914), ("int8", 0.00505)],
 )
 def test_error_on_normal_weights(quant_type, expected):
     x = torch.randn(1 << 20, generator=torch.Generator().manual_seed(0))

@@ -44,7 +44,7 @@ def test_compiles():
 
 def test_unknown_formats_and_sizes_are_usage_errors():
     x = torch.randn(64)
-    with pytest.raises(UsageError, match="quant_type 'nf5' is not one of nf4, fp4, int4, int8"):
+    with pytest.raises(UsageError, match="quant_type 'nf5' is not one of nf4, fp4, e2m1, int4, int8"):
         ops.quantize_blockwise(x, "nf5")
     for blocksize in (0, -64, 16, 48, 8192):
         with pytest.raises(UsageError, match=f"blocksize {blocksize} is not one of 32, 64,"):

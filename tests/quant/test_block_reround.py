@@ -15,7 +15,7 @@ def made(quant_type: str, double: bool, blocksize: int = 64) -> BlockWeight:
     return quantize(weight, options)
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "e2m1", "int4"])
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("blocksize", [64, 256])
 def test_without_an_update_every_value_stays(quant_type: str, double: bool, blocksize: int) -> None:
@@ -25,7 +25,7 @@ def test_without_an_update_every_value_stays(quant_type: str, double: bool, bloc
     assert (again.format, again.source_dtype, again.nbytes) == (base.format, base.source_dtype, base.nbytes)
 
 
-@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "int4"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "e2m1", "int4"])
 def test_a_small_update_survives_in_the_mean(quant_type: str) -> None:
     torch.manual_seed(1)
     options = QuantOptions(quant_type=quant_type)  # type: ignore[arg-type]

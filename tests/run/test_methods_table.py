@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 import halfbyte as hb
 from halfbyte.errors import UsageError
 from halfbyte.export.awq import AwqOptions, write_awq_folder
+from halfbyte.export.gguf_writer import write_gguf
 from halfbyte.export.gptq import GptqOptions, write_gptq_folder
 from halfbyte.export.merge import MergeOptions
 from halfbyte.run.folder import read_config
@@ -29,9 +29,8 @@ from halfbyte.run.planning import survey
 from halfbyte.run.run import resume
 from halfbyte.run.target import find, merge_target
 from tests.export.int4_models import GROUP, SIZES, documents, open_tiny
-from tests.export.served_models import VOCAB, tokenizer, vocabulary
+from tests.export.served_models import VOCAB, tokenizer
 from tests.models import families
-from tests.models.gguf_files import write_gguf
 from tests.run.conftest import _no_measuring, _own_cache, rows, write_rows
 
 __all__ = ["_no_measuring", "_own_cache"]
@@ -66,7 +65,7 @@ def test_every_method_is_a_row() -> None:
 @pytest.fixture(scope="session")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("dense")
-    config = families.config("llama3-gqa")
+    config = families.config("codellama")  # grouped queries, and no scaled RoPE for the GGUF file
     for key, value in {**SIZES, "vocab_size": VOCAB, "num_hidden_layers": 2}.items():
         setattr(config, key, value)
     families.make_model(config).to(torch.float32).save_pretrained(folder)
@@ -96,10 +95,8 @@ def bases(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[st
         return out
 
     def gguf_file() -> Path:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
-        write_gguf(model, root / "tiny.gguf", gguf.GGMLQuantizationType.Q4_0, vocabulary(None))
+        tiny = open_tiny(dense)
+        write_gguf(root / "tiny.gguf", tiny.planned, tiny.source, "q4_0", None)
         return root / "tiny.gguf"
 
     makers = {
@@ -175,7 +172,7 @@ def run_cell(method: str, model: Path, column: str, optim: str, folder: Path) ->
     else:
         merged = folder / "merged"
         base = "dequantized" if PRESETS[method].method == "qlora" else None
-        merge_target(find(str(whole)), merged, MergeOptions(base=base, dtype="float32"))
+        merge_target(find(str(whole)), merged, MergeOptions(base=base, merge_dtype="float32"))
     assert transformers_loss(merged, whole) == pytest.approx(result["eval_loss"], rel=2e-3)
 
 

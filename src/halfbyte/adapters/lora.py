@@ -121,8 +121,9 @@ def put(
     device, shift = device_of(segment), initial.shift
     adapter = LoraAdapter(initial.a, initial.b, scaling, dropout, magnitude).to(device)
     segment.adapter = adapter
-    removed = None if shift is None else LoraAdapter(shift.a, shift.b, shift.scaling).to(device).eval()
-    if removed is not None:
+    removed = None
+    if shift is not None:  # a copy: PiSSA's adapter begins as the very tensors that its base was freed of
+        removed = LoraAdapter(shift.a.clone(), shift.b.clone(), shift.scaling).to(device).eval()
         removed.requires_grad_(False)
     segment.add_module("shift", removed)
     return adapter

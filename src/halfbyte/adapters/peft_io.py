@@ -235,7 +235,8 @@ def _split(folder: Path, name: str, both: Factors, options: LoraOptions) -> Fact
         raise UsageError(f"{folder}: {name} has rank {both.a.shape[0]}, and with its shift 2 x {rank}: it is damaged")
     scaling = options.scaling_of(name)
     shift = Shift(both.a[rank:].float(), -both.b[:, rank:].float(), scaling)
-    return Factors(both.a[:rank], both.b[:, :rank], scaling, None, shift if bool(shift.b.any()) else None)
+    a, b = both.a[:rank].clone(), both.b[:, :rank].contiguous()
+    return Factors(a, b, scaling, None, shift if bool(shift.b.any()) else None)
 
 
 def load_adapter(model: nn.Module, folder: Path | str, base: Base | None = None) -> LoraOptions:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.data.encoding import Encoder, Segment
-from halfbyte.data.records import BadRow, Chat, Completion, Labelled, Origin, Preference, Row, RowError, Text
+from halfbyte.data.records import BadRow, Chat, CodeTests, Completion, Labelled, Origin, Preference, Row, RowError, Text
 from halfbyte.data.templates import ChatTemplate, Turns
 
 _CHUNK = 4096  # rows that are rendered and tokenized together; it bounds the memory for their texts
@@ -32,6 +32,7 @@ class Example:
     index          the position in Prepared.train or Prepared.eval
     truncated      tokens that did not fit into max_seq_length
     rejected       preference: the worse answer, a document of its own; everything else is then the better one's
+    tests          code: what a generated answer must pass
     """
 
     input_ids: Ids
@@ -45,6 +46,7 @@ class Example:
     index: int = 0
     truncated: int = 0
     rejected: "Example | None" = None
+    tests: CodeTests | None = None
 
     def __len__(self) -> int:
         """Tokens in a batch, of a pair those of both documents."""
@@ -306,6 +308,7 @@ def _example(item: Draft, pieces: Sequence[Sequence[int]], recipe: Recipe, sourc
         label=item.label,
         source=source,
         truncated=cut_off,
+        tests=item.row.tests if isinstance(item.row, Chat | Completion) else None,
     )
 
 

@@ -6,9 +6,11 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from halfbyte.options import Options
 
-RowFormat = Literal["messages", "conversations", "alpaca", "prompt_completion", "text", "classification", "preference"]
+RowFormat = Literal[
+    "messages", "conversations", "alpaca", "prompt_completion", "text", "classification", "preference", "code"
+]  # fmt: skip
 ROW_FORMATS: tuple[RowFormat, ...] = (
-    "messages", "conversations", "alpaca", "prompt_completion", "text", "classification", "preference",
+    "messages", "conversations", "alpaca", "prompt_completion", "text", "classification", "preference", "code",
 )  # fmt: skip
 
 #: The names that other tools give to these formats.
@@ -22,6 +24,8 @@ _FORMAT_ALIASES = {
     "prompt/completion": "prompt_completion",
     "completion": "text",
     "dpo": "preference",
+    "humaneval": "code",
+    "mbpp": "code",
 }
 
 

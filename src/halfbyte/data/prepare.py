@@ -99,6 +99,8 @@ def _load_source(source: DataSource, options: DataOptions, evaluation: bool) -> 
     if asked is not None and not any(fits(asked, present) for present in set(names)):
         present = ", ".join(sorted(set().union(*names)))
         raise UsageError(f"{source.path}: no row has the columns of data_format {asked}; it has {present}")
+    if asked is None and options.task == "dpo" and any(fits("preference", present) for present in set(names)):
+        asked = "preference"  # the Hub's UltraFeedback has `messages` beside its pairs
     row_format = asked or detect(names, source.path, frozenset(columns))
     result = Rows(source, row_format, [], raw.bad, raw.notes, raw.label_names)
     if asked is None:

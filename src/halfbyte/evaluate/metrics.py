@@ -140,6 +140,8 @@ TOKEN_F1 = Metric("token_f1", token_f1)
 ROUGE_L = Metric("rouge_l", rouge_l)
 ACCURACY = "accuracy"
 """Not a function of two texts: the model's likeliest label against the row's (`halfbyte.evaluate.labels`)."""
+PASS_AT_1 = "pass@1"
+"""Not a function of two texts either: the answer is run with its row's tests (`halfbyte.evaluate.pass_at_1`)."""
 BUILT_IN: dict[str, Metric] = {metric.name: metric for metric in (EXACT_MATCH, TOKEN_F1, ROUGE_L)}
 
 
@@ -148,16 +150,16 @@ _TAKEN = {"loss", "perplexity", "supervised_tokens", "evaluated_rows", "interval
 
 
 def find_metrics(names: Sequence[str]) -> list[Metric]:
-    """The metrics that compare answers, by name or `file.py:function`; `accuracy` is none of them and left out.
+    """The metrics that compare answers, by name or `file.py:function`; `accuracy` and `pass@1` are none and left out.
 
     Raises UsageError for an unknown one, and for a user's function whose name is taken: results go by that name.
     """
     found: dict[str, Metric] = {}
     for name in dict.fromkeys(names):
-        if name == ACCURACY:
+        if name in (ACCURACY, PASS_AT_1):
             continue
         metric = find_metric(name)
-        if metric.where and (metric.name in found or metric.name in {*BUILT_IN, ACCURACY, *_TAKEN}):
+        if metric.where and (metric.name in found or metric.name in {*BUILT_IN, ACCURACY, PASS_AT_1, *_TAKEN}):
             raise UsageError(f"metric '{name}': the name '{metric.name}' is taken, give the function another")
         found[metric.name] = metric
     return list(found.values())
@@ -173,7 +175,8 @@ def find_metric(name: str) -> Metric:
     if ":" in name or name.endswith(".py"):
         return load_metric(name)
     raise UsageError(
-        f"unknown metric '{name}': choose from {', '.join([*BUILT_IN, ACCURACY])}, or give your own as file.py:function"
+        f"unknown metric '{name}': choose from {', '.join([*BUILT_IN, ACCURACY, PASS_AT_1])}, "
+        "or give your own as file.py:function"
     )
 
 

@@ -36,7 +36,7 @@ def backend(device: str = "cpu") -> Backend:
 def quantize_blockwise(x: Tensor, quant_type: str, blocksize: int = 64) -> tuple[Tensor, Tensor]:
     """Quantize a 16- or 32-bit float tensor of any shape in flat blocks: (codes uint8, absmax float32 [blocks]).
 
-    quant_type: nf4, fp4 or int4 (two codes a byte, `[(n + 1) // 2]`) or int8 (`[n]`). blocksize: 32 … 4096.
+    quant_type: nf4, fp4, e2m1 or int4 (two codes a byte, `[(n + 1) // 2]`) or int8 (`[n]`). blocksize: 32 … 4096.
     Raises UsageError for an unknown format and for NaN or infinite values.
     """
     codes, absmax = torch.ops.halfbyte.quantize_blockwise(x, quant_type, blocksize)

@@ -2,8 +2,9 @@
 
 A 4-bit format is a table of 16 levels in [-1, 1]; a block's weights are `levels[code] * absmax`. The tables
 of NF4 and FP4 and the dynamic 8-bit map are bitsandbytes' own, bit for bit, so that files can be exchanged;
-INT4 is ours: evenly spaced, symmetric, code = integer + 8 (code 0 is never produced). INT8 has no table
-(`reference.py` specifies it).
+E2M1 is the 4-bit float of OCP's Microscaling Formats 1.0 (section 5.3.3), scaled to end at 1; INT4 is ours:
+evenly spaced, symmetric, code = integer + 8 (code 0 is never produced). INT8 has no table (`reference.py`
+specifies it).
 """
 
 from functools import cache
@@ -39,7 +40,11 @@ _FP4_TWELFTHS: Final = (0, 0.0625, 8, 12, 4, 6, 2, 3, 0, -0.0625, -8, -12, -4, -
 # subnormal become code 8, as in bitsandbytes.
 _FP4_ORDER: Final = (11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3)
 
-FOUR_BIT: Final = ("nf4", "fp4", "int4")
+# In bit order; bit 3 is the sign, then two bits of exponent and one of mantissa.
+_E2M1: Final = (0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6)
+_E2M1_ORDER: Final = (15, 14, 13, 12, 11, 10, 9, 0, 8, 1, 2, 3, 4, 5, 6, 7)  # its zeros as FP4's
+
+FOUR_BIT: Final = ("nf4", "fp4", "e2m1", "int4")
 QUANT_TYPES: Final = (*FOUR_BIT, "int8")
 
 
@@ -47,12 +52,13 @@ QUANT_TYPES: Final = (*FOUR_BIT, "int8")
 _LEVELS: Final = {
     "nf4": torch.tensor(NF4, dtype=torch.float32),
     "fp4": torch.tensor(_FP4_TWELFTHS, dtype=torch.float32) / 12,
+    "e2m1": torch.tensor(_E2M1, dtype=torch.float32) / 6,
     "int4": torch.arange(-8, 8, dtype=torch.float32) / 7,
 }
 
 
 def _ordering(quant_type: str) -> tuple[Tensor, Tensor]:
-    order = torch.tensor(_FP4_ORDER) if quant_type == "fp4" else torch.arange(16)
+    order = torch.tensor({"fp4": _FP4_ORDER, "e2m1": _E2M1_ORDER}.get(quant_type, range(16)))
     rising = _LEVELS[quant_type][order]
     return (rising[:-1] + rising[1:]) / 2, order.to(torch.uint8)
 

@@ -6,6 +6,7 @@ Phases are what happens one after the other (load, train, evaluate, save); the p
 Units: bytes; 1 GB = 10⁹ bytes. Shape letters as elsewhere: T tokens of a micro-batch, D bytes of the compute dtype.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -130,8 +131,25 @@ def adapter_parameters(spec: ModelSpec, job: Job) -> int:
     return magnitudes + sum(job.lora.rank_of(x.name) * (x.in_features + x.out_features) for x in linears)
 
 
+def saved_parameters(spec: ModelSpec, job: Job) -> int:
+    """Parameters of the modules that are trained whole beside the adapters (`modules_to_save`)."""
+    if job.method == "full" or not job.lora.modules_to_save:
+        return 0
+    names = [(name.rpartition(".")[0], math.prod(shape)) for name, shape in spec.tensors()]
+    if spec.tied and any("lm_head".endswith(end) for end in job.lora.modules_to_save):
+        names = [("lm_head" if name == "model.embed_tokens" else name, count) for name, count in names]
+    return sum(count for name, count in names if any(name.endswith(end) for end in job.lora.modules_to_save))
+
+
 def trainable_parameters(spec: ModelSpec, job: Job) -> int:
-    return spec.total_parameters if job.method == "full" else adapter_parameters(spec, job)
+    whole = spec.total_parameters if job.method == "full" else adapter_parameters(spec, job)
+    return whole + saved_parameters(spec, job)
+
+
+def trainable_bytes(spec: ModelSpec, job: Job) -> int:
+    """What is trained, in the types that it is held in: adapters float32, everything else as it is computed with."""
+    adapters = 0 if job.method == "full" else adapter_parameters(spec, job)
+    return 4 * adapters + DTYPE_BYTES[job.dtype] * (trainable_parameters(spec, job) - adapters)
 
 
 def base_bytes(spec: ModelSpec, job: Job) -> tuple[int, int]:
@@ -212,8 +230,11 @@ def _magnitudes_keep(spec: ModelSpec, job: Job, linears: list[LinearSpec]) -> in
     if not job.lora.use_dora:
         return 0
     read = {"gate_up"} | ({"o", "down"} if spec.sandwich_norms else set()) | ({"qkv"} if spec.qk_norm else set())
-    groups = {(linear.layer, linear.group) for linear in linears}
-    return sum(x.out_features for x in spec.linears() if (x.layer, x.group) in groups and x.group not in read)
+    groups = {(linear.layer, linear.group): linear.bias for linear in linears if linear.group not in read}
+    kept = sum(x.out_features for x in spec.linears() if (x.layer, x.group) in groups)
+    # Without a bias it is the output that is kept, and the values are a part of it that attention keeps anyway.
+    shared = sum(group == "qkv" and not bias for (_, group), bias in groups.items())
+    return kept - shared * spec.num_kv_heads * spec.head_dim
 
 
 def activation_bytes(spec: ModelSpec, job: Job) -> int:
@@ -312,7 +333,8 @@ def optimizer_state(spec: ModelSpec, job: Job) -> int:
     """
     count = trainable_parameters(spec, job)
     # A trained 16-bit weight keeps the 16 bits below it in the optimizer's state.
-    low_bits = 2 * count if job.method == "full" and DTYPE_BYTES[job.dtype] == 2 else 0
+    adapters = 0 if job.method == "full" else adapter_parameters(spec, job)
+    low_bits = 2 * (count - adapters) if DTYPE_BYTES[job.dtype] == 2 else 0
     projections = 0
     if job.optim.startswith("galore") and job.method == "full":
         for linear in spec.linears():
@@ -326,7 +348,7 @@ def optimizer_state(spec: ModelSpec, job: Job) -> int:
 
 def gradient_bytes(spec: ModelSpec, job: Job) -> int:
     """All gradients as they stand after a backward pass, in the type of what is trained."""
-    return trainable_parameters(spec, job) * (DTYPE_BYTES[job.dtype] if job.method == "full" else 4)
+    return trainable_bytes(spec, job)
 
 
 def standing_gradients(spec: ModelSpec, job: Job) -> int:
@@ -365,8 +387,8 @@ def phases(spec: ModelSpec, job: Job) -> dict[str, dict[str, int]]:
     values, constants = base_bytes(spec, job)
     floor = CUDA_CONTEXT if job.device == "cuda" else runtime_bytes(spec, job)
     held = {"runtime": floor, "base weights": values, "quantization constants": constants}
-    trainable = trainable_parameters(spec, job)
-    held["adapters"] = 0 if job.method == "full" else 4 * trainable
+    # Whole modules are copies: the originals stay for the base model.
+    held["adapters"] = 0 if job.method == "full" else trainable_bytes(spec, job)
     train = {
         **held,
         "gradients": standing_gradients(spec, job),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from halfbyte.models.spec import ModelSpec
 from halfbyte.plan.hardware import Rates
-from halfbyte.plan.memory import Job, adapter_parameters, base_bytes, layer_tensors, targets
+from halfbyte.plan.memory import Job, adapter_parameters, base_bytes, layer_tensors, targets, trainable_parameters
 
 GEMM_EFFICIENCY = 0.55
 """Share of the measured rate that a step's products reach: their shapes are smaller than the one measured."""
@@ -101,5 +101,5 @@ def phases(spec: ModelSpec, job: Job, rates: Rates, length: float) -> dict[str, 
 
 def trainable_update_bytes(spec: ModelSpec, job: Job) -> float:
     """Memory that one optimizer step reads and writes: parameter, gradient and two moments, most of them twice."""
-    count = spec.total_parameters if job.method == "full" else adapter_parameters(spec, job)
+    count = trainable_parameters(spec, job)
     return count * (4.0 * 4 if job.optim.endswith("8bit") else 4.0 * 7)

@@ -15,7 +15,7 @@ _BESIDE = 1e-5
 
 
 def reround(weight: BlockWeight, values: Tensor, generator: torch.Generator) -> BlockWeight:
-    """`weight` (nf4, fp4 or int4) with the same constants, its values `values` [out, in] rounded onto the levels.
+    """`weight` (in 4 bits) with the same constants, its values `values` [out, in] rounded onto the levels.
 
     A value between two levels takes either with the probability that makes the mean right; one beyond the last level
     takes that. ValueError where a value is not finite.

@@ -84,7 +84,7 @@ def unpack(
 def _group_of(tensors: Mapping[str, Tensor], name: str, inputs: int, groups: int, group_size: int) -> Tensor:
     key = f"{name}.g_idx"
     if key not in tensors:
-        size = inputs if group_size == -1 else group_size or -(-inputs // groups)
+        size = inputs if group_size == -1 else min(group_size, inputs) or -(-inputs // max(groups, 1))
         if size <= 0 or -(-inputs // size) != groups:
             raise UsageError(f"{name}: {inputs} inputs in groups of {size} are not the {groups} groups of its scales")
         return contiguous_groups(inputs, size)

@@ -8,15 +8,19 @@ from pydantic import Field, field_validator
 
 from halfbyte.options import Options
 
-QuantType = Literal["nf4", "fp4", "int4", "int8"]
-Format = Literal["nf4", "fp4", "int4", "int8", "bf16", "fp16", "fp32"]
+QuantType = Literal["nf4", "fp4", "e2m1", "int4", "int8"]
+Format = Literal["nf4", "fp4", "e2m1", "int4", "int8", "bf16", "fp16", "fp32"]
 Blocksize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 
 
 class QuantOptions(Options):
     """How the base model's linear weights are stored."""
 
-    quant_type: QuantType = Field("nf4", description="format of quantized weights: nf4, fp4, int4 or int8")
+    quant_type: QuantType = Field(
+        "nf4",
+        description="format of quantized weights: nf4, fp4 (bitsandbytes' own), e2m1 (the standard 4-bit float), "
+        "int4 or int8",
+    )
     blocksize: Blocksize = Field(64, description="weights that share one constant: 32, 64, … 4096")
     double_quant: bool = Field(True, description="store the blocks' constants in 8 bits: 0.37 bits a weight less")
     requantize: bool = Field(

@@ -131,6 +131,11 @@ def check_task(found: Survey) -> None:
         )
 
 
+def asks_reference(found: Survey) -> bool:
+    """Whether a reference is asked about the rows before the first step."""
+    return found.prepared is not None and found.prepared.pairs
+
+
 def plan_of(config: RunConfig) -> Plan:
     """The plan of a config, with or without data: `halfbyte plan` and `hb.plan`. Reads no weights."""
     plan = make(survey(config, need_data=False))
@@ -160,6 +165,7 @@ def request(config: RunConfig, found: Survey) -> Request:
         max_steps=config.max_steps,
         # Every epoch or `eval_steps`, then base and tuned at the end.
         evaluations=2 + max(1, steps // (config.eval_steps or per_epoch)),
+        forward_tokens=round(min(data.rows, steps * rows_per_update) * data.mean) if asks_reference(found) else 0,
         held=found.source.prequantized_bytes(),
         file_itemsize=max((t.dtype.itemsize for t in found.source.tensors().values() if len(t.shape) == 2), default=4),
     )
@@ -183,7 +189,7 @@ def resolve(found: Survey, plan: Plan | None, today: datetime.date | None = None
         checkpointing = bool(config.gradient_checkpointing)
     rate = FULL_LEARNING_RATE if method == "full" else ADAPTER_LEARNING_RATE
     name = config.replace(method=method).method_name
-    pairs = found.prepared is not None and found.prepared.pairs
+    pairs = asks_reference(found)
     if pairs:
         rate = PREFERENCE_LEARNING_RATE
     return config.replace(

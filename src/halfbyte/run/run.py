@@ -32,7 +32,7 @@ from halfbyte.files import write_atomic
 from halfbyte.linear import segments
 from halfbyte.models.load import LoadedModel, load_model
 from halfbyte.models.options import ModelOptions
-from halfbyte.models.shifted_source import LinearBase
+from halfbyte.models.shifted_source import LinearBase, own_blocks
 from halfbyte.models.source import ModelSource
 from halfbyte.optim.options import OptimOptions
 from halfbyte.plan.recommend import check_fits
@@ -89,6 +89,7 @@ def run(config: RunConfig, on_event: Listener = silent, overwrite: bool = False)
         check_fits(plan)
     resolved = planning.resolve(found, plan)
     assert resolved.output_dir is not None
+    require_weights(found, resolved)
     if not overwrite and is_run(resolved.output_dir):
         raise UsageError(existing(resolved.output_dir))
     record = folder.record_of(found)
@@ -132,6 +133,13 @@ def require_sinks(names: Sequence[str]) -> None:
             raise UsageError(
                 f"report_to: {name} is not installed: pip install 'halfbyte[track]', or pip install {name}"
             )
+
+
+def require_weights(found: Survey, config: RunConfig) -> None:
+    """UsageError where initial values need the weights before quantization, and the model's file has none."""
+    needed = config.init_lora_weights == "loftq" or config.pick(LoraOptions).shifts_base
+    if needed and config.method == "qlora" and not config.requantize and found.source.prequantized_bytes():
+        raise UsageError(own_blocks(found.source.name))
 
 
 def existing(path: Path) -> str:
@@ -257,10 +265,6 @@ def make_trainable(
 
 
 def _unfreeze(model: nn.Module, config: RunConfig) -> tuple[dict[str, nn.Parameter], AttachReport]:
-    for name in ("use_dora", "init_lora_weights", "modules_to_save"):
-        value = getattr(config, name)
-        if value != LoraOptions.model_fields[name].get_default(call_default_factory=True):
-            raise UsageError(f"{name} is {value!r}, which is for adapters, and method full has none: leave it out")
     if not hasattr(model, "unfreeze"):
         raise UsageError("method full is built for the decoder's families only: use lora or qlora with this model")
     parameters: dict[str, nn.Parameter] = model.unfreeze()  # type: ignore[operator]
