@@ -190,6 +190,18 @@ def test_full_fine_tuning_in_little_memory(tiny_config: RunConfig, tmp_path: Pat
     assert not [p.name for path in (whole.path, again.path) for p in path.iterdir() if "optimizer" in p.name]
 
 
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_adapters_with_paged_state_are_the_same_adapters(tiny_config: RunConfig, tmp_path: Path, method: str) -> None:
+    """As configs of other tools ask for it; LoRA+ beside it, which moves B further."""
+    config = tiny_config.replace(method=method, optim="adamw", loraplus_lr_ratio=4.0)
+    held = run(config)
+    paged = run(config.replace(optim="paged_adamw", optim_memory=0, output_dir=tmp_path / "paged"))
+    plain = run(config.replace(loraplus_lr_ratio=None, output_dir=tmp_path / "plain"))
+    first, second, third = (adapter(done.path) for done in (held, paged, plain))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert all(first[name].norm() > 1.5 * third[name].norm() for name in first if "lora_B" in name)
+
+
 def test_a_fully_tuned_run_is_a_model_that_transformers_loads(tiny_config: RunConfig) -> None:
     from transformers import AutoModelForCausalLM
 
