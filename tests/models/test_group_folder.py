@@ -90,6 +90,11 @@ def test_a_base_to_train_on(family: str, form: str, tmp_path: Path) -> None:
         assert isinstance(segment.weight, GroupWeight)
         assert isinstance(segments(plain)[name].weight, DenseWeight)
     assert error(kept.logits(IDS), plain.logits(IDS)) < 1e-5
+    assert_planned(source, kept)
+
+
+def assert_planned(source: ModelSource, kept: Decoder) -> None:
+    """The plan's bytes of the base are those that are held."""
     job = Job("qlora", "float32", QuantOptions(), LoraOptions(), held=source.prequantized_bytes())
     held = sum(t.numel() * t.element_size() for t in {id(t): t for t in kept.buffers()}.values())
     norms = sum(p.numel() * 4 for p in kept.parameters())
@@ -145,6 +150,7 @@ def test_a_quantized_head(tmp_path: Path) -> None:
     kept, plain = build(folder, QuantOptions()), build(folder)
     assert kept.head.format == "gptq-4bit"
     assert plain.head.format == "fp32"
+    assert_planned(open_source(str(folder)), kept)
     assert error(kept.logits(IDS), plain.logits(IDS)) < 1e-5
 
 
