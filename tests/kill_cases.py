@@ -21,6 +21,7 @@ from halfbyte.quant import QuantOptions
 from halfbyte.run.outputs import write_weights
 from halfbyte.tensorfile import Planned
 from halfbyte.train import checkpoint
+from halfbyte.train.dpo import REFERENCE, Reference, write_references
 from halfbyte.train.events import drop_after
 from tests.export.conftest import make_adapter, save_base
 from tests.kill import Case
@@ -74,6 +75,7 @@ def cases() -> Iterator[Case]:
     yield Case("adapter-over", lambda f: _save_adapter(f, 1), lambda f: _save_adapter(f, 2))
     yield Case("checkpoint", nothing, lambda f: _save(f, 3), ("checkpoint-3",), _whole_checkpoint)
     yield Case("checkpoint-over", lambda f: _save(f, 3), lambda f: _save(f, 3), ("checkpoint-3",), _whole_checkpoint)
+    yield Case("reference", lambda f: _reference(f, 1), lambda f: _reference(f, 2))
     yield Case("rotate", _three, lambda f: _rotate(f), ("checkpoint-1", "checkpoint-2", "checkpoint-3"))
     yield Case("weights", nothing, lambda f: write_weights(f, unfrozen(), "float32"))
     yield Case(
@@ -129,6 +131,11 @@ def _events(folder: Path) -> None:
 
 def _drop(path: Path) -> None:
     drop_after(path, 50)
+
+
+def _reference(folder: Path, value: float) -> None:
+    said = torch.full((50_000, 2), value, dtype=torch.float64)
+    write_references(folder / REFERENCE, Reference(said, said + 1), {"base": "tiny"})
 
 
 def _save_adapter(folder: Path, seed: int) -> None:

@@ -29,7 +29,7 @@ __all__ = ["_no_measuring", "_own_cache", "data_file", "model_folder"]
 DOCS = Path(__file__).parents[1] / "docs"
 WITHOUT_A_PAGE = {"demo"}  # the README's first command
 PAGES = {verb: DOCS / f"{verb}.md" for verb in VERBS if verb not in WITHOUT_A_PAGE}
-EXECUTED = [*PAGES.values(), DOCS / "config.md"]
+EXECUTED = [*PAGES.values(), DOCS / "config.md", DOCS / "optimizers.md"]
 FENCE = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -116,6 +116,14 @@ def test_the_python_page_runs(place: Path, capsys: pytest.CaptureFixture[str]) -
             (place / "block.py").write_text(block)
             runpy.run_path(str(place / "block.py"))
     assert "qlora" in capsys.readouterr().out
+
+
+def test_the_python_of_the_page_about_optimizers_runs(place: Path) -> None:
+    (block,) = [
+        block for language, block in FENCE.findall((DOCS / "optimizers.md").read_text()) if language == "python"
+    ]
+    (place / "block.py").write_text(block)
+    runpy.run_path(str(place / "block.py"))
 
 
 def own_flags(verb: str) -> set[str]:

@@ -103,7 +103,10 @@ def test_wrong_files_are_named(tmp_path: Path) -> None:
     save_file({**tensors, name: torch.zeros(7, 16)}, weights)
     with pytest.raises(UsageError, match="another base"):
         load_adapter(tiny(), tmp_path)
-    save_file({**tensors, "base_model.model.extra.lora_A.weight": torch.zeros(1)}, weights)
+    extra = {
+        f"base_model.model.extra.lora_{f}.weight": t for f, t in (("A", torch.zeros(16, 4)), ("B", torch.zeros(4, 16)))
+    }
+    save_file({**tensors, **extra}, weights)
     with pytest.raises(UsageError, match="no place"):
         load_adapter(tiny(), tmp_path)
 

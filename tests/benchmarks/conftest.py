@@ -25,6 +25,9 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
         "merge_study",
         "operators",
         "operator_cases",
+        "quant_formats",
+        "quant_report",
+        "quant_table",
         "small_model",
     )
     sys.path.insert(0, str(BENCHMARKS))

@@ -70,7 +70,7 @@ def test_rename() -> None:
     ("columns", "message"),
     [
         ({"promt": "question"}, "there is no part 'promt': did you mean 'prompt'?"),
-        ({"zzz": "question"}, "known are chosen, completion"),
+        ({"zzz": "question"}, "known are canonical_solution, chosen"),
         ({"prompt": "questoin"}, "no column 'questoin' (for 'prompt'): did you mean 'question'?"),
         ({"prompt": "zzz"}, "it has answer, question"),
     ],

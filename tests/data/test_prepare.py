@@ -231,6 +231,10 @@ def test_whole_conversations_share_an_implied_prompt(write_rows: WriteRows) -> N
         for documents in zip(one.documents, two.documents, three.documents, strict=True):
             assert len({tuple(document.input_ids.tolist()) for document in documents}) == 1
             assert len({tuple(document.supervised.tolist()) for document in documents}) == 1
+    # The Hub's set has the better conversation once more, under another format's name.
+    beside = write_rows([{**row, "messages": row["chosen"]} for row in rows], "messages.jsonl")
+    assert "choose with data_format: messages or preference" in stopped(beside)
+    assert ready(beside, task="dpo", eval_split=0).pairs
     asked_for = ready(write_rows(rows), eval_split=0, system_prompt="be brief")
     assert all("be brief" in make_bpe().decode(d.prompt_ids) for d in asked_for.train[0].documents)
 

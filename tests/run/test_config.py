@@ -253,3 +253,35 @@ def test_init_keeps_an_existing_file_and_refuses_wrong_values(tmp_path: Path) ->
     assert file.read_text() == "mine"
     write_template(file, {}, overwrite=True)
     assert file.read_text() == template_yaml({})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"optim": "galore_adamw"}, "optim: galore_adamw is for full fine-tuning: set method: full"),
+        ({"optim": "galore_adamw", "method": "lora"}, "set method: full"),
+        ({"loraplus_lr_ratio": 16, "method": "full"}, "loraplus_lr_ratio is for adapters"),
+        (
+            {"optim": "galore_adamw", "method": "full", "gradient_accumulation_steps": 2},
+            "gradient_accumulation_steps must be 1 with per_layer_updates",
+        ),
+        (
+            {"optim": "galore_adamw", "method": "full", "max_grad_norm": 0.5},
+            r"max_grad_norm cannot be 0\.5 with per_layer_updates \(on with galore_…\): a layer is updated before",
+        ),
+        ({"per_layer_updates": True, "max_grad_norm": 1}, "max_grad_norm cannot be 1 with per_layer_updates: "),
+    ],
+)
+def test_updates_that_cannot_be_made_are_refused_with_the_reason(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        config(**fields)
+
+
+def test_clipping_follows_from_how_layers_are_updated() -> None:
+    whole = config(optim="galore_adamw", method="full", per_layer_updates=False, gradient_accumulation_steps=4)
+    by_layer = config(optim="galore_adamw", method="full")
+    assert (config().clip_norm, whole.clip_norm, by_layer.clip_norm) == (1.0, 1.0, 0.0)
+    assert config(max_grad_norm=0).clip_norm == 0
+    assert (config().by_layer, whole.by_layer, by_layer.by_layer) == (False, False, True)
+    assert config(optim="galore_adamw", method="full", max_grad_norm=0).clip_norm == 0
+    assert config(optim_memory="2GiB").optim_memory == 2 * 2**30

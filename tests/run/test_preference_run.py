@@ -10,6 +10,7 @@ import torch
 
 from halfbyte.errors import UsageError
 from halfbyte.evaluate.evaluate import BaseAndTuned, EvaluateOptions, EvaluateResult
+from halfbyte.run import planning
 from halfbyte.run.config import RunConfig, load_config
 from halfbyte.run.folder import read_config
 from halfbyte.run.run import resume, run
@@ -107,6 +108,32 @@ def test_an_interrupted_run_resumes_bit_for_bit(pair_config: RunConfig, tmp_path
     assert extended.result["step"] == 8
 
 
+@pytest.mark.parametrize("method", ["qlora", "dora", "pissa", "loftq", "rslora"])
+def test_every_adapter_begins_at_its_own_reference(pair_config: RunConfig, method: str) -> None:
+    """Also those whose adapter adds something from the start; what is saved is then compared with the bare base."""
+    given = pair_config.model_dump(exclude_unset=True)
+    config = load_config(**{**given, "method": method, "max_steps": 3, "lora_dropout": 0.0})
+    events = Events()
+    result = run(config, events)
+    steps = [event for event in events if event["event"] == "step"]
+    assert steps[0]["loss"] == pytest.approx(math.log(2), rel=1e-4)
+    assert steps[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
+    assert steps[-1]["loss"] < 0.65
+    assert result.result["metrics"]["rewards/margins"] > 0
+
+
+def test_a_trained_output_head_is_refused(pair_config: RunConfig) -> None:
+    with pytest.raises(UsageError, match="do not train lm_head"):
+        run(pair_config.replace(modules_to_save=["lm_head"]))
+
+
+def test_the_plan_counts_what_the_reference_reads(pair_config: RunConfig, data_file: Path) -> None:
+    found = planning.survey(pair_config)
+    assert planning.request(pair_config, found).forward_tokens == pytest.approx(24 * found.data.mean, abs=1)
+    other = planning.survey(pair_config.replace(data=str(data_file)))
+    assert planning.request(pair_config, other).forward_tokens == 0
+
+
 def test_the_default_learning_rate_is_lower(pair_config: RunConfig, tmp_path: Path) -> None:
     config = pair_config.replace(learning_rate=None, max_steps=1, output_dir=tmp_path / "other")
     assert run(config).config.learning_rate == 2e-5
@@ -124,6 +151,8 @@ def test_what_does_not_go_with_pairs(pair_config: RunConfig, data_file: Path, tm
             run(pair_config.replace(**changes))
         assert "\n" not in str(caught.value)
         assert not (tmp_path / "run").exists()
+    with pytest.raises(UsageError, match="dpo_label_smoothing is for dpo_loss sigmoid, and ipo has none"):
+        load_config(model="m", dpo_label_smoothing=0.1, dpo_loss="ipo")
     for name, value in (("dpo_beta", 0), ("dpo_label_smoothing", 0.5), ("dpo_loss", "kto"), ("dpo_nll_weight", -1)):
         with pytest.raises(UsageError, match=name):
             load_config(model="m", **{name: value})

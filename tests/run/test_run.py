@@ -171,6 +171,37 @@ def test_the_other_methods(tiny_config: RunConfig, method: str) -> None:
     assert result["eval_loss"] < result["base_eval_loss"]
 
 
+@pytest.mark.parametrize("optim", ["galore_adamw", "galore_adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_full_fine_tuning_in_little_memory(tiny_config: RunConfig, tmp_path: Path, optim: str) -> None:
+    """Run, interrupted, resumed: the same weights; what the optimizer decided is in run.yaml."""
+    config = tiny_config.replace(method="full", optim=optim, galore_rank=4, optim_memory=0)
+    whole = run(config)
+    kept = read_config(whole.path)[0]
+    galore = optim.startswith("galore")
+    assert (kept.per_layer_updates, kept.max_grad_norm) == ((True, 0.0) if galore else (False, 1.0))
+    rows_at_once = (kept.per_device_train_batch_size or 0) * (kept.gradient_accumulation_steps or 0)
+    assert (kept.gradient_accumulation_steps, rows_at_once) == (1, 16)
+    config = config.replace(output_dir=tmp_path / "again", save_steps=3)
+    with pytest.raises(Interrupted):
+        run(config, Events(interrupt_at=3))
+    again = resume(tmp_path / "again")
+    first, second = (load_file(path / "model.safetensors") for path in (whole.path, again.path))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert not [p.name for path in (whole.path, again.path) for p in path.iterdir() if "optimizer" in p.name]
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_adapters_with_paged_state_are_the_same_adapters(tiny_config: RunConfig, tmp_path: Path, method: str) -> None:
+    """As configs of other tools ask for it; LoRA+ beside it, which moves B further."""
+    config = tiny_config.replace(method=method, optim="adamw", loraplus_lr_ratio=4.0)
+    held = run(config)
+    paged = run(config.replace(optim="paged_adamw", optim_memory=0, output_dir=tmp_path / "paged"))
+    plain = run(config.replace(loraplus_lr_ratio=None, output_dir=tmp_path / "plain"))
+    first, second, third = (adapter(done.path) for done in (held, paged, plain))
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    assert all(first[name].norm() > 1.5 * third[name].norm() for name in first if "lora_B" in name)
+
+
 def test_a_fully_tuned_run_is_a_model_that_transformers_loads(tiny_config: RunConfig) -> None:
     from transformers import AutoModelForCausalLM
 

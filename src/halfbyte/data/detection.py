@@ -33,6 +33,14 @@ REQUIRED: dict[RowFormat, tuple[tuple[str, ...], ...]] = {
     "text": (("text",),),
     "classification": tuple((*texts, "label") for texts in TEXT_COLUMNS),
     "preference": (("chosen", "rejected"),),
+    "code": (
+        ("prompt", "test", "entry_point"),
+        ("instruction", "test", "entry_point"),
+        ("text", "test_list"),
+        ("prompt", "test_list"),
+        ("instruction", "tests"),
+        ("prompt", "tests"),
+    ),
 }
 
 #: Columns that a format reads when they are there.
@@ -44,6 +52,7 @@ OPTIONAL: dict[RowFormat, tuple[str, ...]] = {
     "text": (),
     "classification": (),
     "preference": ("prompt",),
+    "code": ("input", "canonical_solution", "code", "completion", "output", "test_setup_code", "test_imports"),
 }
 
 _PARTS = sorted({name for sets in REQUIRED.values() for columns in sets for name in columns}.union(*OPTIONAL.values()))
@@ -80,6 +89,8 @@ def detect(names: Sequence[frozenset[str]], source: str, mapped: frozenset[str] 
     found = [row_format for row_format in REQUIRED if fits(row_format, columns)]
     if "classification" in found and "text" in found:
         found.remove("text")  # a text with a label is classification; text alone has none
+    if "code" in found:
+        found = ["code"]  # tests beside a prompt say what the row is for, whatever else it has
     if mapped and len(found) > 1:
         found = [row_format for row_format in found if mapped <= _parts(row_format)] or found
     if len(found) == 1:

@@ -62,6 +62,20 @@ class RawData:
 
 
 @dataclass(frozen=True, slots=True)
+class CodeTests:
+    """What an answer of code must pass.
+
+    program      Python source, run behind the answer; it raises where the answer is wrong
+    prompt       source that the answer continues (a signature, a docstring), or None
+    entry_point  the function that the tests call, where the row names it
+    """
+
+    program: str
+    prompt: str | None = None
+    entry_point: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Chat:
     """A conversation. `supervise[i]` says whether message i, if it is the assistant's, is learned."""
 
@@ -69,6 +83,7 @@ class Chat:
     messages: list[dict[str, Any]]
     supervise: tuple[bool, ...]
     tools: list[dict[str, Any]] | None = None
+    tests: CodeTests | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +93,7 @@ class Completion:
     origin: Origin
     prompt: str
     completion: str
+    tests: CodeTests | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from typing import Any
 from halfbyte.data.detection import REQUIRED, TEXT_COLUMNS
 from halfbyte.data.jinja import MARK_BEGIN, MARK_END
 from halfbyte.data.options import RowFormat
-from halfbyte.data.records import Chat, Completion, Labelled, Origin, Preference, Record, Row, RowError, Text
+from halfbyte.data.records import Chat, CodeTests, Completion, Labelled, Origin, Preference, Record, Row, RowError, Text
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
           "function": "tool"}  # fmt: skip
@@ -32,7 +32,7 @@ def normalise(record: Record, row_format: RowFormat, system_prompt: str | None =
     row = _NORMALISERS[row_format](values, record.origin)
     if isinstance(row, Chat) and system_prompt and row.messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system_prompt}, *row.messages]
-        row = Chat(row.origin, messages, (False, *row.supervise), row.tools)
+        row = Chat(row.origin, messages, (False, *row.supervise), row.tools, row.tests)
     if isinstance(row, Preference) and system_prompt and row.prompt[0]["role"] != "system":
         row = replace(row, prompt=[{"role": "system", "content": system_prompt}, *row.prompt])
     _check_unicode(row)
@@ -280,6 +280,61 @@ def _as_messages(value: Any, name: str, role: str) -> list[dict[str, Any]]:
     return check_messages(value, name)
 
 
+# ---------------------------------------------------------------- code
+
+_SOLUTIONS = ("canonical_solution", "code", "completion", "output")
+
+
+def _code(values: Mapping[str, Any], origin: Origin) -> Row:
+    """A prompt, a solution and tests: HumanEval's columns, MBPP's, or `tests` beside a prompt.
+
+    `prompt` is taken as it is, and with an `entry_point` it is code that the answer continues. What is asked in words
+    (`instruction`, and MBPP's tasks, which show their tests) becomes a conversation with the solution in a fence.
+    """
+    solution = next((_text(values, name) for name in _SOLUTIONS if values.get(name) is not None), None)
+    if solution is None:
+        raise RowError(f"there is no solution (one of {', '.join(_SOLUTIONS)}): the loss is measured on it")
+    shown, program, entry_point = _tests(values)
+    asked = next(name for name in ("instruction", "prompt", "text") if values.get(name) is not None)
+    prompt = _text(values, asked)
+    tests = CodeTests(program, prompt if entry_point else None, entry_point)
+    if asked == "prompt" and not shown:
+        return Completion(origin, prompt, solution, tests)
+    question = prompt
+    if values.get("input") is not None and (extra := _text(values, "input", empty=True)).strip():
+        question = f"{question}\n\n{extra}"
+    if shown:
+        question = f"{question}\n\nYour code should pass these tests:\n\n{shown}"
+    whole = prompt + solution if entry_point and asked == "instruction" else solution
+    answer = whole if "```" in whole else f"```python\n{whole.strip()}\n```"
+    row = _chat(origin, [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], None)
+    return replace(row, tests=tests)
+
+
+def _tests(values: Mapping[str, Any]) -> tuple[str, str, str | None]:
+    """(tests that the prompt shows, the program that runs them, the function they call where the row names it)."""
+    if values.get("test") is not None and values.get("entry_point") is not None:
+        entry_point = _text(values, "entry_point")
+        if not entry_point.isidentifier():
+            raise RowError(f"'entry_point' must be a function's name, not {entry_point!r}")
+        return "", f"{_text(values, 'test')}\ncheck({entry_point})\n", entry_point
+    if values.get("test_list") is not None:
+        shown = _lines(values, "test_list")
+        setup = [_lines(values, name) for name in ("test_imports", "test_setup_code") if values.get(name)]
+        return shown, "\n".join([*setup, shown]) + "\n", None
+    return "", _lines(values, "tests"), None
+
+
+def _lines(values: Mapping[str, Any], name: str) -> str:
+    """Source code: a string, or a list of them."""
+    value = values.get(name)
+    if isinstance(value, list) and value and all(isinstance(line, str) for line in value):
+        return "\n".join(value)
+    if not isinstance(value, str):
+        raise RowError(f"{name!r} must be Python source, a string or a list of them, this is {_kind(value)}")
+    return _text(values, name)
+
+
 _NORMALISERS: dict[RowFormat, Callable[[Mapping[str, Any], Origin], Row]] = {
     "messages": _messages,
     "conversations": _conversations,
@@ -288,6 +343,7 @@ _NORMALISERS: dict[RowFormat, Callable[[Mapping[str, Any], Origin], Row]] = {
     "text": _document,
     "classification": _classification,
     "preference": _preference,
+    "code": _code,
 }
 
 
@@ -295,9 +351,9 @@ def canonical(row: Row) -> str:
     """A row as one string that two rows share exactly when they are the same row (origins aside)."""
     match row:
         case Chat():
-            content: Any = [row.messages, row.supervise, row.tools]
+            content: Any = [row.messages, row.supervise, row.tools, *_tests_of(row)]
         case Completion():
-            content = [row.prompt, row.completion]
+            content = [row.prompt, row.completion, *_tests_of(row)]
         case Text():
             content = [row.text]
         case Labelled():
@@ -305,6 +361,11 @@ def canonical(row: Row) -> str:
         case Preference():
             content = [row.prompt, row.chosen, row.rejected]
     return json.dumps([type(row).__name__, content], ensure_ascii=False, default=str)
+
+
+def _tests_of(row: Chat | Completion) -> list[str | None]:
+    """Nothing for a row without tests: its identity is that of before there were any."""
+    return [] if row.tests is None else [row.tests.program, row.tests.prompt, row.tests.entry_point]
 
 
 def _check_unicode(row: Row) -> None:

@@ -4,6 +4,7 @@
     perplexity     exp(loss)
     exact_match, token_f1, rouge_l, file.py:function      of the generated answer against the row's own
     accuracy       of the label that the model finds likeliest (`halfbyte.evaluate.labels`)
+    pass@1         of generated programs, by their rows' tests (`halfbyte.evaluate.pass_at_1`)
 
 Every figure comes with a 95 % interval over rows, and every row's answer is kept for reports.
 """
@@ -19,10 +20,12 @@ from torch import Tensor
 from halfbyte.adapters import disabled
 from halfbyte.data import Example, LabelChoice, collate, plan_micro_batches
 from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.evaluate.code_execution import PASSED
 from halfbyte.evaluate.generate import Generation, Tokenizer, generate_batch
 from halfbyte.evaluate.intervals import Interval, corpus_interval, mean_interval, ratio_interval
 from halfbyte.evaluate.labels import score_labels
-from halfbyte.evaluate.metrics import ACCURACY, BUILT_IN, Metric, find_metrics
+from halfbyte.evaluate.metrics import ACCURACY, BUILT_IN, PASS_AT_1, Metric, find_metrics
+from halfbyte.evaluate.pass_at_1 import require_permission, run_tests
 from halfbyte.evaluate.sampling import GenerateOptions
 from halfbyte.evaluate.session import Model, inference
 
@@ -37,7 +40,13 @@ class EvaluateOptions(GenerateOptions):
     metrics: tuple[str, ...] = Field(
         default=(),
         description=f"beside the loss: {', '.join(BUILT_IN)}, {ACCURACY} (the default for classification), "
-        "or file.py:function",
+        f"{PASS_AT_1} (code, with its rows' tests), or file.py:function",
+    )
+    allow_code_execution: bool = Field(
+        default=False, description="let pass@1 run the programs that the model writes, on this machine and as you"
+    )
+    code_timeout: float = Field(
+        default=10.0, gt=0, le=3600, description="seconds that a program of pass@1 may take, its tests included"
     )
     max_rows: int | None = Field(default=None, ge=1, description="use only the first rows")
     eval_batch_size: int = Field(default=32, ge=1, description="answers generated at once")
@@ -49,6 +58,7 @@ class RowResult:
     """One row: where it came from, what was asked, what was expected, what came, and how it scored.
 
     prediction  the generated answer, or the chosen label; None where neither was asked for
+    outcome     of pass@1: passed, or why not
     nll         summed negative log-likelihood of the row's supervised tokens; `tokens` is how many. Of a pair of
                 answers its loss, and 1
     """
@@ -60,6 +70,12 @@ class RowResult:
     tokens: int
     prediction: str | None = None
     scores: dict[str, float] = field(default_factory=dict)
+    outcome: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields; `outcome` only where a program was run."""
+        fields = asdict(self)
+        return fields if self.outcome is not None else {k: v for k, v in fields.items() if k != "outcome"}
 
 
 @dataclass(frozen=True)
@@ -91,7 +107,7 @@ class EvaluateResult:
             **self.metrics,
             "intervals": {name: list(interval) for name, interval in self.intervals.items()},
         }
-        return out | ({"rows": [asdict(row) for row in self.rows]} if rows else {})
+        return out | ({"rows": [row.to_json() for row in self.rows]} if rows else {})
 
 
 @dataclass(frozen=True)
@@ -145,18 +161,21 @@ def evaluate(
             f"{metrics[0].name} compares answers, and these rows have none (plain text, {examples[0].origin}): "
             "only the loss can be measured on them"
         )
+    programs = _programs(examples, options)
     progress = on_progress or (lambda what, done, total: None)
     rows = row_losses(model, examples, options.eval_batch_tokens, progress)
     scores: dict[str, float] = {}
     intervals: dict[str, Interval] = {}
     if ACCURACY in options.metrics:
         rows = _choose_labels(model, examples, rows, labels, options, progress)
-    if metrics:
-        rows = _generate_answers(model, tokenizer, examples, rows, answered, options, stop_ids, progress)
+    if metrics or programs:
+        needed = answered if metrics else programs
+        rows = _generate_answers(model, tokenizer, examples, rows, needed, options, stop_ids, progress)
+        rows = _run_programs(examples, rows, programs, options, progress)
         rows = _score(rows, answered, [metric for metric in metrics if not metric.corpus])
         for metric in (m for m in metrics if m.corpus):
             scores[metric.name], intervals[metric.name] = _score_corpus(metric, [rows[i] for i in answered])
-    return _summarize(rows, options.metrics, scores, intervals)
+    return summarize(rows, options.metrics, scores, intervals)
 
 
 def evaluate_base_and_tuned(
@@ -209,7 +228,7 @@ def row_losses(
     with inference(model):
         for members in plan_micro_batches([len(e) for e in examples], 1, True, batch_tokens):
             batch = [examples[i] for i in members]
-            counts = [int(example.supervised[1:].sum()) for example in batch]
+            counts = [example.supervised_tokens for example in batch]
             logprobs: Tensor = model.token_logprobs(collate(batch)).double().cpu()
             for i, part in zip(members, logprobs.split(counts), strict=True):
                 results[i] = _row(examples[i], -float(part.sum()), part.numel())
@@ -276,7 +295,41 @@ def _generate_answers(
     answers = generate_batch(model, tokenizer, prompts, options, stop_ids, options.eval_batch_size, count)
     out = list(rows)
     for i, answer in zip(answered, answers, strict=True):
-        out[i] = replace(rows[i], prediction=answer.text.strip())
+        # The indentation of the first line belongs to a program.
+        text = answer.text.strip() if examples[i].tests is None else answer.text.rstrip()
+        out[i] = replace(rows[i], prediction=text)
+    return out
+
+
+def _programs(examples: Sequence[Example], options: EvaluateOptions) -> list[int]:
+    """The rows whose answers pass@1 runs; UsageError where there are none, or it is not allowed."""
+    if PASS_AT_1 not in options.metrics:
+        return []
+    tested = [i for i, example in enumerate(examples) if example.tests is not None]
+    if not tested:
+        raise UsageError(
+            f"pass@1 needs rows with tests, and {examples[0].origin} has none: a prompt with test and entry_point "
+            "(HumanEval), test_list (MBPP) or tests"
+        )
+    require_permission(options.allow_code_execution, len(tested), str(examples[tested[0]].origin))
+    return tested
+
+
+def _run_programs(
+    examples: Sequence[Example],
+    rows: list[RowResult],
+    programs: Sequence[int],
+    options: EvaluateOptions,
+    progress: Progress,
+) -> list[RowResult]:
+    out = list(rows)
+    for done, i in enumerate(programs, 1):
+        tests = examples[i].tests
+        assert tests is not None
+        outcome = run_tests(rows[i].prediction or "", tests, options.code_timeout)
+        passed = float(outcome.status == PASSED)
+        out[i] = replace(rows[i], scores=rows[i].scores | {PASS_AT_1: passed}, outcome=str(outcome))
+        progress("programs", done, len(programs))
     return out
 
 
@@ -298,9 +351,10 @@ def _score_corpus(metric: Metric, rows: Sequence[RowResult]) -> tuple[float, Int
     return on(range(len(rows))), corpus_interval(on, len(rows))
 
 
-def _summarize(
+def summarize(
     rows: list[RowResult], names: Sequence[str], metrics: dict[str, float], intervals: dict[str, Interval]
 ) -> EvaluateResult:
+    """The result of rows that are scored; `names` are the metrics in order, `metrics` those of the whole set."""
     tokens = sum(row.tokens for row in rows)
     loss = sum(row.nll for row in rows) / tokens
     if len(rows) > 1:

@@ -14,11 +14,11 @@ Shape letters: P pairs, S supervised tokens of all documents. The last axis of [
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from halfbyte.adapters import disabled
@@ -38,23 +38,29 @@ class DpoOptions(Options):
         0.1,
         gt=0,
         allow_inf_nan=False,
-        description="task dpo: how close the model stays to where it began; larger is closer",
+        description="How close the model stays to where it began; larger is closer (task dpo)",
     )
     dpo_loss: Literal["sigmoid", "ipo", "hinge"] = Field(
-        "sigmoid", description="task dpo: sigmoid (DPO), ipo (a squared error, its log-ratios a token) or hinge (SLiC)"
+        "sigmoid", description="Loss of a pair: sigmoid (DPO), ipo (squared error, log-ratios a token) or hinge (SLiC)"
     )
     dpo_label_smoothing: float = Field(
         0.0,
         ge=0,
         lt=0.5,
-        description="task dpo: share of pairs that are taken to be the wrong way round (cDPO; sigmoid)",
+        description="Share of pairs that are taken to be the wrong way round (cDPO, with dpo_loss sigmoid)",
     )
     dpo_nll_weight: float = Field(
         0.0,
         ge=0,
         allow_inf_nan=False,
-        description="task dpo: weight of the better answer's mean negative log-likelihood, added to the loss (RPO)",
+        description="Weight of the better answer's mean negative log-likelihood in its pair's loss (RPO; task dpo)",
     )
+
+    @model_validator(mode="after")
+    def _smoothing_has_an_effect(self) -> Self:
+        if self.dpo_label_smoothing and self.dpo_loss != "sigmoid":
+            raise ValueError(f"dpo_label_smoothing is for dpo_loss sigmoid, and {self.dpo_loss} has none: leave it out")
+        return self
 
 
 class LogprobModel(Protocol):

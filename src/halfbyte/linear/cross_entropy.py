@@ -31,11 +31,16 @@ def chunk_rows(vocab: int) -> int:
 
 def _panels(head: Weight, dtype: torch.dtype) -> list[slice]:
     """Row ranges of the head: one if it is held in the compute dtype, else as much as is converted at a time."""
-    vocab, width = head.shape
     if head.is_dense_in(dtype):
-        return [slice(0, vocab)]
-    step = max(1, PANEL_BYTES // (width * dtype.itemsize))
-    return [slice(start, min(start + step, vocab)) for start in range(0, vocab, step)]
+        return [slice(0, head.shape[0])]
+    return _row_ranges(head.shape, dtype)
+
+
+def _row_ranges(shape: tuple[int, int], dtype: torch.dtype) -> list[slice]:
+    """The rows of a matrix in ranges of at most PANEL_BYTES: a product's output of a vocabulary's size, and what torch
+    sums it in, would be another copy of the head and two."""
+    step = max(1, PANEL_BYTES // (shape[1] * dtype.itemsize))
+    return [slice(start, min(start + step, shape[0])) for start in range(0, shape[0], step)]
 
 
 def _panel(head: Weight, rows: slice, like: Tensor) -> Tensor:
@@ -126,7 +131,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     else:
                         grad_ND[part].addmm_(dlogits[:, rows], dense)
             if grad_VD is not None:
-                grad_VD += dlogits.t() @ hidden_ND[part]
+                for rows in _row_ranges(head.shape, hidden_ND.dtype):
+                    grad_VD[rows] += dlogits[:, rows].t() @ hidden_ND[part]
         ctx.save_for_backward(grad_ND, grad_VD)
         ctx.head_dtype = None if trainable_VD is None else trainable_VD.dtype
         return nll_N
@@ -161,9 +167,8 @@ def _scaled(grad_VD: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The float32 gradient times `scale` in `dtype`, panel by panel: beside a large vocabulary's there is no room for
     another of its size in float32."""
     out = torch.empty(grad_VD.shape, dtype=dtype, device=grad_VD.device)
-    step = max(1, PANEL_BYTES // (4 * grad_VD.shape[1]))
-    for start in range(0, grad_VD.shape[0], step):
-        out[start : start + step] = grad_VD[start : start + step] * scale
+    for rows in _row_ranges((grad_VD.shape[0], grad_VD.shape[1]), torch.float32):
+        out[rows] = grad_VD[rows] * scale
     return out
 
 

@@ -71,6 +71,14 @@ class ShiftedSource(ModelSource):
         return self._source.tokenizer()
 
 
+def own_blocks(name: str) -> str:
+    """Why initial values that need the weights before quantization cannot be had."""
+    return (
+        f"{name} is a quantized file whose own blocks are trained on, and pissa and loftq make the base anew: add "
+        "--requantize, take method lora (16 bits), or give the unquantized model"
+    )
+
+
 class LinearBase:
     """The frozen linears of `loaded` by name, as its source has them and as the model holds them.
 
@@ -104,10 +112,7 @@ class LinearBase:
     def _tensor(self, name: str) -> str:
         tensor = f"{name}.weight"
         if tensor in self._kept and self.is_quantized(name):
-            raise UsageError(
-                f"{self._source.name} is a quantized file whose own blocks are trained on, and pissa and loftq make "
-                "the base anew: add --requantize, take method lora (16 bits), or give the unquantized model"
-            )
+            raise UsageError(own_blocks(self._source.name))
         info = self._source.tensors().get(tensor)
         if info is None or info.shape != self._segments[name].weight.shape or name in self._transposed:
             raise UsageError(

@@ -30,6 +30,7 @@ from halfbyte.optim import galore
 from halfbyte.optim.galore import GaloreSlot
 from halfbyte.optim.held import HeldStates, Work, managed, plain
 from halfbyte.optim.moments import ByteMoment
+from halfbyte.optim.norm import norms_of, total_norm
 from halfbyte.optim.options import OptimOptions
 from halfbyte.optim.paged import PagedStates
 from halfbyte.optim.slots import Chunk, Slot, chunks_of
@@ -50,14 +51,8 @@ class NonFiniteGradient(HalfbyteError):
 
 
 def global_norm(gradients: list[Tensor]) -> float:
-    """The 2-norm of all gradients as one vector, summed in float32 (float64 across tensors)."""
-    if not gradients:
-        return 0.0
-    return _norm_of(torch._foreach_norm(gradients, 2, dtype=torch.float32))
-
-
-def _norm_of(norms: list[Tensor] | tuple[Tensor, ...]) -> float:
-    return float(torch.stack([norm.double() for norm in norms]).norm())
+    """The 2-norm of all gradients as one vector, summed in float32 (float64 across tensors and their pieces)."""
+    return total_norm(norms_of(gradients))
 
 
 def clip_factor(norm: float, max_norm: float) -> float:
@@ -111,7 +106,7 @@ class AdamW:
         else:
             self.store = HeldStates(dense, self.chunks, managed if options.paged else plain)
         self._rate: float | None = None
-        self._norms: dict[str, Tensor] = {}
+        self._norms: dict[str, list[float]] = {}
         self._hooks: list[RemovableHandle] = []
         if self.takes_gradients:
             for slot in self.slots:
@@ -130,8 +125,7 @@ class AdamW:
         """The norm of all gradients that came since `zero_grad`; see `global_norm`."""
         if not self.takes_gradients:
             return global_norm(self.gradients())
-        norms = [self._norms[slot.name] for slot in self.slots if slot.name in self._norms]
-        return _norm_of(norms) if norms else 0.0
+        return total_norm([norm for slot in self.slots for norm in self._norms.get(slot.name, ())])
 
     def zero_grad(self) -> None:
         for slot in self.slots:
@@ -183,10 +177,9 @@ class AdamW:
             assert isinstance(self.store, PagedStates)
             self._norms[slot.name] = self.store.take_gradient(slot)
             return
-        (norm,) = torch._foreach_norm([gradient], 2, dtype=torch.float32)
-        self._norms[slot.name] = norm
+        self._norms[slot.name] = norms_of([gradient])
         if self._rate is not None:
-            if not isfinite(float(norm)):
+            if not isfinite(total_norm(self._norms[slot.name])):
                 parameter.grad = None
                 raise NonFiniteGradient(slot.name)
             if isinstance(slot, GaloreSlot):
@@ -241,8 +234,8 @@ class AdamW:
         torch._foreach_lerp_(m, grads, 1 - beta1)
         torch._foreach_mul_(v, beta2)
         torch._foreach_addcmul_(v, grads, grads, 1 - beta2)
-        if options.weight_decay:
-            decaying = [w for w, (span, _, _) in zip(weights, work, strict=True) if span.slot.decays]
+        decaying = [w for w, (span, _, _) in zip(weights, work, strict=True) if span.slot.decays]
+        if options.weight_decay and decaying:
             torch._foreach_mul_(decaying, 1 - rate * options.weight_decay)
         denominators = torch._foreach_sqrt(v)
         torch._foreach_div_(denominators, correction2**0.5)

@@ -39,7 +39,7 @@ class OptimOptions(Options):
     galore_scale: float = Field(0.25, gt=0, description="galore_…: factor on the projected update, the paper's alpha")
     galore_proj_type: Literal["std", "reverse_std", "right", "left", "full"] = Field(
         "std",
-        description="galore_…: side that is projected: std (the shorter), reverse_std, right, left or full (both)",
+        description="galore_…: side that is projected: std (the shorter), reverse_std, right, left or full",
     )
     learning_rate: float | None = Field(
         None, gt=0, description="Peak learning rate; by default 2e-4 for adapters and 2e-5 for full fine-tuning"

@@ -29,6 +29,7 @@ from halfbyte import rawfile
 from halfbyte.files import one_line, require_free_space
 from halfbyte.optim.held import Work
 from halfbyte.optim.moments import State
+from halfbyte.optim.norm import norms_of
 from halfbyte.optim.slots import Chunk, Slot, Span
 from halfbyte.tensorfile import Planned, part_of
 
@@ -197,10 +198,10 @@ class PagedStates:
 
     # -- gradients --------------------------------------------------------------------------------------------------
 
-    def take_gradient(self, slot: Slot) -> Tensor:
+    def take_gradient(self, slot: Slot) -> list[float]:
         """Move a parameter's gradient into its pages, added to what was taken since `forget_gradients`.
 
-        Returns its norm, a float32 scalar, as `torch._foreach_norm` gives it of the whole sum.
+        Returns the norms of the whole sum; see `norms_of`.
         """
         gradient = slot.parameter.grad
         assert gradient is not None
@@ -212,9 +213,8 @@ class PagedStates:
                     part += self._get(page, page.gradient[span])
                 self._put(page, page.gradient[span], part)
         self.taken.add(slot.name)
-        (norm,) = torch._foreach_norm([flat.view(gradient.shape)], 2, dtype=torch.float32)
         slot.parameter.grad = None
-        return norm
+        return norms_of([flat])
 
     def forget_gradients(self) -> None:
         self.taken.clear()

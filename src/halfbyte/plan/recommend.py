@@ -70,6 +70,7 @@ class Request:
     batches        (rows at once, accumulation) that are allowed, largest first
     checkpointing  None: only if memory asks for it
     evaluations    passes over the held-out rows, base against tuned at the end included
+    forward_tokens further tokens that are only read: training rows that a preference run's reference is asked about
     held           bytes of the tensors that the model's file brings in blocks of its own
     file_itemsize  bytes of a value in the model's file
     updates        the optimizer's other options
@@ -86,6 +87,7 @@ class Request:
     epochs: float
     max_steps: int | None
     evaluations: int = 1
+    forward_tokens: int = 0
     held: Mapping[str, int] = field(default_factory=dict)
     file_itemsize: int = 4
     updates: OptimOptions = field(default_factory=OptimOptions)
@@ -224,7 +226,7 @@ def _job(request: Request, method: str, data: DataShape, batch: tuple[int, int],
         steps=steps,
         train_tokens=tokens,
         supervised=data.supervised_share,
-        eval_tokens=data.eval_tokens * request.evaluations,
+        eval_tokens=data.eval_tokens * request.evaluations + request.forward_tokens,
         device=request.device,
         held=request.held,
         file_itemsize=request.file_itemsize,

@@ -60,6 +60,10 @@ class RunOptions(Options):
         return name if isinstance(value, str) else value
 
 
+ADAPTERS_ALONE = ("use_dora", "init_lora_weights", "modules_to_save", "loraplus_lr_ratio")
+"""Fields that full fine-tuning would ignore; shapes (`lora_r`, …) may stand in a file that several methods share."""
+
+
 class RunConfig(
     ModelOptions, DataOptions, QuantOptions, LoraOptions, OptimOptions, DpoOptions, TrainOptions, RunOptions
 ):
@@ -83,8 +87,12 @@ class RunConfig(
         """What options of two components cannot mean together."""
         if self.galore and self.method != "full":
             raise ValueError(f"optim: {self.optim} is for full fine-tuning: set method: full")
-        if self.loraplus_lr_ratio is not None and self.method == "full":
-            raise ValueError("loraplus_lr_ratio is for adapters, and method full has none: leave it out")
+        for name in ADAPTERS_ALONE:
+            value = getattr(self, name)
+            if self.method == "full" and value != type(self).model_fields[name].get_default(call_default_factory=True):
+                raise ValueError(f"{name} is for adapters, and method full has none: leave it out")
+        if self.method == "lora" and self.init_lora_weights == "loftq":
+            raise ValueError("loftq starts from what quantization loses, and method lora does not quantize: take loftq")
         if self.by_layer and (self.gradient_accumulation_steps or 1) > 1:
             raise ValueError(
                 "gradient_accumulation_steps must be 1 with per_layer_updates (on with optim: galore_…): gradients are "

@@ -26,6 +26,7 @@ from halfbyte.optim.options import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, Op
 from halfbyte.plan.hardware import Rates, detect, measure
 from halfbyte.plan.recommend import DataShape, Plan, Request, make_plan
 from halfbyte.quant.options import QuantOptions
+from halfbyte.run import tasks
 from halfbyte.run.config import RunConfig
 from halfbyte.train.dpo import PREFERENCE_LEARNING_RATE
 from halfbyte.train.options import EFFECTIVE_BATCH, TrainOptions, batch_rows, count_steps
@@ -68,16 +69,26 @@ def shape_of(train: Sequence[Example], held_out: Sequence[Example]) -> DataShape
     )
 
 
-def survey(config: RunConfig, need_data: bool = True) -> Survey:
-    """Open the model's headers, load the tokenizer, prepare the rows. UsageError for what is wrong with any of them."""
+def survey(config: RunConfig, need_data: bool = True, adapter: Path | None = None) -> Survey:
+    """Open the model's headers, load the tokenizer, prepare the rows. UsageError for what is wrong with any of them.
+
+    adapter   the folder of the adapter that will be put on the model: a classifier's names its classes
+    """
     if need_data and config.data is None:
         raise UsageError("no data: give --data with a file, a folder or a Hub data set")
     config = absolute(config)
     source = open_source(config.model, config.revision)
+    config = tasks.with_task(config, source)
     spec = ModelSpec.from_config(source.config) if ModelSpec.serves(source.config) else None
+    if spec is not None and config.task == tasks.CLASSIFICATION:
+        spec = spec.without_head()
     device = resolve_device(config.device)
     tokenizer = source.tokenizer() if config.data is not None else None
-    prepared = prepare(config.pick(DataOptions), tokenizer, config.seed) if config.data is not None else None
+    prepared = None
+    if config.data is not None:
+        tasks.require_an_end(config, tokenizer)
+        labels = tasks.known_labels(config, source, adapter)
+        prepared = prepare(config.pick(DataOptions), tokenizer, config.seed, labels)
     return Survey(config, source, spec, tokenizer, prepared, device, resolve_dtype(config.dtype, device))
 
 
@@ -131,6 +142,11 @@ def check_task(found: Survey) -> None:
         )
 
 
+def asks_reference(found: Survey) -> bool:
+    """Whether a reference is asked about the rows before the first step."""
+    return found.prepared is not None and found.prepared.pairs
+
+
 def plan_of(config: RunConfig) -> Plan:
     """The plan of a config, with or without data: `halfbyte plan` and `hb.plan`. Reads no weights."""
     plan = make(survey(config, need_data=False))
@@ -160,6 +176,7 @@ def request(config: RunConfig, found: Survey) -> Request:
         max_steps=config.max_steps,
         # Every epoch or `eval_steps`, then base and tuned at the end.
         evaluations=2 + max(1, steps // (config.eval_steps or per_epoch)),
+        forward_tokens=round(min(data.rows, steps * rows_per_update) * data.mean) if asks_reference(found) else 0,
         held=found.source.prequantized_bytes(),
         file_itemsize=max((t.dtype.itemsize for t in found.source.tensors().values() if len(t.shape) == 2), default=4),
     )
@@ -183,11 +200,11 @@ def resolve(found: Survey, plan: Plan | None, today: datetime.date | None = None
         checkpointing = bool(config.gradient_checkpointing)
     rate = FULL_LEARNING_RATE if method == "full" else ADAPTER_LEARNING_RATE
     name = config.replace(method=method).method_name
-    pairs = found.prepared is not None and found.prepared.pairs
+    pairs = asks_reference(found)
     if pairs:
         rate = PREFERENCE_LEARNING_RATE
     return config.replace(
-        task="dpo" if pairs else config.task,
+        task="dpo" if pairs else "causal" if config.task == "auto" else config.task,
         method=method,
         revision=found.source.revision or config.revision,
         dtype=str(found.dtype).removeprefix("torch."),

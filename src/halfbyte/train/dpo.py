@@ -167,7 +167,7 @@ def references(
         for table, examples, wanted in ((known.train, train, missing), (known.eval, held_out, unseen)):
             found = score_pairs(asked, [examples[row] for row in wanted], batch_tokens, device, tell)
             table[wanted] = found.logprobs
-    _write(directory / REFERENCE, known, identity)
+    write_references(directory / REFERENCE, known, identity)
     return known
 
 
@@ -191,5 +191,6 @@ def _read(path: Path, identity: Mapping[str, str], sizes: tuple[int, int]) -> Re
     return found if fits else fresh
 
 
-def _write(path: Path, reference: Reference, identity: Mapping[str, str]) -> None:
+def write_references(path: Path, reference: Reference, identity: Mapping[str, str]) -> None:
+    """Keep what the reference said, with what it depends on."""
     write_atomic(path, save({"train": reference.train, "eval": reference.eval}, dict(identity)))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from halfbyte.batch import Batch
 from halfbyte.errors import HalfbyteError
+from halfbyte.heap import give_back
 from halfbyte.optim.adamw import AdamW, NonFiniteGradient
 
 
@@ -125,6 +126,8 @@ def backward(
             if stop():
                 raise Stopped
             nlls.append(_backward_one(model, batch, seed_for(seed, step, index), scale.value / terms))
+            if optimizer.takes_gradients:
+                give_back()  # the room of gradients that came and went, which the loss of the next pass cannot use
         loss = float(torch.stack(nlls).double().sum()) / terms
         norm = optimizer.grad_norm() / scale.value
         if math.isfinite(loss) and math.isfinite(norm):
@@ -174,6 +177,7 @@ def update_by_layer(
             "the rows, or lower learning_rate",
             worth_saving=False,
         ) from None
+    give_back()
     return Update(loss, optimizer.grad_norm(), batch.tokens, batch.supervised_tokens, batch.loss_terms, 1.0)
 
 
@@ -241,6 +245,7 @@ def split(batch: Batch) -> list[Batch]:
             targets=batch.targets[start:stop],
             lengths=batch.lengths[together * i : together * (i + 1)],
             rows=batch.rows[together * i : together * (i + 1)],
+            sources=batch.sources[together * i : together * (i + 1)],
         )
         for i, (start, stop) in enumerate(pairwise(borders))
     ]
