@@ -13,10 +13,13 @@ from torch import Tensor
 from halfbyte.adapters import LoraOptions, attach
 from halfbyte.batch import Batch
 from halfbyte.errors import UsageError
+from halfbyte.export import merged_tensors
 from halfbyte.linear import segments
 from halfbyte.models.decoder import Decoder
 from halfbyte.models.fallback import Fallback
+from halfbyte.models.group_folder import GroupFolder
 from halfbyte.models.load import build_decoder as build_from
+from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.models.spec import ModelSpec
 from halfbyte.plan.memory import Job, base_bytes
@@ -152,6 +155,23 @@ def test_a_quantized_head(tmp_path: Path) -> None:
     assert plain.head.format == "fp32"
     assert_planned(open_source(str(folder)), kept)
     assert error(kept.logits(IDS), plain.logits(IDS)) < 1e-5
+
+
+def test_a_quantized_head_is_copied_from_one_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path, Form(head=True))
+    source = open_source(str(folder))
+    monkeypatch.setattr(merged_tensors, "_PIECE", 960)
+    options = ModelOptions(model=str(folder))
+    planned = merged_tensors.plan_tensors(options, source, {}, None, torch.bfloat16)
+    (head,) = (tensor for tensor in planned if tensor.name == "lm_head.weight")
+    expected = source.read(head.name).bfloat16()
+    read: list[str] = []
+    weight = GroupFolder.weight
+    monkeypatch.setattr(GroupFolder, "weight", lambda *args: read.append(args[1]) or weight(*args))
+    pieces = list(head.rows())
+    assert len(pieces) == 14
+    assert torch.equal(torch.cat(pieces), expected)
+    assert read == [head.name]
 
 
 def test_modules_that_the_file_left_alone(tmp_path: Path) -> None:
