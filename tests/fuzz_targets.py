@@ -280,9 +280,9 @@ def _adapter_seeds() -> list[Files]:
                 put(segment, Initial(a, b, Shift(a, b, 2.0)), 2.0)
         seeds.append(_made(lambda f, o=options, m=model: save_adapter(m, f, o, "owner/base")))
         _without_adapters(model)
-    model = _classifier()
-    attach(model, options, seed=0)
-    seeds.append(_made(lambda f: save_adapter(model, f, options, "owner/base")))
+    model, plain = _classifier(), LoraOptions(lora_r=2)
+    attach(model, plain, seed=0)
+    seeds.append(_made(lambda f: save_adapter(model, f, plain, "owner/base")))
     _without_adapters(model)
     return seeds
 
