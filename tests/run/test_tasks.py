@@ -338,3 +338,15 @@ def test_texts_that_end_with_padding_are_refused(model_folder: Path, tmp_path: P
     file = write_rows(tmp_path / "rows.jsonl", animals(20))
     with pytest.raises(UsageError, match="ends every text with '<eos>', which is its padding too"):
         hb.train(model=str(tmp_path / "model"), data=str(file), task="classification")
+
+
+@pytest.mark.parametrize("method", ["galore", "loraplus"])
+def test_methods_that_treat_tensors_by_their_kind(method: str, config: RunConfig, tmp_path: Path) -> None:
+    """A head is a matrix of few rows among large ones, and neither an A nor a B."""
+    result = hb.train(
+        model=config.model, data=config.data, eval_data=config.eval_data, output_dir=tmp_path / method, method=method,
+        task="classification", dtype="float32", max_steps=30, learning_rate=3e-3 if method == "galore" else 1e-3,
+        max_seq_length=48,
+    )  # fmt: skip
+    assert result.result["metrics"]["accuracy"] > 0.6
+    assert result.result["metrics"]["loss"] < 0.8 * result.result["metrics"]["base"]["loss"]
