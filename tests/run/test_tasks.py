@@ -176,6 +176,12 @@ def test_merged_folders_are_classifiers_of_transformers(
     assert torch.allclose(ours_on(path).float(), theirs, atol=1e-4)
     # The merged folder is a classifier for us too, and says what it is by itself.
     assert torch.allclose(ours_on(tmp_path / "merged", dtype="float32").float(), theirs, atol=1e-4)
+    found = target.rows_from(target.find(str(tmp_path / "merged"), dtype="float32"), str(config.eval_data))
+    again = target.evaluate_target(found)
+    assert isinstance(again, BaseAndTuned)
+    on_disk = json.loads((path / "result.json").read_text())["metrics"]
+    assert again.tuned.metrics["accuracy"] == on_disk["accuracy"]
+    assert again.tuned.loss == pytest.approx(on_disk["loss"], rel=1e-3)
     pipe = transformers.pipeline("text-classification", model=str(tmp_path / "merged"), device="cpu")
     assert [one["label"] for one in pipe(TEXTS, batch_size=3)] == [one.label for one in hb.classify(path, TEXTS)]
 
