@@ -110,6 +110,8 @@ def lora_options(config: Mapping[str, Any]) -> LoraOptions:
 
     UsageError for values that are none.
     """
+    whole = config.get("modules_to_save") or []
+    named = isinstance(whole, list) and all(isinstance(name, str) for name in whole)
     return _options(
         {
             "lora_r": config.get("r", 8),
@@ -119,7 +121,7 @@ def lora_options(config: Mapping[str, Any]) -> LoraOptions:
             "use_dora": bool(config.get("use_dora", False)),
             "rank_pattern": config.get("rank_pattern") or {},
             "alpha_pattern": config.get("alpha_pattern") or {},
-            "modules_to_save": heads.other_modules(config),
+            "modules_to_save": heads.other_modules(config) if named else whole,
         },
         CONFIG,
     )

@@ -68,9 +68,9 @@ def base_in_training(source: ModelSource, shifts: Mapping[str, Shift]) -> ModelS
 def _with_whole(planned: list[Planned], deltas: Deltas, source: ModelSource, dtype: torch.dtype) -> list[Planned]:
     """With the modules that were trained whole. UsageError for a tensor that the model has not, or in another shape."""
     shapes = {tensor.name: tensor.shape for tensor in planned}
-    tied = bool(source.config.get("tie_word_embeddings", deltas.tied))
+    twice = [tensor for name, tensor in deltas.whole.items() if deltas.tied and name in shapes]
     for name, tensor in deltas.whole.items():
-        if name not in shapes and deltas.tied and tied:
+        if name not in shapes and any(torch.equal(tensor, other) for other in twice):
             continue  # the other name of tied embeddings, which are one tensor of the model
         if shapes.get(name) != tuple(tensor.shape):
             raise UsageError(
@@ -160,8 +160,14 @@ def _copied(
         return _finite(source.read_rows(name, start, stop).to(dtype), name)
 
     def rows() -> Iterator[Tensor]:
-        for start, stop in _pieces(source.info(name).shape):
-            yield read(start, stop)
+        info = source.info(name)
+        # A quantized head is decoded from one reading: `read_rows` would read all of it for every piece.
+        held = None if source.reads_rows(name) else source.prequantized(name)
+        for start, stop in _pieces(info.shape):
+            if held is None:
+                yield read(start, stop)
+            else:
+                yield _finite(held.dequantize(info.dtype, rows=slice(start, stop)).to(dtype), name)
 
     return rows, read
 
