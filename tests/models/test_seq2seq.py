@@ -69,8 +69,10 @@ def write_pair(name: str, folder: Path) -> Any:
     for name, value in positions.items():  # computed, and not in the files
         model.get_parameter(name).data = value
     for path, parameter in model.named_parameters():
-        if path.endswith("Attention.q.weight"):  # T5 does not scale its scores: they would be all or nothing
+        if path.endswith("Attention.q.weight"):  # T5 does not scale its scores: all or nothing
             parameter.data *= 0.15
+        elif path.endswith("q_proj.weight"):
+            parameter.data *= 0.5
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias.normal_(generator=torch.Generator().manual_seed(3))
     model.save_pretrained(folder)

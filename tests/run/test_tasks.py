@@ -176,6 +176,12 @@ def test_merged_folders_are_classifiers_of_transformers(
     assert torch.allclose(ours_on(path).float(), theirs, atol=1e-4)
     # The merged folder is a classifier for us too, and says what it is by itself.
     assert torch.allclose(ours_on(tmp_path / "merged", dtype="float32").float(), theirs, atol=1e-4)
+    found = target.rows_from(target.find(str(tmp_path / "merged"), dtype="float32"), str(config.eval_data))
+    again = target.evaluate_target(found)
+    assert isinstance(again, BaseAndTuned)
+    on_disk = json.loads((path / "result.json").read_text())["metrics"]
+    assert again.tuned.metrics["accuracy"] == on_disk["accuracy"]
+    assert again.tuned.loss == pytest.approx(on_disk["loss"], rel=1e-3)
     pipe = transformers.pipeline("text-classification", model=str(tmp_path / "merged"), device="cpu")
     assert [one["label"] for one in pipe(TEXTS, batch_size=3)] == [one.label for one in hb.classify(path, TEXTS)]
 
@@ -338,3 +344,15 @@ def test_texts_that_end_with_padding_are_refused(model_folder: Path, tmp_path: P
     file = write_rows(tmp_path / "rows.jsonl", animals(20))
     with pytest.raises(UsageError, match="ends every text with '<eos>', which is its padding too"):
         hb.train(model=str(tmp_path / "model"), data=str(file), task="classification")
+
+
+@pytest.mark.parametrize("method", ["galore", "loraplus"])
+def test_methods_that_treat_tensors_by_their_kind(method: str, config: RunConfig, tmp_path: Path) -> None:
+    """A head is a matrix of few rows among large ones, and neither an A nor a B."""
+    result = hb.train(
+        model=config.model, data=config.data, eval_data=config.eval_data, output_dir=tmp_path / method, method=method,
+        task="classification", dtype="float32", max_steps=30, learning_rate=3e-3 if method == "galore" else 1e-3,
+        max_seq_length=48,
+    )  # fmt: skip
+    assert result.result["metrics"]["accuracy"] > 0.6
+    assert result.result["metrics"]["loss"] < 0.8 * result.result["metrics"]["base"]["loss"]

@@ -111,7 +111,7 @@ class Classifier(nn.Module):
         return torch.tensor(batch.lengths, device=self.device).cumsum(0) - 1
 
     def _of(self, batch: Batch, rows: Tensor) -> Tensor:
-        hidden_ND: Tensor = self.body.hidden_of(batch, rows)  # type: ignore[operator]
+        hidden_ND: Tensor = self.body.hidden_of(batch.to(self.device), rows)  # type: ignore[operator]
         logits_NC: Tensor = self.score(hidden_ND.float())
         return logits_NC
 

@@ -87,7 +87,7 @@ def head_to_open(config: RunConfig, source: ModelSource, adapter: Path | None) -
 
 
 def require_language_model(config: RunConfig, what: str, seq2seq: bool = False) -> None:
-    """UsageError for `what` (a verb) of a model that has no words to say, or, without `seq2seq`, that reads turns."""
+    """UsageError where `what` (a verb) is asked of a classifier or, unless `seq2seq`, of an encoder-decoder."""
     if config.task == CLASSIFICATION:
         raise UsageError(
             f"{what} is for language models, and this is a classifier: use `halfbyte evaluate --data ROWS --json "
