@@ -20,12 +20,16 @@ import torch
 import transformers
 from tokenizers import pre_tokenizers
 
-from halfbyte.adapters import LoraOptions, attach, load_adapter, save_adapter
+from halfbyte.adapters import LoraOptions, attach, detach, load_adapter, save_adapter
+from halfbyte.adapters.heads import is_classifier, read_labels
+from halfbyte.adapters.initial import Initial, Shift
+from halfbyte.adapters.lora import put
 from halfbyte.adapters.peft_io import lora_options, read_adapter_config, read_adapter_tensors
 from halfbyte.errors import HalfbyteError
 from halfbyte.export.card import already_quantized, licence_of
 from halfbyte.export.merge import read_deltas
 from halfbyte.linear import segments
+from halfbyte.models.classifier import Classifier
 from halfbyte.models.load import build_decoder
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.models.spec import ModelSpec
@@ -265,30 +269,50 @@ def _adapter_seeds() -> list[Files]:
     for options in (
         LoraOptions(lora_r=2, target_modules="all-linear"),
         LoraOptions(lora_r=4, target_modules=["q_proj"], rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 3}),
+        LoraOptions(lora_r=2, target_modules=["v_proj"], use_dora=True, modules_to_save=["lm_head", "model.norm"]),
+        LoraOptions(lora_r=2, target_modules=["o_proj"], init_lora_weights="pissa"),
     ):
         model = _adapter_model()
-        attach(model, options, seed=0)
-        seeds.append(_made(lambda f, o=options, m=model: save_adapter(m, f, o, "owner/base")))
+        attach(model, options.model_copy(update={"init_lora_weights": "default"}), seed=0)
         for segment in segments(model).values():
-            segment.adapter = None
+            if options.shifts_base and segment.adapter is not None:
+                a, b = torch.ones(2, segment.in_features), torch.ones(segment.out_features, 2)
+                put(segment, Initial(a, b, Shift(a, b, 2.0)), 2.0)
+        seeds.append(_made(lambda f, o=options, m=model: save_adapter(m, f, o, "owner/base")))
+        _without_adapters(model)
+    model = _classifier()
+    attach(model, options, seed=0)
+    seeds.append(_made(lambda f: save_adapter(model, f, options, "owner/base")))
+    _without_adapters(model)
     return seeds
+
+
+def _without_adapters(model: Any) -> None:
+    detach(model)
+    for segment in segments(model).values():
+        segment.add_module("shift", None)
+
+
+def _classifier() -> Classifier:
+    body = _adapter_model()
+    return Classifier(body, torch.ones(3, body.spec.hidden_size), ("bad", "fair", "good"))
 
 
 def _adapter_stages(folder: Path) -> Iterable[Stage]:
     yield lambda: lora_options(read_adapter_config(folder))
     yield lambda: read_adapter_tensors(folder)
     yield lambda: [delta.rows(0, 1) for delta in read_deltas(folder).values()]
+    yield lambda: read_labels(folder)
     yield lambda: _load_adapter(folder)
 
 
 def _load_adapter(folder: Path) -> None:
-    model = _adapter_model()
+    model = _classifier() if is_classifier(read_adapter_config(folder)) else _adapter_model()
     try:
         load_adapter(model, folder)
         model.logits(torch.arange(3))
     finally:
-        for segment in segments(model).values():
-            segment.adapter = None
+        _without_adapters(model)
 
 
 # -- tokenizers, Ollama -----------------------------------------------------------------------------------------------

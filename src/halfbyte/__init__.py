@@ -18,15 +18,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from halfbyte.run.api import evaluate, load, plan, resume, train
+    from halfbyte.run.api import classify, evaluate, load, plan, resume, train
     from halfbyte.run.config import RunConfig, load_config
     from halfbyte.run.run import RunResult
 
-__all__ = ["RunConfig", "RunResult", "evaluate", "load", "load_config", "plan", "resume", "train"]
+__all__ = ["RunConfig", "RunResult", "classify", "evaluate", "load", "load_config", "plan", "resume", "train"]
 
 _HOMES = {
     "RunConfig": "halfbyte.run.config",
     "RunResult": "halfbyte.run.run",
+    "classify": "halfbyte.run.api",
     "load": "halfbyte.run.api",
     "load_config": "halfbyte.run.config",
     "resume": "halfbyte.run.api",

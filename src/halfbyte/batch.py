@@ -21,6 +21,10 @@ class Batch:
     lengths       tokens of each document; they sum to T. Attention never crosses a document's border.
     rows          the data-set row behind each document, for messages; may be empty
     paired        documents 2i and 2i + 1 are the better and the worse answer to one prompt (`task: dpo`)
+    sources       encoder-decoders: how many tokens of each document the encoder reads; the others are the answer, and
+                  the target of a source's last position is the answer's first token. Empty for all other models
+
+    A classifier's targets are class numbers, at the last position of each document.
     """
 
     input_ids: Tensor
@@ -29,6 +33,7 @@ class Batch:
     lengths: tuple[int, ...]
     rows: tuple[int, ...] = ()
     paired: bool = False
+    sources: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:

@@ -136,6 +136,8 @@ def test_a_model_without_adapters_is_not_saved(tmp_path: Path) -> None:
         ({"rank_pattern": {"q_proj": 0}}, "rank_pattern cannot be"),
         ({"rank_pattern": {"(": 4}}, "no regular expression"),
         ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern cannot be"),
+        ({"modules_to_save": True}, "modules_to_save cannot be"),
+        ({"modules_to_save": [{}], "task_type": "SEQ_CLS"}, "modules_to_save cannot be"),
     ],
 )
 def test_values_that_are_none_are_refused(change: dict[str, object], message: str) -> None:

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from halfbyte.adapters import saved_modules
+from halfbyte.adapters import heads, saved_modules
 from halfbyte.adapters.initial import Initial, Shift, loftq, pissa, row_norms
 from halfbyte.adapters.options import ALL_LINEAR
 from halfbyte.adapters.options import LoraOptions as LoraOptions
@@ -87,7 +87,7 @@ def attach(model: nn.Module, options: LoraOptions, seed: int = 42, base: Base | 
     base   needed by PiSSA and LoftQ: gives the weights before quantization, and rebuilds what the model holds
     """
     found = segments(model)
-    whole = saved_modules.names_in(model, options.modules_to_save)
+    whole = saved_modules.names_in(model, heads.without_head(model, options.modules_to_save))
     names = [n for n in target_names(list(found), options.target_modules) if n not in whole]
     if not names:
         raise UsageError("target_modules are all in modules_to_save: nothing is left for an adapter")
@@ -103,6 +103,7 @@ def attach(model: nn.Module, options: LoraOptions, seed: int = 42, base: Base | 
         magnitude = row_norms(segment.weight, initial.a, initial.b, scaling) if options.use_dora else None
         put(segment, initial, scaling, options.lora_dropout, magnitude)
     saved_modules.train(model, whole)
+    heads.make_trainable(model)
     return report(model, tuple(names))
 
 
@@ -253,7 +254,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """The adapters' tensors under PEFT's names, float32, sharing memory with the parameters."""
+    """The adapters' tensors, and a classifier's head, under PEFT's names, float32, sharing the parameters' memory."""
     state: dict[str, Tensor] = {}
     for name, segment in segments(model).items():
         if segment.adapter is not None:
@@ -261,7 +262,7 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
             state[f"base_model.model.{name}.lora_B.weight"] = segment.adapter.lora_B.detach()
             if segment.adapter.magnitude is not None:
                 state[f"base_model.model.{name}.lora_magnitude_vector"] = segment.adapter.magnitude.detach()
-    return state
+    return state | heads.head_state(model)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from torch import Tensor, nn
 
-from halfbyte.adapters import saved_modules
+from halfbyte.adapters import heads, saved_modules
 from halfbyte.adapters.initial import Initial, Shift
 from halfbyte.adapters.lora import Base, freeze, put, short_targets
 from halfbyte.adapters.options import LoraOptions
@@ -74,6 +74,7 @@ class AdapterFile:
     factors   by the linear's name
     saved     whole tensors by their full names
     tied      tied embeddings among them were trained as one tensor
+    head      a classifier's, [classes, width]; None for language models
     """
 
     folder: Path
@@ -81,6 +82,7 @@ class AdapterFile:
     factors: dict[str, Factors]
     saved: dict[str, Tensor]
     tied: bool
+    head: Tensor | None = None
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:
@@ -108,6 +110,8 @@ def lora_options(config: Mapping[str, Any]) -> LoraOptions:
 
     UsageError for values that are none.
     """
+    whole = config.get("modules_to_save") or []
+    named = isinstance(whole, list) and all(isinstance(name, str) for name in whole)
     return _options(
         {
             "lora_r": config.get("r", 8),
@@ -117,7 +121,7 @@ def lora_options(config: Mapping[str, Any]) -> LoraOptions:
             "use_dora": bool(config.get("use_dora", False)),
             "rank_pattern": config.get("rank_pattern") or {},
             "alpha_pattern": config.get("alpha_pattern") or {},
-            "modules_to_save": config.get("modules_to_save") or [],
+            "modules_to_save": heads.other_modules(config) if named else whole,
         },
         CONFIG,
     )
@@ -176,6 +180,7 @@ def read_adapter(folder: Path) -> AdapterFile:
     own = _unshifted(folder, in_file)
     options = own or in_file
     tensors = read_adapter_tensors(folder)
+    head = heads.take_head(tensors, config, folder)
     names = sorted(
         {
             key.removeprefix(PREFIX).removesuffix(suffix)
@@ -198,7 +203,7 @@ def read_adapter(folder: Path) -> AdapterFile:
     for end in in_file.modules_to_save:
         if not any(prefix.endswith(end) for name in saved for prefix in _prefixes(name)):
             raise UsageError(f"{folder}: {CONFIG} has {end!r} in modules_to_save, and {WEIGHTS} does not hold it")
-    return AdapterFile(folder, options, factors, saved, bool(config.get("ensure_weight_tying")))
+    return AdapterFile(folder, options, factors, saved, bool(config.get("ensure_weight_tying")), head)
 
 
 def _prefixes(tensor_name: str) -> list[str]:
@@ -251,11 +256,13 @@ def load_adapter(model: nn.Module, folder: Path | str, base: Base | None = None)
     file = read_adapter(folder)
     options, factors = file.options, file.factors
     _require_places(model, file)
+    heads.require_fit(model, file.head, folder)
     if base is None and any(one.shift is not None for one in factors.values()):
         options, factors = _as_plain(model, file)
     freeze(model)
     saved_modules.remove(model)
     saved_modules.load(model, file.saved, folder, file.tied)
+    heads.put_head(model, file.head)
     found = segments(model)
     for name in (name for name in found if name in factors):
         segment, one = found[name], factors[name]

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
-from halfbyte.adapters import saved_modules
+from halfbyte.adapters import heads, saved_modules
 from halfbyte.adapters.lora import adapter_state, shift_of, short_targets
 from halfbyte.adapters.options import LoraOptions
 from halfbyte.adapters.peft_io import A_KEY, B_KEY, CONFIG, PREFIX, SHIFT, WEIGHTS
@@ -27,7 +27,6 @@ def peft_config(model: nn.Module, options: LoraOptions, base: str, revision: str
     whole = saved_modules.names_of(model)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "revision": revision,
         "inference_mode": True,
@@ -52,6 +51,7 @@ def peft_config(model: nn.Module, options: LoraOptions, base: str, revision: str
         "layers_to_transform": None,
         "layers_pattern": None,
         "layer_replication": None,
+        **heads.task_fields(model, whole),
     }
 
 
@@ -89,6 +89,7 @@ def save_adapter(
         seen.add(tensor.data_ptr())
     write_atomic(folder / WEIGHTS, save_tensors(state, metadata=metadata))
     config = json.dumps(peft_config(model, options, base, revision), indent=2, sort_keys=True)
+    heads.write_labels(model, folder)
     write_atomic(folder / CONFIG, config + "\n")
     return [folder / WEIGHTS, folder / CONFIG]
 

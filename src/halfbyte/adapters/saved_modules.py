@@ -127,7 +127,7 @@ def load(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, tied: bo
                 f"{folder}: {name} is {list(value.shape)}, and the model's {list(place.shape())}: it was trained on "
                 "another base"
             )
-        apart = [other for other in values.values() if not torch.equal(other, value)]
+        apart = [other for other in list(values.values())[1:] if not torch.equal(other, value)]
         if apart or (len(values) < len(place.names) and not tied):
             raise UsageError(
                 f"{folder} trained {name} apart from {next(n for n in place.names if n != name)}, and in this model "

@@ -71,7 +71,8 @@ def _histogram(audit: Audit) -> Table:
 
 def _row(example: Example, tokenizer: Any, coloured: bool) -> Panel:
     place = f"{Path(example.origin.file).name}:{example.origin.line}"  # the whole path would not fit
-    title = f"{place} · {len(example):,} tokens, {example.supervised_tokens:,} supervised"
+    learned = f"{example.supervised_tokens:,} supervised" if example.target is None else f"class {example.completion}"
+    title = f"{place} · {len(example):,} tokens, {learned}"
     parts: list[Text] = []
     for document in example.documents:
         if parts:

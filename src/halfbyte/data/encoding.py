@@ -34,13 +34,14 @@ class Segment:
 class Encoder:
     """A transformers tokenizer, asked for exact ids.
 
-    `prefix`: the ids it puts in front of plain text (its BOS, or nothing).
+    `prefix`: the ids it puts in front of plain text (its BOS, or nothing); `suffix`: those it puts behind it (T5's and
+    BART's end, for most decoders nothing), which only whole texts get.
     """
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
         self.bos: int | None = tokenizer.bos_token_id
-        self.prefix = self._find_prefix()
+        self.prefix, self.suffix = self._find_ends()
         self._anchor = self._find_anchor()
 
     @property
@@ -96,6 +97,19 @@ class Encoder:
         """The ids of a whole text, nothing added."""
         return self._call([text])[0]
 
+    def encode_whole(self, text: str) -> list[int]:
+        """The ids of a whole text with what the tokenizer puts around it, as transformers' models are given it."""
+        return self.wrap(self.encode(text))
+
+    def wrap(self, ids: Sequence[int], room: int | None = None) -> list[int]:
+        """The bare ids of a text between prefix and suffix, cut on the right to `room` ids in all."""
+        ids = list(ids)
+        if ids[: len(self.prefix)] == list(self.prefix):  # the text spells it out
+            ids = ids[len(self.prefix) :]
+        if room is not None:
+            ids = ids[: max(0, room - len(self.prefix) - len(self.suffix))]
+        return [*self.prefix, *ids, *self.suffix]
+
     def encode_segments(self, rows: Sequence[Sequence[Segment]]) -> list[list[tuple[int, ...]]]:
         """The ids of every segment of every row; equal texts are tokenized once."""
         wanted = {(segment.text, index > 0) for row in rows for index, segment in enumerate(row)}
@@ -137,13 +151,13 @@ class Encoder:
         result: list[list[int]] = encoded["input_ids"]
         return result
 
-    def _find_prefix(self) -> tuple[int, ...]:
+    def _find_ends(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         bare = self.encode("a")
         full: list[int] = self.tokenizer("a")["input_ids"]
         for start in range(len(full) - len(bare) + 1):
             if full[start : start + len(bare)] == bare:
-                return tuple(full[:start])
-        return ()
+                return tuple(full[:start]), tuple(full[start + len(bare) :])
+        return (), ()
 
     def _anchor_of(self, text: str) -> "_Anchor":
         return _Anchor(text, self.encode(text))

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from halfbyte.data.encoding import Encoder, Segment
+from halfbyte.data.options import Task
 from halfbyte.data.records import BadRow, Chat, CodeTests, Completion, Labelled, Origin, Preference, Row, RowError, Text
 from halfbyte.data.templates import ChatTemplate, Turns
 
@@ -28,6 +29,8 @@ class Example:
     prompt         what was asked, for people to read: the last message, the prompt, the text to classify
     completion     what should be answered, without the end-of-turn token
     label          classification: the index into Prepared.labels
+    target         a trained head: the class that the last position predicts; nothing else is then learned
+    source_length  seq2seq: tokens that the encoder reads; what follows is the decoder's
     source         the index of the source in `data` or `eval_data`
     index          the position in Prepared.train or Prepared.eval
     truncated      tokens that did not fit into max_seq_length
@@ -42,6 +45,8 @@ class Example:
     prompt: str | None = None
     completion: str | None = None
     label: int | None = None
+    target: int | None = None
+    source_length: int = 0
     source: int = 0
     index: int = 0
     truncated: int = 0
@@ -63,12 +68,16 @@ class Example:
 
     @property
     def supervised_tokens(self) -> int:
-        return sum(int(document.supervised.sum()) for document in self.documents)
+        """What the loss counts: learned tokens, or the one class of a row."""
+        return sum(int(document.supervised.sum()) for document in self.documents) + (self.target is not None)
 
 
 @dataclass(frozen=True, slots=True)
 class LabelChoice:
-    """A class: `value` in the data, the `word` that stands for it, and the ids after the prompt (EOS included)."""
+    """A class: `value` in the data, the `word` that stands for it, and the ids after the prompt (EOS included).
+
+    A trained head needs no ids.
+    """
 
     value: int | str
     word: str
@@ -85,6 +94,7 @@ class Recipe:
     labels: tuple[LabelChoice, ...] = ()
     train_on_inputs: bool = False
     instruction: str | None = None
+    task: Task = "causal"
 
 
 @dataclass(slots=True)
@@ -104,10 +114,15 @@ class Draft:
 
 
 def classification_prompt(row: Labelled, instruction: str | None = None) -> str:
-    """The text (each part after its column's name where there are several), and a line that ends in "Label:"."""
-    named = len(row.texts) > 1
-    body = "\n".join(f"{name}: {text}" if named else text for name, text in row.texts)
-    return f"{instruction}\n\n{body}\nLabel:" if instruction else f"{body}\nLabel:"
+    """What is classified, and a line that ends in "Label:"."""
+    return f"{text_to_classify(row.texts, instruction)}\nLabel:"
+
+
+def text_to_classify(texts: Sequence[tuple[str, str]], instruction: str | None = None) -> str:
+    """The text, or of several each on a line of its own after its column's name; the instruction in front."""
+    named = len(texts) > 1
+    body = "\n".join(f"{name}: {text}" if named else text for name, text in texts)
+    return f"{instruction}\n\n{body}" if instruction else body
 
 
 def cut(turns: Turns, supervise: Sequence[bool] = ()) -> list[Segment]:
@@ -128,12 +143,18 @@ def cut(turns: Turns, supervise: Sequence[bool] = ()) -> list[Segment]:
 
 def draft(row: Row, recipe: Recipe) -> Draft:
     """The segments of a row. Raises RowError if the template refuses it or the label is unknown."""
+    if recipe.task == "seq2seq":
+        return _draft_seq2seq(row, recipe)
     match row:
         case Chat():
             return _draft_chat(row, recipe)
         case Completion():
             segments = [Segment(row.prompt), Segment(row.completion, True, True)]
             return Draft(row, segments, end=True, prompt=row.prompt, completions={1: row.completion})
+        case Labelled() if recipe.task == "classification":
+            number, choice = _choice(row, recipe.labels)
+            text = text_to_classify(row.texts, recipe.instruction)
+            return Draft(row, [Segment(text)], prompt=text, completions={0: choice.word}, label=number)
         case Labelled():
             number, choice = _choice(row, recipe.labels)
             prompt = classification_prompt(row, recipe.instruction)
@@ -150,11 +171,34 @@ def label_text(word: str) -> str:
 
 
 def _choice(row: Labelled, labels: Sequence[LabelChoice]) -> tuple[int, LabelChoice]:
+    """(number, class) of a row. Raises RowError for a label that is none of them."""
     for number, choice in enumerate(labels):
         if choice.value == row.label or choice.word == row.label:
             return number, choice
     known = ", ".join(choice.word for choice in labels)
     raise RowError(f"the label {row.label!r} is not among label_names ({known})")
+
+
+def _draft_seq2seq(row: Row, recipe: Recipe) -> Draft:
+    """Two segments: what the encoder reads and what the decoder writes, each a text of its own. RowError for others."""
+    number = None
+    match row:
+        case Completion():
+            source, answer = row.prompt, row.completion
+        case Labelled():
+            number, choice = _choice(row, recipe.labels)
+            source, answer = classification_prompt(row, recipe.instruction), choice.word
+        case Chat():
+            *before, last = row.messages
+            if row.tools or last["role"] != "assistant" or any(m["role"] not in ("system", "user") for m in before):
+                raise RowError("an encoder-decoder learns one answer to one text, and this is a conversation of turns")
+            source, answer = "\n\n".join(m["content"] for m in before), last["content"]
+        case _:
+            raise RowError("an encoder-decoder learns an answer to a text, and this row is text alone")
+    if not source.strip():
+        raise RowError("there is nothing for the encoder to read: the prompt is empty")
+    segments = [Segment(source), Segment(answer, True, True)]
+    return Draft(row, segments, end=True, prompt=source, completions={1: answer}, label=number)
 
 
 def _draft_chat(row: Chat, recipe: Recipe) -> Draft:
@@ -222,7 +266,7 @@ def encode_rows(rows: Sequence[Row], recipe: Recipe, source: int = 0) -> Encoded
                 drafts.append([draft(document, recipe) for document in documents(row)])
             except RowError as error:
                 result.bad.append(BadRow(row.origin.file, row.origin.line, str(error)))
-        encoded = iter(recipe.encoder.encode_segments([item.segments for items in drafts for item in items]))
+        encoded = iter(_tokenize([item for items in drafts for item in items], recipe))
         for items in drafts:
             pieces = [next(encoded) for _ in items]
             try:
@@ -233,6 +277,14 @@ def encode_rows(rows: Sequence[Row], recipe: Recipe, source: int = 0) -> Encoded
             except RowError as error:
                 result.bad.append(BadRow(items[0].row.origin.file, items[0].row.origin.line, str(error)))
     return result
+
+
+def _tokenize(drafts: Sequence[Draft], recipe: Recipe) -> list[list[tuple[int, ...]]]:
+    """The ids of each draft's segments."""
+    if recipe.task != "seq2seq":
+        return recipe.encoder.encode_segments([item.segments for item in drafts])
+    sides = recipe.encoder.encode_segments([[segment] for item in drafts for segment in item.segments])
+    return [[source[0], answer[0]] for source, answer in zip(sides[::2], sides[1::2], strict=True)]
 
 
 def documents(row: Row) -> list[Row]:
@@ -264,6 +316,9 @@ def _examples(
     item: Draft, pieces: Sequence[Sequence[int]], recipe: Recipe, source: int, seen: Encoded
 ) -> list[Example]:
     encoder = recipe.encoder
+    if recipe.task in ("classification", "seq2seq"):
+        seen.specials_in_text += any(encoder.spells_special(segment.text) for segment in item.segments)
+        return [(_classified if recipe.task == "classification" else _answered)(item, pieces, recipe, source)]
     raw = not isinstance(item.row, Chat)
     joined = join(encoder, pieces, raw)
     if len(joined[0]) < len(pieces[0]):
@@ -309,6 +364,50 @@ def _example(item: Draft, pieces: Sequence[Sequence[int]], recipe: Recipe, sourc
         source=source,
         truncated=cut_off,
         tests=item.row.tests if isinstance(item.row, Chat | Completion) else None,
+    )
+
+
+def _classified(item: Draft, pieces: Sequence[Sequence[int]], recipe: Recipe, source: int) -> Example:
+    """A row for a trained head: the text as the tokenizer gives it to transformers' models, cut to max_seq_length."""
+    ids = np.array(recipe.encoder.wrap(pieces[0], recipe.max_seq_length), dtype=np.int32)
+    if not len(ids):
+        raise RowError("the text has no tokens")
+    return Example(
+        input_ids=ids,
+        supervised=np.zeros(len(ids), dtype=np.bool_),
+        origin=item.row.origin,
+        prompt=item.prompt,
+        completion=(item.completions or {}).get(0),
+        label=item.label,
+        target=item.label,
+        source=source,
+        truncated=len(recipe.encoder.wrap(pieces[0])) - len(ids),
+    )
+
+
+def _answered(item: Draft, pieces: Sequence[Sequence[int]], recipe: Recipe, source: int) -> Example:
+    """A row for an encoder-decoder: source and answer end to end; where both do not fit, the source is cut."""
+    encoder, limit = recipe.encoder, recipe.max_seq_length
+    answer = encoder.wrap(pieces[1])
+    if answer[-1:] != [encoder.eos]:
+        answer.append(encoder.eos)
+    smallest = len(encoder.wrap(())) + 1
+    if len(answer) + smallest > limit:
+        raise RowError(f"the answer's {len(answer):,} tokens leave no room for a source: max_seq_length is {limit:,}")
+    whole, read = len(encoder.wrap(pieces[0])), encoder.wrap(pieces[0], limit - len(answer))
+    supervised = np.zeros(len(read) + len(answer), dtype=np.bool_)
+    supervised[len(read) :] = True
+    return Example(
+        input_ids=np.array([*read, *answer], dtype=np.int32),
+        supervised=supervised,
+        origin=item.row.origin,
+        prompt_length=len(read),
+        prompt=item.prompt,
+        completion=(item.completions or {}).get(1),
+        label=item.label,
+        source_length=len(read),
+        source=source,
+        truncated=whole - len(read),
     )
 
 

@@ -13,6 +13,8 @@ ROW_FORMATS: tuple[RowFormat, ...] = (
     "messages", "conversations", "alpaca", "prompt_completion", "text", "classification", "preference", "code",
 )  # fmt: skip
 
+Task = Literal["auto", "causal", "classification", "seq2seq", "dpo"]
+
 #: The names that other tools give to these formats.
 _FORMAT_ALIASES = {
     "openai": "messages",
@@ -84,10 +86,12 @@ class DataOptions(Options):
         "0 holds out none.",
     )
     eval_max_rows: int = Field(default=500, ge=1, description="The most rows that a share in `eval_split` holds out.")
-    task: Literal["auto", "causal", "classification", "seq2seq", "dpo"] = Field(
+    task: Task = Field(
         default="auto",
-        description="What is learned: causal (the next token), classification (a trained head), seq2seq, or dpo (to "
-        "prefer the chosen answer); auto takes dpo for preference rows and causal for all others.",
+        description="What is learned: causal (the next token), classification (a trained head, from the label of each "
+        "row), seq2seq (an encoder-decoder's answer) or dpo (to prefer the chosen answer). auto takes dpo for "
+        "preference rows, seq2seq for an encoder-decoder, classification for a model that has a trained head, and "
+        "causal for all others.",
     )
     data_format: Annotated[RowFormat | None, BeforeValidator(_format_alias)] = Field(
         default=None,

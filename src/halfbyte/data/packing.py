@@ -16,7 +16,8 @@ from halfbyte.data.examples import Example
 def collate(examples: Sequence[Example]) -> Batch:
     """Lay examples end to end. The target of a position is the next token of the same document, if it is supervised.
 
-    A pair is two documents, side by side; pairs and other rows do not mix.
+    A pair is two documents, side by side; pairs and other rows do not mix. Where a row has a class for a trained head,
+    it is the target of the row's last position.
     """
     if not examples:
         raise ValueError("a batch needs at least one example")
@@ -30,6 +31,8 @@ def collate(examples: Sequence[Example]) -> Batch:
     for document in documents:
         end = start + len(document.input_ids)
         targets[start : end - 1] = np.where(document.supervised[1:], document.input_ids[1:], IGNORE)
+        if document.target is not None:
+            targets[end - 1] = document.target
         start = end
     return Batch(
         input_ids=torch.from_numpy(input_ids),
@@ -38,6 +41,7 @@ def collate(examples: Sequence[Example]) -> Batch:
         lengths=tuple(len(document.input_ids) for document in documents),
         rows=tuple(example.index for example in examples for _ in example.documents),
         paired=len(documents) > len(examples),
+        sources=tuple(document.source_length for document in documents if document.source_length),
     )
 
 

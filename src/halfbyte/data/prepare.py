@@ -10,7 +10,7 @@ from halfbyte.data.audit import Audit, audit
 from halfbyte.data.detection import check_columns, detect, fits, rename
 from halfbyte.data.encoding import Encoder
 from halfbyte.data.examples import Encoded, Example, LabelChoice, Recipe, encode_rows, label_text
-from halfbyte.data.options import DataOptions, DataSource, RowFormat, sources_of
+from halfbyte.data.options import DataOptions, DataSource, RowFormat, Task, sources_of
 from halfbyte.data.reading import read_source
 from halfbyte.data.records import BadRow, Chat, Labelled, Preference, Record, Row, RowError
 from halfbyte.data.rows import canonical, normalise
@@ -124,17 +124,20 @@ def _refuse_bad(bad: Sequence[BadRow], good: int, options: DataOptions) -> None:
     raise UsageError(f"{len(bad):,} of {total:,} rows are unusable{limit}: {first}{more}")
 
 
-def prepare(options: DataOptions, tokenizer: Any, seed: int) -> Prepared:
+def prepare(options: DataOptions, tokenizer: Any, seed: int, labels: Sequence[str] | None = None) -> Prepared:
     """Training and held-out examples, with an account of what happened. Deterministic in its arguments and files.
 
-    `tokenizer`: a transformers tokenizer. Raises UsageError with one line for the user.
+    tokenizer  a transformers tokenizer
+    labels     the words of the classes, in order, where a trained head has them already
+
+    Raises UsageError with one line for the user.
     """
     encoder = Encoder(tokenizer)
     parts = load_rows(options)
     held_out_parts = load_rows(options, evaluation=True) if options.eval_data is not None else []
     _check_task(options, parts)
     _check_task(options.model_copy(update={"task": "auto"}), held_out_parts)
-    recipe, notes = _recipe(options, encoder, [*parts, *held_out_parts])
+    recipe, notes = _recipe(options, encoder, parts, held_out_parts, labels)
     encoded = _encode(parts, recipe, options)
     held_out_encoded = _encode(held_out_parts, recipe, options)
     everything = [example for part in encoded for example in part.examples]
@@ -200,28 +203,83 @@ def _check_task(options: DataOptions, parts: Sequence[Rows]) -> None:
         pairs[0].notes.append(f"{pairs[0].source.path}: pairs of answers select task dpo")
 
 
-def _recipe(options: DataOptions, encoder: Encoder, parts: Sequence[Rows]) -> tuple[Recipe, list[str]]:
+def _recipe(
+    options: DataOptions,
+    encoder: Encoder,
+    train: Sequence[Rows],
+    held_out: Sequence[Rows],
+    known: Sequence[str] | None,
+) -> tuple[Recipe, list[str]]:
     """What `encode_rows` needs, and what the user should be told about it."""
+    parts = [*train, *held_out]
+    _require_rows_of(options, parts)
     rows = [row for part in parts for row in part.rows]
-    chats = any(isinstance(row, Chat | Preference) for row in rows)
+    talks = any(isinstance(row, Chat | Preference) for row in rows)
+    chats = talks and options.task != "seq2seq"  # an encoder-decoder reads the words of a conversation, no template
     labelled = [row for row in rows if isinstance(row, Labelled)]
-    if options.system_prompt and not chats and not labelled:
+    if options.task == "classification":  # a head has the classes that it was trained on, and no other
+        labelled = [row for part in train for row in part.rows if isinstance(row, Labelled)]
+    if options.system_prompt and not talks and not labelled:
         raise UsageError("system_prompt has no effect on prompt/completion and text rows: leave it out")
     if options.chat_template != "auto" and not chats:
-        raise UsageError("chat_template has no effect on this data (no conversations): leave it out")
+        why = "an encoder-decoder is given plain text" if talks else "no conversations"
+        raise UsageError(f"chat_template has no effect on this data ({why}): leave it out")
     template = resolve_template(options.chat_template, encoder, options.chat_template_date) if chats else None
     declared = options.label_names or next((part.label_names for part in parts if part.label_names), None)
-    labels = _labels(labelled, declared, encoder)
+    labels = _labels(labelled, declared, encoder, options.task) if known is None else _known_labels(known)
+    if options.task == "classification":
+        _require_known(held_out, labels)
     notes = []
-    if labelled and options.label_names is None:
+    if labelled and options.label_names is None and known is None:
         shown = ", ".join(choice.word for choice in labels[:6])
         origin = "as the data set declares" if declared else "as they stand in the data; label_names gives them words"
         notes.append(f"labels: {shown}{', …' if len(labels) > 6 else ''} ({origin})")
-    recipe = Recipe(encoder, options.max_seq_length, template, labels, options.train_on_inputs, options.system_prompt)
+    recipe = Recipe(
+        encoder, options.max_seq_length, template, labels, options.train_on_inputs, options.system_prompt, options.task
+    )
     return recipe, notes
 
 
-def _labels(rows: Sequence[Labelled], names: Sequence[str] | None, encoder: Encoder) -> tuple[LabelChoice, ...]:
+def _require_rows_of(options: DataOptions, parts: Sequence[Rows]) -> None:
+    """UsageError for rows that the task cannot be learned from."""
+    task = options.task
+    if task in ("classification", "seq2seq") and options.train_on_inputs:
+        raise UsageError(f"train_on_inputs is for causal language models, and the task is {task}: leave it out")
+    for part in parts:
+        if task == "classification" and part.row_format != "classification":
+            raise UsageError(
+                f"{part.source.path}: its rows are {part.row_format}, and task: classification needs a text (or a "
+                "pair) and a label: map them with columns: {text: column, label: column}"
+            )
+        if task == "seq2seq" and part.row_format == "text":
+            raise UsageError(
+                f"{part.source.path}: its rows are text alone, and an encoder-decoder needs a source and an answer: "
+                "map them with columns: {prompt: column, completion: column}"
+            )
+
+
+def _require_known(parts: Sequence[Rows], labels: Sequence[LabelChoice]) -> None:
+    """UsageError for a held-out row whose label no training row has: set aside, it would flatter the accuracy."""
+    known = {choice.value for choice in labels} | {choice.word for choice in labels}
+    for part in parts:
+        for row in part.rows:
+            if isinstance(row, Labelled) and row.label not in known:
+                words = ", ".join(choice.word for choice in labels)
+                raise UsageError(
+                    f"{row.origin}: the label {row.label!r} is not one that the head is trained on ({words}): correct "
+                    "the row, or leave it out"
+                )
+
+
+def _known_labels(words: Sequence[str]) -> tuple[LabelChoice, ...]:
+    """The classes of a trained head. Integers in the data are class numbers, unless the words are integers too."""
+    numbers = all(word.isdecimal() for word in words)
+    return tuple(LabelChoice(int(word) if numbers else index, word, ()) for index, word in enumerate(words))
+
+
+def _labels(
+    rows: Sequence[Labelled], names: Sequence[str] | None, encoder: Encoder, task: Task
+) -> tuple[LabelChoice, ...]:
     """The classes: those that are named, else those that occur, sorted."""
     if not rows:
         return ()
@@ -234,10 +292,16 @@ def _labels(rows: Sequence[Labelled], names: Sequence[str] | None, encoder: Enco
         raise UsageError(f"classification needs at least two classes; every label here is {values[0][1]!r}")
     if len({word for _, word in values}) < len(values):
         raise UsageError("label_names: every name must be different")
-    return tuple(
-        LabelChoice(value, word, (*encoder.encode_continuation(label_text(word)), encoder.eos))
-        for value, word in values
-    )
+
+    def ids(word: str) -> tuple[int, ...]:
+        if task == "classification":
+            return ()
+        if task == "seq2seq":
+            answer = encoder.encode_whole(word)
+            return (*answer, *(() if answer[-1:] == [encoder.eos] else (encoder.eos,)))
+        return (*encoder.encode_continuation(label_text(word)), encoder.eos)
+
+    return tuple(LabelChoice(value, word, ids(word)) for value, word in values)
 
 
 def _encode(parts: Sequence[Rows], recipe: Recipe, options: DataOptions) -> list[Encoded]:
@@ -268,6 +332,8 @@ def _key(example: Example) -> bytes:
     for document in example.documents:
         digest.update(document.input_ids.tobytes())
         digest.update(document.supervised.tobytes())
+    if example.target is not None:
+        digest.update(example.target.to_bytes(8, "little"))
     return digest.digest()
 
 
@@ -322,6 +388,8 @@ def _fingerprint(
     parts: Sequence[Rows], held_out: Sequence[Rows], options: DataOptions, recipe: Recipe, template_hash: str
 ) -> str:
     chosen = {name: getattr(options, name) for name in _FINGERPRINTED}
+    if options.task in ("classification", "seq2seq"):
+        chosen["task"] = options.task
     words = [choice.word for choice in recipe.labels]
     digest = hashlib.sha256(json.dumps([_VERSION, template_hash, words, chosen], sort_keys=True).encode())
     for kind, group in (("train", parts), ("eval", held_out)):

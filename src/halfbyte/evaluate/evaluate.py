@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from halfbyte.adapters import disabled
-from halfbyte.data import Example, LabelChoice, collate, plan_micro_batches
+from halfbyte.data import Encoder, Example, LabelChoice, collate, plan_micro_batches
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate.code_execution import PASSED
 from halfbyte.evaluate.generate import Generation, Tokenizer, generate_batch
@@ -175,7 +175,7 @@ def evaluate(
         rows = _score(rows, answered, [metric for metric in metrics if not metric.corpus])
         for metric in (m for m in metrics if m.corpus):
             scores[metric.name], intervals[metric.name] = _score_corpus(metric, [rows[i] for i in answered])
-    return _summarize(rows, options.metrics, scores, intervals)
+    return summarize(rows, options.metrics, scores, intervals)
 
 
 def evaluate_base_and_tuned(
@@ -228,7 +228,7 @@ def row_losses(
     with inference(model):
         for members in plan_micro_batches([len(e) for e in examples], 1, True, batch_tokens):
             batch = [examples[i] for i in members]
-            counts = [int(example.supervised[1:].sum()) for example in batch]
+            counts = [example.supervised_tokens for example in batch]
             logprobs: Tensor = model.token_logprobs(collate(batch)).double().cpu()
             for i, part in zip(members, logprobs.split(counts), strict=True):
                 results[i] = _row(examples[i], -float(part.sum()), part.numel())
@@ -292,6 +292,9 @@ def _generate_answers(
         progress("answers", done, len(answered))
 
     prompts = [examples[i].prompt_ids.tolist() for i in answered]
+    if any(examples[i].tests is not None for i in answered):
+        # No special token is part of a program; a base model ends a document with one that is not always its EOS.
+        stop_ids = {*stop_ids, *Encoder(tokenizer).special_ids}
     answers = generate_batch(model, tokenizer, prompts, options, stop_ids, options.eval_batch_size, count)
     out = list(rows)
     for i, answer in zip(answered, answers, strict=True):
@@ -351,9 +354,10 @@ def _score_corpus(metric: Metric, rows: Sequence[RowResult]) -> tuple[float, Int
     return on(range(len(rows))), corpus_interval(on, len(rows))
 
 
-def _summarize(
+def summarize(
     rows: list[RowResult], names: Sequence[str], metrics: dict[str, float], intervals: dict[str, Interval]
 ) -> EvaluateResult:
+    """The result of rows that are scored; `names` are the metrics in order, `metrics` those of the whole set."""
     tokens = sum(row.tokens for row in rows)
     loss = sum(row.nll for row in rows) / tokens
     if len(rows) > 1:

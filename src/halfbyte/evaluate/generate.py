@@ -18,6 +18,7 @@ from halfbyte.errors import UsageError
 from halfbyte.evaluate.sampling import GenerateOptions, next_token, sequence_rng
 from halfbyte.evaluate.session import Model, Session, context_length, inference
 from halfbyte.evaluate.text import TextStream
+from halfbyte.models.seq2seq import Seq2Seq
 
 FinishReason = Literal["eos", "stop", "length"]
 _GREEDY = GenerateOptions()
@@ -50,10 +51,11 @@ class Generation:
 
 @dataclass
 class _Sequence:
-    """One text in the making."""
+    """One text in the making. `before` is what it continues: the prompt, or of an encoder-decoder nothing."""
 
     index: int
     prompt: Sequence[int]
+    before: Sequence[int]
     room: int
     stream: TextStream
     rng: np.random.Generator
@@ -110,7 +112,7 @@ def generate_in(
 
     For conversations, where each prompt begins with the one before. The caller is inside `inference`.
     """
-    sequence = _sequence(tokenizer, index, prompt_ids, room, options)
+    sequence = _sequence(session.model, tokenizer, index, prompt_ids, room, options)
     pending = [list(prompt_ids[session.lengths[0] :])]
     return next(_continue_together(session, pending, [sequence], options, frozenset(eos_ids), on_text))[1]
 
@@ -131,7 +133,7 @@ def generate_batch(
     results: dict[int, Generation] = {}
     with inference(model):
         for batch in batches(sizes, batch_size):
-            live = [_sequence(tokenizer, i, prompts[i], rooms[i], options) for i in batch]
+            live = [_sequence(model, tokenizer, i, prompts[i], rooms[i], options) for i in batch]
             session = Session(model, max(sizes[i] for i in batch), len(batch))
             pending = [prompts[i] for i in batch]
             for index, generation in _continue_together(session, pending, live, options, frozenset(eos_ids), None):
@@ -142,13 +144,14 @@ def generate_batch(
 
 
 def _sequence(
-    tokenizer: Tokenizer, index: int, prompt: Sequence[int], room: int, options: GenerateOptions
+    model: Model, tokenizer: Tokenizer, index: int, prompt: Sequence[int], room: int, options: GenerateOptions
 ) -> _Sequence:
     def decode(ids: list[int]) -> str:
         return str(tokenizer.decode(ids, skip_special_tokens=True))
 
-    stream = TextStream(decode, options.stop, prompt[-_CONTEXT_TOKENS:])
-    return _Sequence(index, prompt, room, stream, sequence_rng(options.seed, index))
+    before = () if isinstance(model, Seq2Seq) else prompt
+    stream = TextStream(decode, options.stop, before[-_CONTEXT_TOKENS:])
+    return _Sequence(index, prompt, before, room, stream, sequence_rng(options.seed, index))
 
 
 def _continue_together(
@@ -165,7 +168,7 @@ def _continue_together(
         for sequence, logits_V in zip(live, logits_BV, strict=True):
             seen = None
             if options.repetition_penalty != 1.0:
-                seen = torch.tensor([*sequence.prompt, *sequence.tokens])
+                seen = torch.tensor([*sequence.before, *sequence.tokens], dtype=torch.int64)
             piece = _take(sequence, next_token(logits_V, options, seen, sequence.rng), eos_ids)
             if piece and on_text is not None:
                 on_text(piece)

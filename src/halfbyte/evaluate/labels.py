@@ -18,6 +18,7 @@ from torch import Tensor
 
 from halfbyte.evaluate.generate import batches
 from halfbyte.evaluate.session import Model, Session, inference
+from halfbyte.models.seq2seq import Seq2Seq
 
 
 def score_labels(
@@ -32,6 +33,8 @@ def score_labels(
     Tokens that all labels share at their beginning are left out of the sums. `on_done` hears how many prompts are done.
     """
     shared, endings = distinct_parts(labels)
+    if isinstance(model, Seq2Seq):  # its prompt is another text, to which an answer's tokens cannot be moved
+        shared, endings = (), [(*shared, *ending) for ending in endings]
     longest = max(map(len, endings))
     scores = np.zeros((len(prompts), len(labels)), dtype=np.float64)
     full = [[*map(int, prompt), *shared] for prompt in prompts]

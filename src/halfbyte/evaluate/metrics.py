@@ -9,6 +9,7 @@ mean over its rows. Nothing is stemmed and nothing is downloaded.
 - ROUGE-L: Lin 2004, https://aclanthology.org/W04-1013, sentence level, F-measure with equal weight (beta = 1), as
   Google's `rouge-score` computes it without stemming.
 - accuracy: the share of equal labels.
+- macro F1: the mean over labels of each label's F1.
 """
 
 import importlib.util
@@ -80,6 +81,18 @@ def accuracy(predictions: Sequence[str], references: Sequence[str]) -> float:
     return sum(p == r for p, r in zip(predictions, references, strict=True)) / len(predictions)
 
 
+def macro_f1(predictions: Sequence[str], references: Sequence[str]) -> float:
+    """Mean F1 over the labels that occur in either: 2 right / (said + there), 0 for one that is never right."""
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions against {len(references)} references")
+    if not predictions:
+        raise ValueError("F1 of no rows is undefined")
+    said, there = Counter(predictions), Counter(references)
+    right = Counter(p for p, r in zip(predictions, references, strict=True) if p == r)
+    labels = sorted(said.keys() | there.keys())
+    return sum(2 * right[label] / (said[label] + there[label]) for label in labels) / len(labels)
+
+
 def _f_measure(precision: float, recall: float) -> float:
     total = precision + recall
     return 2 * precision * recall / total if total else 0.0
@@ -142,6 +155,8 @@ ACCURACY = "accuracy"
 """Not a function of two texts: the model's likeliest label against the row's (`halfbyte.evaluate.labels`)."""
 PASS_AT_1 = "pass@1"
 """Not a function of two texts either: the answer is run with its row's tests (`halfbyte.evaluate.pass_at_1`)."""
+MACRO_F1 = "macro_f1"
+"""Of a classifier's classes (`halfbyte.evaluate.classify`)."""
 BUILT_IN: dict[str, Metric] = {metric.name: metric for metric in (EXACT_MATCH, TOKEN_F1, ROUGE_L)}
 
 
@@ -159,7 +174,9 @@ def find_metrics(names: Sequence[str]) -> list[Metric]:
         if name in (ACCURACY, PASS_AT_1):
             continue
         metric = find_metric(name)
-        if metric.where and (metric.name in found or metric.name in {*BUILT_IN, ACCURACY, PASS_AT_1, *_TAKEN}):
+        if metric.where and (
+            metric.name in found or metric.name in {*BUILT_IN, ACCURACY, MACRO_F1, PASS_AT_1, *_TAKEN}
+        ):
             raise UsageError(f"metric '{name}': the name '{metric.name}' is taken, give the function another")
         found[metric.name] = metric
     return list(found.values())

@@ -10,19 +10,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from halfbyte.models.decoder import Decoder
 from halfbyte.models.fallback import Fallback
+from halfbyte.models.seq2seq import Seq2Seq
 
-Model = Decoder | Fallback
+Model = Decoder | Fallback | Seq2Seq
 
 PREFILL_TOKENS = 2048
 """Tokens of prompts in one forward: it bounds the activations, and larger pieces are no faster."""
 
 
 @contextmanager
-def inference(model: Model) -> Iterator[None]:
+def inference(model: nn.Module) -> Iterator[None]:
     """Dropout off and no graph; afterwards the model is in the mode it was in."""
     training = model.training
     model.eval()
@@ -34,15 +35,20 @@ def inference(model: Model) -> Iterator[None]:
 
 
 def context_length(model: Model) -> int | None:
-    """How many positions the model was made for; None where its configuration does not say."""
+    """How many positions prompt and answer share; None where the configuration does not say, or they share none."""
     if isinstance(model, Decoder):
         return model.spec.max_position
+    if isinstance(model, Seq2Seq):
+        return None
     length = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None
 
 
 class Session:
-    """`batch` sequences that grow, each to at most `capacity` tokens."""
+    """`batch` sequences that grow, each to at most `capacity` tokens.
+
+    Of an encoder-decoder, what is fed first is the source; what is fed then continues the answer.
+    """
 
     def __init__(self, model: Model, capacity: int, batch: int = 1) -> None:
         self.model = model
@@ -59,9 +65,9 @@ class Session:
         """Append at least one token to every sequence; float32 logits [B, V] after the last of each."""
         if not all(new):
             raise ValueError("every sequence needs at least one new token")
-        # In equal parts of each, so that every sequence has a token in every piece.
+        # In equal parts of each, so that every sequence has a token in every piece; an encoder reads a source at once.
         total, shortest = sum(map(len, new)), min(map(len, new))
-        pieces = min(-(-total // PREFILL_TOKENS), shortest)
+        pieces = 1 if isinstance(self.model, Seq2Seq) else min(-(-total // PREFILL_TOKENS), shortest)
         for k in range(pieces):
             part = [ids[len(ids) * k // pieces : len(ids) * (k + 1) // pieces] for ids in new]
             logits_BV = self._forward(part, last_only=True)

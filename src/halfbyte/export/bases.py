@@ -23,6 +23,7 @@ import torch
 
 from halfbyte.errors import DoesNotFit, HalfbyteError
 from halfbyte.export.deltas import Delta, attach_deltas
+from halfbyte.export.heads import Head
 from halfbyte.export.merged_tensors import plan_tensors
 from halfbyte.export.planned_source import PlannedSource
 from halfbyte.export.safetensors_file import Planned
@@ -62,10 +63,11 @@ class Merging:
     quant: QuantOptions | None
     deltas: Mapping[str, Delta]
     dtype: torch.dtype
+    head: Head | None = None
 
     def plan(self, base: Base) -> list[Planned]:
         quant = self.quant if base == "dequantized" else None
-        return plan_tensors(self.model, self.source, self.deltas, quant, self.dtype)
+        return plan_tensors(self.model, self.source, self.deltas, quant, self.dtype, self.head)
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -12,16 +12,14 @@ map tensors where they lie and the format knows no gaps: so a weight's parts go 
 
 import json
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from halfbyte.adapters.initial import Shift
 from halfbyte.errors import UsageError
-from halfbyte.export.merged_tensors import base_in_training
 from halfbyte.export.model_files import write_model_files
 from halfbyte.export.planned_source import PlannedSource
 from halfbyte.export.safetensors_file import DTYPE_CODES, INDEX, Planned, plan_shards
@@ -53,8 +51,7 @@ def write_bnb_folder(
     quant: QuantOptions,
     adapter: Path,
     trained_on: bool = False,
-    shifts: Mapping[str, Shift] | None = None,
-    whole: Collection[str] = (),
+    anew: Collection[str] = (),
 ) -> None:
     """Write weights, config and tokenizer into `folder`, which exists (see `folder.new_folder`).
 
@@ -64,20 +61,20 @@ def write_bnb_folder(
     adapter     the run's folder: its chat template replaces the base's
     trained_on  the base of `planned` is `source` in `quant`, as training held it: its blocks are kept, and base plus
                 update is rounded onto their levels by chance. To the nearest level, a small update would be lost
-    shifts      what training had taken out of that base, by the linear's name
-    whole       names of tensors that were trained whole: no blocks of the base are theirs
+    anew        tensors whose base's blocks are no place for them: trained whole, or on a shifted base (what PiSSA moved
+                into the adapter is larger than the levels of what it left)
 
     Raises UsageError for an architecture whose linears are not known before it is loaded, and for formats that
     bitsandbytes' 4-bit files lack (int4, int8).
     """
     formats = _formats(planned, source, quant)
     made = PlannedSource(planned, source)
-    base = base_in_training(source, shifts or {}) if trained_on else None
+    base = source if trained_on else None
     shards = plan_shards(planned, _SHARD_BYTES)
     places: dict[str, str] = {}
     total = 0
     for file, tensors in shards.items():
-        names, nbytes = _write_file(folder / file, tensors, made, quant, formats, base, whole)
+        names, nbytes = _write_file(folder / file, tensors, made, quant, formats, base, anew)
         places |= dict.fromkeys(names, file)
         total += nbytes
     if len(shards) > 1:
@@ -128,7 +125,7 @@ def _write_file(
     quant: QuantOptions,
     formats: dict[str, str | None],
     base: ModelSource | None,
-    whole: Collection[str],
+    anew: Collection[str],
 ) -> tuple[list[str], int]:
     """Write one file; returns its tensors' names and their bytes."""
     room = _header_room(tensors, formats)
@@ -138,7 +135,7 @@ def _write_file(
     with path.open("wb") as file:
         file.seek(8 + room)
         for tensor in sorted(tensors, key=lambda one: kinds[one.name] is None):
-            own = None if tensor.name in whole else base
+            own = None if tensor.name in anew else base
             for name, shape, piece in _parts_of(tensor, made, quant, kinds[tensor.name], own):
                 raw = piece.contiguous().view(-1).view(torch.uint8).numpy()
                 file.write(raw.data)

@@ -20,7 +20,10 @@ _NAMES = {
     "exact_match": "exact match",
     "token_f1": "token F1",
     "rouge_l": "ROUGE-L",
+    "macro_f1": "macro F1",
 }
+_CLASSES = {"classification": "AutoModelForSequenceClassification", "seq2seq": "AutoModelForSeq2SeqLM"}
+_PIPELINES = {"classification": "text-classification", "seq2seq": "text2text-generation"}
 _BOOKKEEPING = {"schema_version", "supervised_tokens", "evaluated_rows"}
 _METHODS = {
     "lora": "LoRA",
@@ -64,11 +67,11 @@ def model_card(
         f"---\n{yaml.safe_dump(front_matter(config, method, source), sort_keys=False)}---",
         f"# {title}",
         _summary(config, record, result, source, method),
-        _numbers(result),
+        _numbers(result, config),
         _data(config, record),
         _training(config, result, method),
-        _loading(config, source, method),
-        _commands(commands),
+        _loading(config, record, source, method),
+        _commands(commands, config),
         _versions(record),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -98,7 +101,7 @@ def export_card(
         _summary(config, record, result, source, method),
         _serving(exported),
         parity_section(exported),
-        _numbers(result),
+        _numbers(result, config),
         _data(config, record),
         _training(config, result, method),
         _versions(record),
@@ -159,7 +162,7 @@ def front_matter(config: Mapping[str, Any], method: str, source: ModelSource) ->
     if licence is not None:
         front["license"] = licence
     front["library_name"] = "transformers" if method == "full" else "peft"
-    front["pipeline_tag"] = "text-generation"
+    front["pipeline_tag"] = _PIPELINES.get(str(config.get("task")), "text-generation")
     front["tags"] = (
         ["halfbyte", method] if method == "full" else ["halfbyte", "lora", *(["qlora"] * (method == "qlora"))]
     )
@@ -238,14 +241,15 @@ def _format(config: Mapping[str, Any], source: ModelSource) -> str:
     return f"{config.get('quant_type')} in blocks of {config.get('blocksize')}{double}{other}"
 
 
-def _numbers(result: Mapping[str, Any]) -> str:
+def _numbers(result: Mapping[str, Any], config: Mapping[str, Any]) -> str:
     metrics = result.get("metrics") or {}
     names = [k for k, v in metrics.items() if isinstance(v, int | float) and k not in _BOOKKEEPING]
     if not names:
         return ""
     base, intervals = metrics.get("base") or {}, metrics.get("intervals") or {}
+    before_it = "always the most frequent class" if config.get("task") == "classification" else "before"
     head = (
-        ["held-out rows", "before", "after", "95 % interval"] if base else ["held-out rows", "value", "95 % interval"]
+        ["held-out rows", before_it, "after", "95 % interval"] if base else ["held-out rows", "value", "95 % interval"]
     )
     rows = [head]
     for name in names:
@@ -295,14 +299,20 @@ def _training(config: Mapping[str, Any], result: Mapping[str, Any], method: str)
     return f"## Training\n\n{_table(measured)}\n\nEvery option, as resolved:\n\n```yaml\n{listed}```"
 
 
-def _loading(config: Mapping[str, Any], source: ModelSource, method: str) -> str:
+def _loading(config: Mapping[str, Any], record: Mapping[str, Any], source: ModelSource, method: str) -> str:
+    kind = _CLASSES.get(str(config.get("task")), "AutoModelForCausalLM")
     lines = ['folder = "path/to/this/folder"', ""]
     if method == "full":
-        imports = "from transformers import AutoModelForCausalLM, AutoTokenizer"
-        lines += ["model = AutoModelForCausalLM.from_pretrained(folder)"]
+        imports = f"from transformers import {kind}, AutoTokenizer"
+        lines += [f"model = {kind}.from_pretrained(folder)"]
     else:
-        imports = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer"
-        lines += [f"base = AutoModelForCausalLM.from_pretrained({_base_arguments(config, source)})"]
+        imports = f"from peft import PeftModel\nfrom transformers import {kind}, AutoTokenizer"
+        arguments = _base_arguments(config, source)
+        labels = record.get("data", {}).get("labels")
+        if labels:
+            lines += [f"labels = {labels!r}"]
+            arguments += ", num_labels=len(labels), id2label=dict(enumerate(labels))"
+        lines += [f"base = {kind}.from_pretrained({arguments})"]
         lines += ["model = PeftModel.from_pretrained(base, folder)"]
     lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
     code = "\n".join(lines)
@@ -326,10 +336,14 @@ def _base_arguments(config: Mapping[str, Any], source: ModelSource) -> str:
     return f'"{model}"{revision}'
 
 
-def _commands(commands: Sequence[str]) -> str:
+def _commands(commands: Sequence[str], config: Mapping[str, Any]) -> str:
+    use = {
+        "classification": "halfbyte evaluate . --data rows.jsonl                 # how often it is right",
+        "seq2seq": 'halfbyte generate . "text"                            # what it answers',
+    }
     usual = [
         "halfbyte train --config run.yaml --output-dir again   # the same run once more",
-        "halfbyte chat .                                       # talk to it",
+        use.get(str(config.get("task")), "halfbyte chat .                                       # talk to it"),
         "halfbyte merge . --output merged                      # one model folder that transformers loads",
     ]
     listed = "\n".join([*commands, *usual])

@@ -78,6 +78,11 @@ class Deltas(Mapping[str, Delta]):
         return len(self.updates)
 
     @property
+    def off_the_base(self) -> frozenset[str]:
+        """The tensors that are no small change of what the base's own blocks hold, by full name."""
+        return frozenset(self.whole) | {f"{name}.weight" for name in self.shifts}
+
+    @property
     def shifts(self) -> dict[str, Shift]:
         """By the linear's name."""
         return {name: delta.shift for name, delta in self.updates.items() if delta.shift is not None}

@@ -405,10 +405,8 @@ def _write_folder(folder: Path, subject: Subject, options: ExportOptions, kind: 
             planned = [one if one.name in linears else _as_bfloat16(one) for one in planned]
         chosen = quant if four_bit and quant is not None else QuantOptions()
         deltas = None if subject.adapter is None else read_deltas(subject.adapter)
-        shifts, whole = ({}, {}) if deltas is None else (deltas.shifts, deltas.whole)
-        write_bnb_folder(
-            folder, planned, subject.source, chosen, adapter, trained_on=same, shifts=shifts, whole=frozenset(whole)
-        )
+        anew = frozenset[str]() if deltas is None else deltas.off_the_base
+        write_bnb_folder(folder, planned, subject.source, chosen, adapter, trained_on=same, anew=anew)
         return []
     planned = _planned(subject, options, torch.bfloat16)
     rows, progress = subject.calibration(), partial(tell, "quantizing")

@@ -23,6 +23,7 @@ from halfbyte.export.bases import Base, Candidate, Merging, OnEvent, ScoreTable,
 from halfbyte.export.card import already_quantized
 from halfbyte.export.deltas import Delta, WeightedAdapter, read_deltas, read_sum
 from halfbyte.export.folder import check_output, new_folder
+from halfbyte.export.heads import read_head
 from halfbyte.export.merged_tensors import base_is_the_sources_own, plan_tensors
 from halfbyte.export.model_files import write_model_files
 from halfbyte.export.safetensors_file import INDEX, Planned, plan_shards, shard_index, write_file
@@ -141,7 +142,8 @@ def merge(
     adapters = [WeightedAdapter(adapter)] if isinstance(adapter, Path) else list(adapter)
     deltas = read_sum(adapters)
     check_output(out, options.overwrite, (source.path, *(one.folder for one in adapters)))
-    merging = Merging(model, source, quant, deltas, getattr(torch, options.merge_dtype))
+    head = read_head(adapters, source)
+    merging = Merging(model, source, quant, deltas, getattr(torch, options.merge_dtype), head)
     base, scores, not_scored = _choose_base(merging, options, rows, on_event)
     plan = merging.plan(base)
     shards = plan_shards(plan, int(options.shard_gb * 1e9))
@@ -149,11 +151,12 @@ def merge(
     require_free_space(out.parent, total + _SMALL_FILES, f"the merged model ({out})")
     with new_folder(out) as folder:
         _write_weights(folder, shards, total, on_progress)
-        write_model_files(folder, source, adapters[0].folder, options.merge_dtype)
+        labels = None if head is None else head.labels
+        write_model_files(folder, source, adapters[0].folder, options.merge_dtype, labels)
         check_written(folder, plan)
         comparison = None
         if options.verify:
-            comparison = compare_logits(model, deltas, folder, quant, options.merge_dtype, total)
+            comparison = compare_logits(model, deltas, folder, quant, options.merge_dtype, total, head)
             comparison.require_close(strict=base == "dequantized" or quant is None, limit=options.max_kl)
     return MergeReport(
         path=out,

@@ -14,7 +14,9 @@ from torch import Tensor
 from halfbyte.adapters.initial import Shift
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.export.deltas import Delta, Deltas
+from halfbyte.export.heads import Head
 from halfbyte.export.safetensors_file import Planned
+from halfbyte.models.classifier import SCORE
 from halfbyte.models.load import load_model, read_weight
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.shifted_source import ShiftedSource
@@ -31,14 +33,20 @@ def plan_tensors(
     deltas: Mapping[str, Delta],
     quant: QuantOptions | None,
     dtype: torch.dtype,
+    head: Head | None = None,
 ) -> list[Planned]:
-    """Every tensor of the merged model, and how its rows are made. Reads no weights for the decoder's families."""
+    """Every tensor of the merged model, and how its rows are made. Reads no weights for the decoder's families.
+
+    head   of a classifier: it stands where a language model has its output head
+    """
     shifts = deltas.shifts if isinstance(deltas, Deltas) and quant is not None else {}
     held = base_in_training(source, shifts)
     if ModelSpec.serves(source.config):
-        planned = _plan_streamed(held, deltas, quant, dtype)
+        planned = _plan_streamed(held, deltas, quant, dtype, head)
     else:
-        planned = _plan_loaded(model, held, deltas, quant, dtype)
+        planned = _plan_loaded(model, held, deltas, quant, dtype, head)
+    if head is not None:
+        planned = [*(tensor for tensor in planned if tensor.name != SCORE), head.planned(dtype)]
     if isinstance(deltas, Deltas):
         planned = _with_whole(planned, deltas, source, dtype)
     names = {tensor.name for tensor in planned}
@@ -60,9 +68,9 @@ def base_in_training(source: ModelSource, shifts: Mapping[str, Shift]) -> ModelS
 def _with_whole(planned: list[Planned], deltas: Deltas, source: ModelSource, dtype: torch.dtype) -> list[Planned]:
     """With the modules that were trained whole. UsageError for a tensor that the model has not, or in another shape."""
     shapes = {tensor.name: tensor.shape for tensor in planned}
-    tied = bool(source.config.get("tie_word_embeddings", deltas.tied))
+    twice = [tensor for name, tensor in deltas.whole.items() if deltas.tied and name in shapes]
     for name, tensor in deltas.whole.items():
-        if name not in shapes and deltas.tied and tied:
+        if name not in shapes and any(torch.equal(tensor, other) for other in twice):
             continue  # the other name of tied embeddings, which are one tensor of the model
         if shapes.get(name) != tuple(tensor.shape):
             raise UsageError(
@@ -91,9 +99,10 @@ def _replaced(
 
 
 def _plan_streamed(
-    source: ModelSource, deltas: Mapping[str, Delta], quant: QuantOptions | None, dtype: torch.dtype
+    source: ModelSource, deltas: Mapping[str, Delta], quant: QuantOptions | None, dtype: torch.dtype, head: Head | None
 ) -> list[Planned]:
     spec = ModelSpec.from_config(source.config)
+    spec = spec if head is None else spec.without_head()
     linears = {f"{linear.name}.weight": linear.name for linear in spec.linears()}
     planned = []
     for name, shape in spec.tensors():
@@ -120,8 +129,10 @@ def _plan_loaded(
     deltas: Mapping[str, Delta],
     quant: QuantOptions | None,
     dtype: torch.dtype,
+    head: Head | None,
 ) -> list[Planned]:
-    loaded = load_model(model, quant, device="cpu", source=source).model
+    kind = None if head is None else head.options
+    loaded = load_model(model, quant, device="cpu", source=source, head=kind).model
     transposed: frozenset[str] = getattr(loaded, "transposed", frozenset())
     planned = []
     for name, dense in loaded.named_tensors():  # type: ignore[operator]
@@ -149,8 +160,14 @@ def _copied(
         return _finite(source.read_rows(name, start, stop).to(dtype), name)
 
     def rows() -> Iterator[Tensor]:
-        for start, stop in _pieces(source.info(name).shape):
-            yield read(start, stop)
+        info = source.info(name)
+        # A quantized head is decoded from one reading: `read_rows` would read all of it for every piece.
+        held = None if source.reads_rows(name) else source.prequantized(name)
+        for start, stop in _pieces(info.shape):
+            if held is None:
+                yield read(start, stop)
+            else:
+                yield _finite(held.dequantize(info.dtype, rows=slice(start, stop)).to(dtype), name)
 
     return rows, read
 

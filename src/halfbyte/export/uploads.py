@@ -18,6 +18,7 @@ from typing import Any, Literal
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from halfbyte.adapters.heads import LABELS
 from halfbyte.adapters.peft_io import CONFIG as ADAPTER_CONFIG
 from halfbyte.adapters.peft_io import WEIGHTS as ADAPTER_WEIGHTS
 from halfbyte.adapters.peft_io import read_adapter_config
@@ -170,7 +171,7 @@ def _beside(kind: Kind) -> tuple[str, ...]:
     """The names of a model's other files."""
     if kind == "gguf":
         return (PARITY, "chat_template.jinja", *_SERVING, *LICENCE_FILES)
-    own = (ADAPTER_CONFIG, PARITY) if kind == "adapter" else _CONFIGS
+    own = (ADAPTER_CONFIG, LABELS, PARITY) if kind == "adapter" else _CONFIGS
     return (*own, *TOKENIZER_FILES, *LICENCE_FILES)
 
 

@@ -14,9 +14,11 @@ import psutil
 import torch
 from torch import Tensor
 
+from halfbyte.adapters.heads import put_head
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.session import inference
 from halfbyte.export.deltas import Delta, attach_deltas
+from halfbyte.export.heads import Head
 from halfbyte.export.safetensors_file import Planned
 from halfbyte.models.load import load_model
 from halfbyte.models.options import ModelOptions
@@ -97,21 +99,28 @@ def compare_logits(
     quant: QuantOptions | None,
     dtype: str,
     merged_bytes: int,
+    head: Head | None = None,
 ) -> Comparison:
-    """Run both models on PROBE, one after the other. Skipped, and said so, where the merged one exceeds free memory."""
+    """Run both models on PROBE, one after the other. Skipped, and said so, where the merged one exceeds free memory.
+
+    head   of a classifier, whose logits are of classes
+    """
     free = psutil.virtual_memory().available
     needed = merged_bytes * 1.2
     if needed > free:
         return Comparison(skipped=f"it needs {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free")
     # Half precision is for GPUs: what it would add here is its own overflow, not the merge's error.
     compute = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    loaded = load_model(model, quant, compute, "cpu")
+    kind = None if head is None else head.options
+    loaded = load_model(model, quant, compute, "cpu", head=kind)
     attach_deltas(loaded.model, deltas, LinearBase(loaded, quant))
+    if head is not None:
+        put_head(loaded.model, head.weight)
     ids = probe_ids(loaded.tokenizer)
     before = _logits(loaded.model, ids)
     del loaded
     gc.collect()
-    merged = load_model(ModelOptions(model=str(folder)), None, compute, "cpu")
+    merged = load_model(ModelOptions(model=str(folder)), None, compute, "cpu", head=kind)
     return compare(before, _logits(merged.model, ids))
 
 

@@ -247,10 +247,14 @@ class Decoder(nn.Module):
         """Log-probability of every supervised token in order, float32 [supervised tokens]."""
         return -self.token_nll(batch)
 
+    def hidden_of(self, batch: Batch, rows: Tensor) -> Tensor:
+        """Final hidden states [N, D] of N positions (int64) of the batch."""
+        return self.hidden(*_rounded_up(batch), rows=rows)
+
     def token_nll(self, batch: Batch) -> Tensor:
         """Negative log-likelihood of every supervised token in order, float32 [supervised tokens], with a graph."""
         supervised = (batch.targets != IGNORE).nonzero()[:, 0]
-        hidden = self.hidden(*_rounded_up(batch), rows=supervised)
+        hidden = self.hidden_of(batch, supervised)
         return linear_cross_entropy(hidden, self.head, batch.targets[supervised], self.spec.final_softcap)
 
     @torch.no_grad()

@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 from transformers.pytorch_utils import Conv1D
 
 from halfbyte.errors import UsageError
@@ -25,6 +31,13 @@ from halfbyte.quant import DTYPES, DenseWeight, QuantOptions, Weight, quantize
 
 MIN_SHARE = 0.9
 """Below this share of a model's body in linears of ours, quantizing it would be a promise not kept."""
+HEAD = "score"
+"""What transformers calls the trained head of a decoder for classification."""
+_KINDS = {
+    AutoModelForCausalLM: "a decoder-only language model",
+    AutoModelForSeq2SeqLM: "an encoder-decoder",
+    AutoModelForSequenceClassification: "a model that can classify texts",
+}
 _log = logging.getLogger(__name__)
 _DROPOUT = re.compile(r"drop(out)?$|_pdrop$|dropout_|layerdrop|jitter")
 # Buffers that old files carry and modules now compute.
@@ -33,6 +46,8 @@ _OLD_BUFFERS = r"rotary_emb\.inv_freq$|\.attn\.(masked_)?bias$|attention\.(maske
 
 class ReplacedLinear(nn.Module):
     """Stands where an `nn.Linear` or `Conv1D` stood: any leading shape in, the same out."""
+
+    weight = None  # T5 asks for its dtype and takes the answer that there is no tensor
 
     def __init__(self, name: str, weight: Weight, bias: Tensor | None) -> None:
         super().__init__()
@@ -81,8 +96,11 @@ def _parameters_on_meta() -> Iterator[None]:
         handle.remove()
 
 
-def empty_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
-    """transformers' model of a config.json without the memory of its parameters, dropout set to zero."""
+def empty_model(config: Mapping[str, Any], dtype: torch.dtype, auto: Any = AutoModelForCausalLM) -> Any:
+    """transformers' model of a config.json without the memory of its parameters, dropout set to zero.
+
+    auto   which kind of model: AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoModelForSequenceClassification
+    """
     kind = str(config.get("model_type", ""))
     arguments = {key: value for key, value in config.items() if key not in ("model_type", "auto_map")}
     arguments.pop("quantization_config", None)  # the source has decoded those weights, or hands them over as ours
@@ -101,11 +119,11 @@ def empty_model(config: Mapping[str, Any], dtype: torch.dtype) -> Any:
             setattr(made, key, 0.0)
     try:
         with _parameters_on_meta():
-            return AutoModelForCausalLM.from_config(made, dtype=dtype, trust_remote_code=False).eval()
+            return auto.from_config(made, dtype=dtype, trust_remote_code=False).eval()
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise
-        raise UsageError(f"config.json: {kind!r} is not a decoder-only language model in transformers") from error
+        raise UsageError(f"config.json: {kind!r} is not {_KINDS[auto]} in transformers") from error
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -144,9 +162,11 @@ class Loader:
         quant: QuantOptions | None,
         dtype: torch.dtype,
         device: torch.device,
+        unwanted: tuple[str, ...] = (),
     ) -> None:
+        """unwanted   patterns of tensors in the files that this model has no use for, and nobody need hear of"""
         self.model, self.linears, self.quant = model, linears, quant
-        self.dtype, self.device = dtype, device
+        self.dtype, self.device, self.unwanted = dtype, device, unwanted
         self.shapes = {name: value.shape for name, value in model.state_dict().items()}
         self.float32_names = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
         self.weights: dict[str, Weight] = {}
@@ -167,6 +187,7 @@ class Loader:
         for name, tensor in names.finish():
             self._place(name, name, tensor)
         self._exchange()
+        self._compute()
         self.model.tie_weights(missing_keys=self.missing, recompute_mapping=False)
         self._complain()
 
@@ -235,11 +256,19 @@ class Loader:
             ours = ReplacedLinear(name, self.weights.pop(name), self.biases.pop(name, None))
             setattr(self.model.get_submodule(parent_name), leaf, ours)
 
+    def _compute(self) -> None:
+        """Make what transformers computes and no file has: the sinusoidal positions of Marian and Pegasus."""
+        for name in sorted(self.missing):
+            module_name, _, leaf = name.rpartition(".")
+            create = getattr(self.model.get_submodule(module_name), "create_weight", None)
+            if create is not None and leaf == "weight":
+                self._place(name, name, create())
+
     def _complain(self) -> None:
         if lost := sorted(self.missing):
             more = f" and {len(lost) - 3} more" if len(lost) > 3 else ""
             raise UsageError(f"the model's files have no {', '.join(lost[:3])}{more}: they are incomplete")
         ignore = getattr(self.model, "_keys_to_ignore_on_load_unexpected", None) or ()
-        odd = [n for n in self.unused if not any(re.search(p, n) for p in (*ignore, _OLD_BUFFERS))]
+        odd = [n for n in self.unused if not any(re.search(p, n) for p in (*ignore, *self.unwanted, _OLD_BUFFERS))]
         if odd:
             _log.warning("%d tensors of the model's files are not used, among them %s", len(odd), odd[0])

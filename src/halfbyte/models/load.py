@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from halfbyte.errors import UsageError
 from halfbyte.heap import give_back
+from halfbyte.models.classifier import Classifier, HeadOptions, make_head
 from halfbyte.models.decoder import Decoder
 from halfbyte.models.dtype import fast_dtype
 from halfbyte.models.options import ModelOptions
@@ -45,12 +46,14 @@ def load_model(
     dtype: torch.dtype | Literal["auto"] | None = None,
     device: torch.device | str | None = None,
     source: ModelSource | None = None,
+    head: HeadOptions | None = None,
 ) -> LoadedModel:
     """Open `options.model` and build it, its linears quantized when `quant` is given.
 
     dtype   type of computation and of what stays unquantized; None: the options'; "auto": see `resolve_dtype`
     device  None: the options'
     source  `options.model`, where it has been opened before: its tokenizer is not made a second time
+    head    make a classifier with this head of it; None: a language model
 
     Raises UsageError for files that are not a whole model.
     """
@@ -61,13 +64,30 @@ def load_model(
     give_back()
     if ModelSpec.serves(source.config):
         spec = ModelSpec.from_config(source.config)
+        spec = spec if head is None else spec.without_head()
         decoder = build_decoder(source, spec, quant, kind, target)
         give_back()
-        return LoadedModel(decoder, tokenizer, spec, source)
-    from halfbyte.models.fallback import Fallback  # imports transformers' models: memory that the decoder does without
+        return LoadedModel(_with_head(decoder, spec.hidden_size, head, source), tokenizer, spec, source)
+    # Imports transformers' models: memory that the decoder does without.
+    from halfbyte.models.fallback import Fallback, FallbackBody
+    from halfbyte.models.seq2seq import Seq2Seq
 
-    model = Fallback.build(source, quant, kind, target, 1 - options.allow_unquantized_share)
-    return LoadedModel(model, tokenizer, None, source)
+    share = 1 - options.allow_unquantized_share
+    if head is not None:
+        body = FallbackBody.build(source, quant, kind, target, share)
+        return LoadedModel(_with_head(body, body.width, head, source), tokenizer, None, source)
+    if source.config.get("is_encoder_decoder"):
+        pair = Seq2Seq.build(source, quant, kind, target, share)
+        pair.begin_with(source.config, source.generation)
+        return LoadedModel(pair, tokenizer, None, source)
+    return LoadedModel(Fallback.build(source, quant, kind, target, share), tokenizer, None, source)
+
+
+def _with_head(body: Any, width: int, head: HeadOptions | None, source: ModelSource) -> nn.Module:
+    """The body itself, or the classifier that it is the body of."""
+    if head is None:
+        return body  # type: ignore[no-any-return]
+    return Classifier(body, make_head(source, width, head, body.device), head.labels)
 
 
 def build_decoder(

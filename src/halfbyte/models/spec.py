@@ -16,7 +16,7 @@ that the planner ever sees of a model. No weights, no torch. The families differ
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from halfbyte.errors import UsageError
@@ -155,6 +155,10 @@ class ModelSpec:
             yield f"{name}.weight", (width,)
         if not self.tied:
             yield "lm_head.weight", (self.vocab_size, self.hidden_size)
+
+    def without_head(self) -> "ModelSpec":
+        """The same body for a classifier: a tied head is one that the files need not have."""
+        return replace(self, tied=True)
 
     # -- counts ---------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from halfbyte.evaluate.classify import Classified, Texts
 from halfbyte.evaluate.evaluate import BaseAndTuned, EvaluateOptions, EvaluateResult
 from halfbyte.plan.recommend import Plan
 from halfbyte.run import target
@@ -57,6 +58,14 @@ def evaluate(
     found = target.find(str(name), None if adapter is None else str(adapter), **changes)
     with_rows = target.rows_from(found, None if data is None else str(data))
     return target.evaluate_target(with_rows, EvaluateOptions(metrics=tuple(metrics)))
+
+
+def classify(
+    name: Path | str, texts: Sequence[Texts], adapter: Path | str | None = None, **changes: Any
+) -> list[Classified]:
+    """The class of each text, by a run or a model with a trained head: `hb.classify(run, ["Great."])[0].label`."""
+    opened = target.open_target(target.find(str(name), None if adapter is None else str(adapter), **changes))
+    return target.classify_texts(opened, texts)
 
 
 def load(name: Path | str, adapter: Path | str | None = None, *, trainable: bool = False, **changes: Any) -> nn.Module:

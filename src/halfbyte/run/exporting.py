@@ -27,7 +27,7 @@ from halfbyte.export.parity import HeldOutRow, Question
 from halfbyte.export.servers import TrainedModel
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import ModelSource, open_source
-from halfbyte.run import folder, planning
+from halfbyte.run import folder, planning, tasks
 from halfbyte.run.config import RunConfig
 from halfbyte.run.outputs import TEMPLATE
 from halfbyte.run.target import Target, open_target, rows_from
@@ -55,8 +55,8 @@ def export_target(
         raise UsageError(
             f"{target.config.model} is a model as it came: export a run, or an adapter (a model and --adapter)"
         )
-    config = target.config
-    source = open_source(config.model, config.revision)
+    source = open_source(target.config.model, target.config.revision)
+    tasks.require_language_model(target.opened_with(source).config, "export")
     subject = subject_of(target, source, options, data)
     where = out or Path(target.run.parent if target.run is not None else ".") / f"{subject.name}-{options.to}"
     return export(subject, where, options, on_event)

@@ -42,7 +42,8 @@ def record_of(found: Survey) -> dict[str, Any]:
             "format": prepared.data_format,
             "train_rows": len(prepared.train),
             "eval_rows": len(prepared.eval),
-        },
+        }
+        | ({"labels": [choice.word for choice in prepared.labels]} if found.config.task == "classification" else {}),
         "chat_template": {
             "name": prepared.template.name if prepared.template else None,
             "sha256": prepared.template_hash,

@@ -15,6 +15,7 @@ from halfbyte.export.card import model_card
 from halfbyte.export.model_files import write_model_files
 from halfbyte.export.safetensors_file import INDEX, Planned, plan_shards, shard_index, write_file
 from halfbyte.files import new_files, require_free_space, write_atomic
+from halfbyte.models.classifier import Classifier
 from halfbyte.models.load import LoadedModel
 from halfbyte.run.config import RunConfig
 from halfbyte.run.planning import Survey
@@ -72,13 +73,17 @@ def write_weights(path: Path, loaded: LoadedModel, dtype: str) -> None:
             write_file(part / file, tensors)
         if len(shards) > 1:
             (part / INDEX).write_text(shard_index(shards))
-        write_model_files(part, loaded.source, loaded.source.path, dtype)
+        labels = loaded.model.labels if isinstance(loaded.model, Classifier) else None
+        write_model_files(part, loaded.source, loaded.source.path, dtype, labels)
 
 
 def write_tokenizer(path: Path, found: Survey, loaded: LoadedModel) -> None:
     """The tokenizer's files, and the template that the run was trained with, whichever it was."""
+    tokenizer = loaded.tokenizer
+    if tokenizer.pad_token is None and isinstance(loaded.model, Classifier):
+        tokenizer.pad_token = tokenizer.eos_token  # transformers' classifiers find the last token by the padding
     with new_files(path) as part:
-        loaded.tokenizer.save_pretrained(part)
+        tokenizer.save_pretrained(part)
     template = found.prepared.template if found.prepared is not None else None
     if template is not None:
         write_atomic(path / TEMPLATE, template.source)

@@ -26,6 +26,7 @@ from halfbyte.optim.options import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, Op
 from halfbyte.plan.hardware import Rates, detect, measure
 from halfbyte.plan.recommend import DataShape, Plan, Request, make_plan
 from halfbyte.quant.options import QuantOptions
+from halfbyte.run import tasks
 from halfbyte.run.config import RunConfig
 from halfbyte.train.dpo import PREFERENCE_LEARNING_RATE
 from halfbyte.train.options import EFFECTIVE_BATCH, TrainOptions, batch_rows, count_steps
@@ -68,16 +69,26 @@ def shape_of(train: Sequence[Example], held_out: Sequence[Example]) -> DataShape
     )
 
 
-def survey(config: RunConfig, need_data: bool = True) -> Survey:
-    """Open the model's headers, load the tokenizer, prepare the rows. UsageError for what is wrong with any of them."""
+def survey(config: RunConfig, need_data: bool = True, adapter: Path | None = None) -> Survey:
+    """Open the model's headers, load the tokenizer, prepare the rows. UsageError for what is wrong with any of them.
+
+    adapter   the folder of the adapter that will be put on the model: a classifier's names its classes
+    """
     if need_data and config.data is None:
         raise UsageError("no data: give --data with a file, a folder or a Hub data set")
     config = absolute(config)
     source = open_source(config.model, config.revision)
+    config = tasks.with_task(config, source)
     spec = ModelSpec.from_config(source.config) if ModelSpec.serves(source.config) else None
+    if spec is not None and config.task == tasks.CLASSIFICATION:
+        spec = spec.without_head()
     device = resolve_device(config.device)
     tokenizer = source.tokenizer() if config.data is not None else None
-    prepared = prepare(config.pick(DataOptions), tokenizer, config.seed) if config.data is not None else None
+    prepared = None
+    if config.data is not None:
+        tasks.require_an_end(config, tokenizer)
+        labels = tasks.known_labels(config, source, adapter)
+        prepared = prepare(config.pick(DataOptions), tokenizer, config.seed, labels)
     return Survey(config, source, spec, tokenizer, prepared, device, resolve_dtype(config.dtype, device))
 
 
@@ -193,7 +204,7 @@ def resolve(found: Survey, plan: Plan | None, today: datetime.date | None = None
     if pairs:
         rate = PREFERENCE_LEARNING_RATE
     return config.replace(
-        task="dpo" if pairs else config.task,
+        task="dpo" if pairs else "causal" if config.task == "auto" else config.task,
         method=method,
         revision=found.source.revision or config.revision,
         dtype=str(found.dtype).removeprefix("torch."),

@@ -27,9 +27,11 @@ from halfbyte.adapters.lora import LoraOptions, report
 from halfbyte.adapters.peft_io import CONFIG as ADAPTER_CONFIG
 from halfbyte.data import Prepared, collate, plan_micro_batches
 from halfbyte.errors import Interrupted, UsageError
+from halfbyte.evaluate.classify import evaluate_classifier
 from halfbyte.evaluate.evaluate import BaseAndTuned, EvaluateResult, against, evaluate, evaluate_base_and_tuned
 from halfbyte.files import write_atomic
 from halfbyte.linear import segments
+from halfbyte.models.classifier import Classifier, HeadOptions
 from halfbyte.models.load import LoadedModel, load_model
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.shifted_source import LinearBase, own_blocks
@@ -37,7 +39,7 @@ from halfbyte.models.source import ModelSource
 from halfbyte.optim.options import OptimOptions
 from halfbyte.plan.recommend import check_fits
 from halfbyte.quant.options import QuantOptions
-from halfbyte.run import folder, outputs, planning, preference
+from halfbyte.run import folder, outputs, planning, preference, tasks
 from halfbyte.run.config import RunConfig, to_yaml
 from halfbyte.run.planning import Survey
 from halfbyte.train.checkpoint import list_checkpoints, step_of
@@ -191,7 +193,7 @@ def _train(directory: RunDirectory, config: RunConfig, record: Event, found: Sur
     started = clock()
     prepared = found.prepared
     assert prepared is not None
-    loaded = load(config, found.source)
+    loaded = load(config, found.source, tasks.head_of(config, prepared))
     trainable, attached = make_trainable(loaded, config, _last_adapter(directory.path))
     on_event(
         {
@@ -229,9 +231,9 @@ def _train(directory: RunDirectory, config: RunConfig, record: Event, found: Sur
     return RunResult(directory.path, config, result)
 
 
-def load(config: RunConfig, source: ModelSource | None = None) -> LoadedModel:
+def load(config: RunConfig, source: ModelSource | None = None, head: HeadOptions | None = None) -> LoadedModel:
     """The base model as the run's method holds it: quantized linears for QLoRA, the compute dtype for the others."""
-    return load_model(config.pick(ModelOptions), quant_of(config), source=source)
+    return load_model(config.pick(ModelOptions), quant_of(config), source=source, head=head)
 
 
 def quant_of(config: RunConfig) -> QuantOptions | None:
@@ -333,8 +335,8 @@ def feed_of(config: RunConfig, prepared: Prepared) -> Feed:
 
 def _base_of_full(path: Path, config: RunConfig, loaded: LoadedModel, prepared: Prepared) -> EvaluateResult | None:
     """Full fine-tuning changes the base, so it is measured before the first step, and kept for a resumed run."""
-    if config.method != "full" or not prepared.eval:
-        return None
+    if config.method != "full" or not prepared.eval or config.task == tasks.CLASSIFICATION:
+        return None  # a classifier's base has no head, and is compared with always the same answer
     kept = folder.read_base(path)
     if kept is None:
         kept = evaluate(loaded.model, loaded.tokenizer, prepared.eval, labels=prepared.labels)  # type: ignore[arg-type]
@@ -349,6 +351,8 @@ def _scores(
     if not prepared.eval:
         return None
     model, tokenizer, rows, labels = loaded.model, loaded.tokenizer, prepared.eval, prepared.labels
+    if isinstance(model, Classifier):
+        return evaluate_classifier(model, rows)
     if base is not None:
         return against(base, evaluate(model, tokenizer, rows, labels=labels))  # type: ignore[arg-type]
     return evaluate_base_and_tuned(model, tokenizer, rows, labels=labels)  # type: ignore[arg-type]

@@ -15,10 +15,12 @@ from typing import Any
 from torch import nn
 
 from halfbyte.adapters import disabled, load_adapter, read_adapter_config
+from halfbyte.adapters.heads import is_classifier
 from halfbyte.adapters.peft_io import CONFIG as ADAPTER_CONFIG
 from halfbyte.data import ChatTemplate, Encoder, render_prompt, resolve_template
 from halfbyte.errors import UsageError
 from halfbyte.evaluate.chat import ChatSession
+from halfbyte.evaluate.classify import Classified, Texts, classify, evaluate_classifier
 from halfbyte.evaluate.evaluate import (
     BaseAndTuned,
     EvaluateOptions,
@@ -34,12 +36,14 @@ from halfbyte.evaluate.sampling import GenerateOptions
 from halfbyte.export.deltas import WeightedAdapter
 from halfbyte.export.merge import MergeOptions, MergeReport, merge
 from halfbyte.export.score import MAX_FALLBACK_TOKENS, MAX_TOKENS, HeldOut, choose_rows
+from halfbyte.models.classifier import Classifier
 from halfbyte.models.load import LoadedModel, load_model
 from halfbyte.models.options import ModelOptions
+from halfbyte.models.seq2seq import Seq2Seq
 from halfbyte.models.shifted_source import LinearBase
-from halfbyte.models.source import ModelSource
+from halfbyte.models.source import ModelSource, open_source
 from halfbyte.quant.options import QuantOptions
-from halfbyte.run import folder, planning
+from halfbyte.run import folder, planning, tasks
 from halfbyte.run.config import RunConfig, load_config
 from halfbyte.run.outputs import TEMPLATE
 from halfbyte.train.checkpoint import list_checkpoints
@@ -58,6 +62,10 @@ class Target:
     config: RunConfig
     adapter: Path | None
     run: Path | None
+
+    def opened_with(self, source: ModelSource) -> "Target":
+        """The same with the task that its model is for, where that was open."""
+        return replace(self, config=tasks.with_task(self.config, source))
 
     @property
     def quant(self) -> QuantOptions | None:
@@ -102,13 +110,22 @@ def find(name: str, adapter: str | None = None, **changes: Any) -> Target:
         if adapter is not None:
             raise UsageError(f"{name} is an adapter itself: give the base model and --adapter, or only the adapter")
         base = changes.pop("model", None) or read_adapter_config(path).get("base_model_name_or_path")
+        changes = _task_of(path, changes)
         if not base:
             raise UsageError(
                 f"{path / ADAPTER_CONFIG} does not name its base model: give the base and --adapter {name}"
             )
         return Target(load_config(model=str(base), method=changes.pop("method", "lora"), **changes), path, None)
+    folder_of_adapter = _adapter_folder(Path(adapter).expanduser()) if adapter is not None else None
+    if folder_of_adapter is not None:
+        changes = _task_of(folder_of_adapter, changes)
     config = load_config(model=name, method=changes.pop("method", "lora"), **changes)
-    return Target(config, _adapter_folder(Path(adapter).expanduser()) if adapter is not None else None, None)
+    return Target(config, folder_of_adapter, None)
+
+
+def _task_of(adapter: Path, changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes, with the task of a classifier's adapter."""
+    return {"task": tasks.CLASSIFICATION} | changes if is_classifier(read_adapter_config(adapter)) else changes
 
 
 def _of_run(path: Path, adapter: str | None, changes: dict[str, Any]) -> Target:
@@ -132,8 +149,11 @@ def _adapter_folder(path: Path) -> Path:
 
 def open_target(target: Target, source: ModelSource | None = None) -> Opened:
     """Load the model (from `source`, where it is open already), put the adapter on, find the template."""
+    source = source or open_source(target.config.model, target.config.revision)
+    target = target.opened_with(source)
     config = target.config
-    loaded = load_model(config.pick(ModelOptions), target.quant, source=source)
+    head = tasks.head_to_open(config, source, target.adapter)
+    loaded = load_model(config.pick(ModelOptions), target.quant, source=source, head=head)
     if target.adapter is not None:
         load_adapter(loaded.model, target.adapter, LinearBase(loaded, target.quant))
     loaded.model.eval()
@@ -173,9 +193,11 @@ def evaluate_target(
     config = target.config
     if config.eval_data is None and config.data is None:
         raise UsageError("no rows to evaluate on: give --data with a file")
-    found = planning.survey(config)
+    found = planning.survey(config, adapter=target.adapter)
     assert found.prepared is not None
     opened = open_target(target, found.source)
+    if isinstance(opened.model, Classifier):
+        return evaluate_classifier(opened.model, found.prepared.eval, options, on_progress)
     options = options or EvaluateOptions()
     pairs = found.prepared.eval[: options.max_rows]
     if pairs and pairs[0].rejected is not None and opened.tuned and not options.metrics:
@@ -226,17 +248,30 @@ def generate_texts(
     """
     if not prompts:
         raise UsageError('nothing to answer: give a prompt, or --prompts with a file (halfbyte generate RUN "text")')
+    tasks.require_language_model(opened.target.config, "generate", seq2seq=True)
     plain = opened.raw if raw is None else raw
-    ids = [
-        render_prompt(opened.encoder, p if plain else [{"role": "user", "content": p}], opened.template)
-        for p in prompts
-    ]
+    if isinstance(opened.model, Seq2Seq):
+        ids = [opened.encoder.encode_whole(prompt) for prompt in prompts]
+    else:
+        ids = [
+            render_prompt(opened.encoder, p if plain else [{"role": "user", "content": p}], opened.template)
+            for p in prompts
+        ]
     with disabled(opened.model) if base else nullcontext():
         return generate_batch(opened.model, opened.loaded.tokenizer, ids, options, opened.end_ids)
 
 
+def classify_texts(opened: Opened, texts: Sequence[Texts]) -> list[Classified]:
+    """The class of each text (or of each row of named texts). UsageError for a model that is no classifier."""
+    if not isinstance(opened.model, Classifier):
+        raise UsageError(f"{opened.target.config.model} is no classifier: train one with task: classification")
+    config = opened.target.config
+    return classify(opened.model, opened.encoder, texts, config.max_seq_length, config.system_prompt)
+
+
 def chat_session(opened: Opened, options: GenerateOptions, system: str | None = None) -> ChatSession:
-    """A conversation with the opened model."""
+    """A conversation with the opened model. UsageError for one that is not made for it."""
+    tasks.require_language_model(opened.target.config, "chat")
     return ChatSession(opened.model, opened.encoder, opened.template, options, opened.end_ids, system)
 
 
@@ -265,7 +300,12 @@ def merge_target(
     _require_one_base(summed)
     needed = options.base == "auto" or options.requantized or data is not None
     rows, source, why = None, None, ""
-    if needed or (options.base is None and target.quant is not None):
+    opened = open_source(target.config.model, target.config.revision)
+    if target.opened_with(opened).config.task in (tasks.CLASSIFICATION, tasks.SEQ2SEQ):
+        source, why = opened, "only decoders of text are scored on them"
+        if needed:
+            raise UsageError(f"--base auto, --requantized and --data score on held-out rows, and {why}: leave them out")
+    elif needed or (options.base is None and target.quant is not None):
         try:
             rows, source, why = held_out_rows(target, data, options.rows)
         except UsageError as error:

@@ -245,6 +245,7 @@ def split(batch: Batch) -> list[Batch]:
             targets=batch.targets[start:stop],
             lengths=batch.lengths[together * i : together * (i + 1)],
             rows=batch.rows[together * i : together * (i + 1)],
+            sources=batch.sources[together * i : together * (i + 1)],
         )
         for i, (start, stop) in enumerate(pairwise(borders))
     ]
