@@ -21,6 +21,7 @@ import transformers
 from tokenizers import pre_tokenizers
 
 from halfbyte.adapters import LoraOptions, attach, detach, load_adapter, save_adapter
+from halfbyte.adapters.heads import is_classifier, read_labels
 from halfbyte.adapters.initial import Initial, Shift
 from halfbyte.adapters.lora import put
 from halfbyte.adapters.peft_io import lora_options, read_adapter_config, read_adapter_tensors
@@ -28,6 +29,7 @@ from halfbyte.errors import HalfbyteError
 from halfbyte.export.card import already_quantized, licence_of
 from halfbyte.export.merge import read_deltas
 from halfbyte.linear import segments
+from halfbyte.models.classifier import Classifier
 from halfbyte.models.load import build_decoder
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.models.spec import ModelSpec
@@ -278,6 +280,10 @@ def _adapter_seeds() -> list[Files]:
                 put(segment, Initial(a, b, Shift(a, b, 2.0)), 2.0)
         seeds.append(_made(lambda f, o=options, m=model: save_adapter(m, f, o, "owner/base")))
         _without_adapters(model)
+    model, plain = _classifier(), LoraOptions(lora_r=2)
+    attach(model, plain, seed=0)
+    seeds.append(_made(lambda f: save_adapter(model, f, plain, "owner/base")))
+    _without_adapters(model)
     return seeds
 
 
@@ -287,15 +293,21 @@ def _without_adapters(model: Any) -> None:
         segment.add_module("shift", None)
 
 
+def _classifier() -> Classifier:
+    body = _adapter_model()
+    return Classifier(body, torch.ones(3, body.spec.hidden_size), ("bad", "fair", "good"))
+
+
 def _adapter_stages(folder: Path) -> Iterable[Stage]:
     yield lambda: lora_options(read_adapter_config(folder))
     yield lambda: read_adapter_tensors(folder)
     yield lambda: [delta.rows(0, 1) for delta in read_deltas(folder).values()]
+    yield lambda: read_labels(folder)
     yield lambda: _load_adapter(folder)
 
 
 def _load_adapter(folder: Path) -> None:
-    model = _adapter_model()
+    model = _classifier() if is_classifier(read_adapter_config(folder)) else _adapter_model()
     try:
         load_adapter(model, folder)
         model.logits(torch.arange(3))

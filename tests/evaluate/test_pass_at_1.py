@@ -87,6 +87,9 @@ TESTS = CodeTests(f"{HUMANEVAL['test']}\ncheck(total)\n", str(HUMANEVAL["prompt"
         "    return sum(numbers)",
         "    return sum(numbers)\n\nprint(total([1)\n",  # what a base model says after the function does not count
         "    result = 0\n    for n in numbers:\n        result += n\n\n    return result\n\n\ndef main(): broken(",
+        "    return sum(numbers)\n\n# Another way:\ndef total(numbers):\n    broken(",
+        "\n    return sum(numbers)\n",
+        "```\n    return sum(numbers)\n```",
         "```python\ndef total(numbers: List[int]) -> int:\n    return sum(numbers)\n```\nThis adds them up.",
         "Here:\n\n```python\ndef helper(n): return sum(n)\n\ndef total(numbers):\n    return helper(numbers)\n```",
         "def total(numbers):\n    return sum(numbers)",

@@ -1,5 +1,6 @@
 """Our classifiers against transformers' *ForSequenceClassification: logits, loss, gradients, on both kinds of body."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +246,19 @@ def test_an_encoder_is_refused(tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(UsageError, match="no linear head of the name 'score'"):
         load_ours(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("id2label", "message"),
+    [
+        ({"0": "a", "1": "b"}, "has 3 rows and id2label 2 names"),
+        (["a", "b", "c"], "damaged"),
+        ({"0": "a", "1": "a", "2": "b"}, "gives two classes one name"),
+    ],
+)
+def test_damaged_names_of_classes(id2label: Any, message: str, tmp_path: Path) -> None:
+    write_classifier("llama3-gqa", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": id2label}))
+    with pytest.raises(UsageError, match=message):
+        head_of_file(open_source(str(tmp_path)))

@@ -13,10 +13,13 @@ from torch import Tensor
 from halfbyte.adapters import LoraOptions, attach
 from halfbyte.batch import Batch
 from halfbyte.errors import UsageError
+from halfbyte.export import merged_tensors
 from halfbyte.linear import segments
 from halfbyte.models.decoder import Decoder
 from halfbyte.models.fallback import Fallback
+from halfbyte.models.group_folder import GroupFolder
 from halfbyte.models.load import build_decoder as build_from
+from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.models.spec import ModelSpec
 from halfbyte.plan.memory import Job, base_bytes
@@ -90,6 +93,11 @@ def test_a_base_to_train_on(family: str, form: str, tmp_path: Path) -> None:
         assert isinstance(segment.weight, GroupWeight)
         assert isinstance(segments(plain)[name].weight, DenseWeight)
     assert error(kept.logits(IDS), plain.logits(IDS)) < 1e-5
+    assert_planned(source, kept)
+
+
+def assert_planned(source: ModelSource, kept: Decoder) -> None:
+    """The plan's bytes of the base are those that are held."""
     job = Job("qlora", "float32", QuantOptions(), LoraOptions(), held=source.prequantized_bytes())
     held = sum(t.numel() * t.element_size() for t in {id(t): t for t in kept.buffers()}.values())
     norms = sum(p.numel() * 4 for p in kept.parameters())
@@ -145,7 +153,25 @@ def test_a_quantized_head(tmp_path: Path) -> None:
     kept, plain = build(folder, QuantOptions()), build(folder)
     assert kept.head.format == "gptq-4bit"
     assert plain.head.format == "fp32"
+    assert_planned(open_source(str(folder)), kept)
     assert error(kept.logits(IDS), plain.logits(IDS)) < 1e-5
+
+
+def test_a_quantized_head_is_copied_from_one_reading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write(tmp_path, Form(head=True))
+    source = open_source(str(folder))
+    monkeypatch.setattr(merged_tensors, "_PIECE", 960)
+    options = ModelOptions(model=str(folder))
+    planned = merged_tensors.plan_tensors(options, source, {}, None, torch.bfloat16)
+    (head,) = (tensor for tensor in planned if tensor.name == "lm_head.weight")
+    expected = source.read(head.name).bfloat16()
+    read: list[str] = []
+    weight = GroupFolder.weight
+    monkeypatch.setattr(GroupFolder, "weight", lambda *args: read.append(args[1]) or weight(*args))
+    pieces = list(head.rows())
+    assert len(pieces) == 14
+    assert torch.equal(torch.cat(pieces), expected)
+    assert read == [head.name]
 
 
 def test_modules_that_the_file_left_alone(tmp_path: Path) -> None:

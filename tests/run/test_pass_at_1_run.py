@@ -10,9 +10,10 @@ from halfbyte.run.config import load_config
 from halfbyte.run.run import run
 from tests.run.conftest import write_rows
 
+# What the model learns to say goes on behind a special token, as a base model's next document does: not its program.
 ROW = {
     "prompt": 'def total(numbers):\n    """Sum."""\n',
-    "canonical_solution": "    return sum(numbers)\n",
+    "canonical_solution": "    return sum(numbers)<|im_end|>)(",
     "test": "def check(f):\n    assert f([1, 2]) == 3",
     "entry_point": "total",
 }

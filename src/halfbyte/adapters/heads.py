@@ -56,10 +56,12 @@ def without_head(model: nn.Module, names: Iterable[str]) -> list[str]:
     return [name for name in names if head_of(model) is None or name not in _PEFT_HEADS]
 
 
-def other_modules(config: Mapping[str, Any]) -> list[str]:
-    """The modules_to_save of a config, without the head that a classifier's always has."""
-    names = list(config.get("modules_to_save") or ())
-    return [name for name in names if not (is_classifier(config) and name in _PEFT_HEADS)]
+def other_modules(config: Mapping[str, Any]) -> Any:
+    """The modules_to_save of a config, without the head that a classifier's always has; a damaged value as it is."""
+    names = config.get("modules_to_save") or []
+    if not is_classifier(config) or not isinstance(names, list):
+        return names
+    return [name for name in names if not (isinstance(name, str) and name in _PEFT_HEADS)]
 
 
 def take_head(tensors: dict[str, Tensor], config: Mapping[str, Any], folder: Path) -> Tensor | None:

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from halfbyte.adapters import disabled
-from halfbyte.data import Example, LabelChoice, collate, plan_micro_batches
+from halfbyte.data import Encoder, Example, LabelChoice, collate, plan_micro_batches
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate.code_execution import PASSED
 from halfbyte.evaluate.generate import Generation, Tokenizer, generate_batch
@@ -292,6 +292,9 @@ def _generate_answers(
         progress("answers", done, len(answered))
 
     prompts = [examples[i].prompt_ids.tolist() for i in answered]
+    if any(examples[i].tests is not None for i in answered):
+        # No special token is part of a program; a base model ends a document with one that is not always its EOS.
+        stop_ids = {*stop_ids, *Encoder(tokenizer).special_ids}
     answers = generate_batch(model, tokenizer, prompts, options, stop_ids, options.eval_batch_size, count)
     out = list(rows)
     for i, answer in zip(answered, answers, strict=True):

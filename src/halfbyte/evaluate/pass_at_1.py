@@ -54,7 +54,9 @@ def program_of(answer: str, tests: CodeTests) -> list[str]:
     code, fenced = code_of(answer)
     if tests.prompt is None:
         return [code, tests.program]
-    if tests.entry_point is not None and re.search(rf"^(async )?def {tests.entry_point}\b", code, re.MULTILINE):
+    continues = code.lstrip("\n")[:1].isspace()  # then a later definition is the model's next idea, not its answer
+    defined = tests.entry_point and re.search(rf"^(async )?def {tests.entry_point}\b", code, re.MULTILINE)
+    if defined and not continues:
         return [f"{tests.prompt}\n    pass\n\n{code}", tests.program]  # the prompt has the imports and helpers
     return [tests.prompt + (code if fenced else continuation_of(code)), tests.program]
 

@@ -160,8 +160,14 @@ def _copied(
         return _finite(source.read_rows(name, start, stop).to(dtype), name)
 
     def rows() -> Iterator[Tensor]:
-        for start, stop in _pieces(source.info(name).shape):
-            yield read(start, stop)
+        info = source.info(name)
+        # A quantized head is decoded from one reading: `read_rows` would read all of it for every piece.
+        held = None if source.reads_rows(name) else source.prequantized(name)
+        for start, stop in _pieces(info.shape):
+            if held is None:
+                yield read(start, stop)
+            else:
+                yield _finite(held.dequantize(info.dtype, rows=slice(start, stop)).to(dtype), name)
 
     return rows, read
 

@@ -141,11 +141,15 @@ def head_of_file(source: ModelSource) -> tuple[str, ...] | None:
     """The classes' names of a model that has a head; None for one that has none. UsageError where they disagree."""
     if SCORE not in source.tensors():
         return None
-    count = source.info(SCORE).shape[0]
+    shape = source.info(SCORE).shape
     names = source.config.get("id2label") or {}
-    labels = tuple(str(names.get(str(i), names.get(i, f"LABEL_{i}"))) for i in range(count))
-    if names and len(names) != count:
-        raise UsageError(f"{source.path}: {SCORE} has {count} rows and id2label {len(names)} names: damaged")
+    if len(shape) != 2 or not isinstance(names, dict):
+        raise UsageError(f"{source.path}: {SCORE} is {list(shape)} and id2label {names!r:.60}: damaged")
+    if names and len(names) != shape[0]:
+        raise UsageError(f"{source.path}: {SCORE} has {shape[0]} rows and id2label {len(names)} names: damaged")
+    labels = tuple(str(names.get(str(i), f"LABEL_{i}")) for i in range(shape[0]))
+    if len(set(labels)) < len(labels):
+        raise UsageError(f"{source.path}: id2label gives two classes one name: give each its own in config.json")
     return labels
 
 
@@ -164,6 +168,7 @@ def make_head(source: ModelSource, width: int, options: HeadOptions, device: tor
             )
         return source.read(SCORE).to(device, torch.float32)
     config = source.config.get("text_config") or source.config
-    std = float(config.get("initializer_range") or _INITIAL_STD)
+    std = config.get("initializer_range") if isinstance(config, dict) else None
+    std = float(std) if isinstance(std, int | float) and 0 < std < 1 else _INITIAL_STD
     generator = torch.Generator().manual_seed(options.seed)
     return (torch.randn(shape, generator=generator) * std).to(device)

@@ -64,6 +64,10 @@ class ShiftedSource(ModelSource):
     def prequantized_bytes(self) -> dict[str, int]:
         return {name: size for name, size in self._source.prequantized_bytes().items() if name not in self._shifts}
 
+    @property
+    def blocks(self) -> str | None:
+        return self._source.blocks
+
     def reads_rows(self, name: str) -> bool:
         return self._source.reads_rows(name)
 
