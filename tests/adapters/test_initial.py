@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfbyte.adapters.initial import Shift, loftq, pissa, row_norms, top_factors
+from halfbyte.adapters.initial import EXACT_SIDE, Shift, loftq, pissa, row_norms, top_factors
 from halfbyte.quant import DenseWeight, QuantOptions, quantize
 
 SHAPE = (96, 160)
@@ -142,6 +142,14 @@ def test_five_steps_beat_one_where_levels_are_few(bits: int) -> None:
         found = loftq(w, 12, 2.0, quantized, seeded(), steps)
         errors.append(float((w - quantized(found.shift) - 2.0 * found.b @ found.a).norm()))
     assert errors[1] < errors[0] * 0.98
+
+
+def test_large_matrices_are_decomposed_nearly_as_well() -> None:
+    """The error left by the power iterations against the best of this rank, on what quantizing loses of white noise."""
+    w = torch.randn(EXACT_SIDE + 8, 700, generator=seeded())
+    q = formats("nf4")(w)
+    found = loftq(w, 16, 2.0, lambda shift: q, seeded())
+    assert float((w - q - 2.0 * found.b @ found.a).norm()) < best_error(w - q, 16) * 1.001
 
 
 def test_loftqs_values_do_not_depend_on_the_scaling() -> None:
