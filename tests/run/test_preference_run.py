@@ -67,6 +67,9 @@ def test_from_pairs_to_a_result(pair_config: RunConfig) -> None:
         {name: kept["metrics"][name] for name in again.tuned.metrics}, rel=1e-3, abs=1e-4
     )
     assert again.base.loss == pytest.approx(math.log(2))
+    assert again.base.intervals["rewards/margins"] == (0, 0)
+    low, high = again.tuned.intervals["rewards/margins"]
+    assert low < again.tuned.metrics["rewards/margins"] < high
     answers = evaluate_target(find(str(path)), EvaluateOptions(metrics=("exact_match",), max_new_tokens=4))
     assert answers.to_json()["evaluated_rows"] == 8
     assert "exact_match" in answers.to_json()

@@ -26,7 +26,7 @@ from halfbyte.batch import IGNORE, Batch
 from halfbyte.data import Example, collate, plan_micro_batches
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.evaluate import BaseAndTuned, EvaluateResult, RowResult, against
-from halfbyte.evaluate.intervals import mean_interval
+from halfbyte.evaluate.intervals import mean_interval, ratio_interval
 from halfbyte.evaluate.session import Model, inference
 from halfbyte.options import Options
 
@@ -218,6 +218,9 @@ def _result(examples: Sequence[Example], pairs: Pairs, reference: Tensor, option
         rows.append(RowResult(str(example.origin), example.prompt, example.completion, loss, 1, scores=scores))
     columns = {"loss": losses.tolist()} | {name: [row.scores[name] for row in rows] for name in (ACCURACIES, MARGINS)}
     means = {name: sum(values) / len(values) for name, values in columns.items()}
-    intervals = {name: mean_interval(values) for name, values in columns.items()} if len(rows) > 1 else {}
+    intervals = {}
+    if len(rows) > 1:  # a margin or a loss may happen to be 0 or 1 everywhere, and is no count of successes
+        intervals = {name: ratio_interval(columns[name], [1.0] * len(rows)) for name in ("loss", MARGINS)}
+        intervals[ACCURACIES] = mean_interval(columns[ACCURACIES])
     tokens = int(pairs.tokens.sum())
     return EvaluateResult(means.pop("loss"), tokens, means, intervals, rows, of_tokens=False)

@@ -42,7 +42,9 @@ class OptimOptions(Options):
         description="galore_…: side that is projected: std (the shorter), reverse_std, right, left or full",
     )
     learning_rate: float | None = Field(
-        None, gt=0, description="Peak learning rate; by default 2e-4 for adapters and 2e-5 for full fine-tuning"
+        None,
+        gt=0,
+        description="Peak learning rate; by default 2e-4 for adapters, 2e-5 for full fine-tuning and for task dpo",
     )
     loraplus_lr_ratio: float | None = Field(
         None, gt=0, description="LoRA+: learning rate of B (and of trained vectors) over that of A, as 16"
