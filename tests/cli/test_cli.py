@@ -153,7 +153,7 @@ def test_data_check(halfbyte: Run, model_folder: Path, data_file: Path) -> None:
         (("train", "--model", "./nowhere", "--data", "x"), 2, "nowhere does not exist"),
         (("train", "--model", "{model}"), 2, "no data: give --data"),
         (("train", "--model", "{model}", "--data", "nowhere.jsonl"), 2, "nowhere.jsonl"),
-        (("train", "--model", "{model}", "--data", "{data}", "--method", "dora"), 2, "dora is not built yet"),
+        (("train", "--model", "{model}", "--data", "{data}", "--method", "vera"), 2, "vera is not built"),
         (("train", "--model", "{model}", "--data", "{data}", "--lora-r", "x"), 2, "--lora-r"),
         (("train", "--model", "{model}", "--data", "{data}", "--load-in-4bit", "--full-finetuning"), 2, "disagree"),
         (("train", "--model", "{model}", "--data", "{data}", "--memory", "1MB"), 3, "the budget is"),

@@ -87,6 +87,9 @@ def _datasets(value: Any) -> Any:
     return paths[0] if len(paths) == 1 and isinstance(paths[0], str) else paths
 
 
+_TASKS = {"causal_lm": "causal", "seq_cls": "classification", "seq_2_seq_lm": "seq2seq"}
+
+
 ALIASES: dict[str, Alias] = {
     # the model
     "base_model": Alias("model"),
@@ -132,6 +135,15 @@ ALIASES: dict[str, Alias] = {
     "assistant_only_loss": Alias("train_on_inputs", _not),
     "train_on_responses_only": Alias("train_on_inputs", _not),
     "chat_template_path": Alias("chat_template"),
+    "task_type": Alias("task", lambda value: _TASKS.get(str(value).lower(), value)),
+    # preferences
+    "pref_beta": Alias("dpo_beta"),
+    "beta": Alias("dpo_beta"),
+    "pref_loss": Alias("dpo_loss"),
+    "label_smoothing": Alias("dpo_label_smoothing"),
+    "rpo_alpha": Alias("dpo_nll_weight"),
+    "pref_ftx": Alias("dpo_nll_weight"),
+    "rl": Alias("task"),
     # the adapter
     "r": Alias("lora_r"),
     "rank": Alias("lora_r"),
