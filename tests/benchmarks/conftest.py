@@ -23,6 +23,7 @@ def scripts() -> Iterator[dict[str, ModuleType]]:
         "gemm_rate",
         "machine",
         "merge_study",
+        "methods_study",
         "operators",
         "operator_cases",
         "quant_formats",

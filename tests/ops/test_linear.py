@@ -81,7 +81,8 @@ class Case:
         return [y, dx, *(grad for grad in grads if grad is not None)]
 
     def check(self) -> None:
-        scales = self.exact(absolute=True) if self.x.numel() < 1000 else self.exact()
+        few = min(self.x.numel(), self.dy.numel()) < 1000  # sums may cancel by chance
+        scales = self.exact(absolute=True) if few else self.exact()
         for got, wanted, scale in zip(self.native(), self.exact(), scales, strict=True):
             assert got.shape == wanted.shape
             error = (got.double() - wanted).norm() / scale.norm().clamp_min(1e-30)

@@ -3,8 +3,10 @@
 import pytest
 
 from halfbyte.errors import UsageError
+from halfbyte.optim import FULL_LEARNING_RATE
 from halfbyte.run.config import RunConfig, load_config
 from halfbyte.run.methods import PRESETS, SPELLINGS, expand, known, name_of
+from halfbyte.run.planning import make, resolve, survey
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -70,3 +72,12 @@ def test_a_flag_wins_over_a_preset_of_the_file(tmp_path) -> None:
 )
 def test_other_tools_keys(keys: dict[str, object], name: str) -> None:
     assert load_config(model="m", **keys).method_name == name
+
+
+def test_galore_moves_matrices_as_full_fine_tuning_does(tiny_config: RunConfig) -> None:
+    """Its step is multiplied with galore_scale, so the default rate is divided by it."""
+    for scale in (0.25, 4.0):
+        found = survey(tiny_config.replace(method="galore", learning_rate=None, galore_scale=scale))
+        assert resolve(found, make(found)).learning_rate == pytest.approx(FULL_LEARNING_RATE / scale)
+    found = survey(tiny_config.replace(method="full", learning_rate=None))
+    assert resolve(found, make(found)).learning_rate == FULL_LEARNING_RATE

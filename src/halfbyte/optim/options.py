@@ -44,7 +44,8 @@ class OptimOptions(Options):
     learning_rate: float | None = Field(
         None,
         gt=0,
-        description="Peak learning rate; by default 2e-4 for adapters, 2e-5 for full fine-tuning and for task dpo",
+        description="Peak learning rate; by default 2e-4 for adapters, 2e-5 for task dpo and for full fine-tuning, "
+        "with GaLore divided by galore_scale",
     )
     loraplus_lr_ratio: float | None = Field(
         None, gt=0, description="LoRA+: learning rate of B (and of trained vectors) over that of A, as 16"

@@ -199,6 +199,8 @@ def resolve(found: Survey, plan: Plan | None, today: datetime.date | None = None
         per_device, accumulation = batch_rows(_training(config), fits=1)
         checkpointing = bool(config.gradient_checkpointing)
     rate = FULL_LEARNING_RATE if method == "full" else ADAPTER_LEARNING_RATE
+    if config.galore:
+        rate /= config.galore_scale  # what a projected step is multiplied with: matrices move as in full fine-tuning
     name = config.replace(method=method).method_name
     pairs = asks_reference(found)
     if pairs:
