@@ -18,7 +18,7 @@ from halfbyte.export.deltas import WeightedAdapter, read_sum
 from halfbyte.export.gguf_adapter import write_gguf_adapter
 from halfbyte.export.merge import MergeOptions, read_deltas
 from halfbyte.models.source import open_source
-from halfbyte.run.config import RunConfig
+from halfbyte.run.config import RunConfig, load_config
 from halfbyte.run.folder import read_config
 from halfbyte.run.run import resume, run
 from halfbyte.run.target import evaluate_target, find, load, merge_target
@@ -148,9 +148,6 @@ def test_refused_in_one_line(changes: dict[str, Any], message: str, tiny_config:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"init_lora_weights": "loftq", "method": "lora"}, "loftq starts from what quantization loses"),
-        ({"use_dora": True, "method": "full"}, "use_dora is for adapters"),
-        ({"modules_to_save": ["lm_head"], "method": "full"}, "modules_to_save is for adapters"),
         ({"init_lora_weights": "olora"}, "pissa_niter_N"),
         ({"init_lora_weights": "pissa_niter_0"}, "pissa_niter_N"),
         ({"init_lora_weights": "pissa", "use_dora": True}, "pissa does not go with use_dora"),
@@ -207,3 +204,17 @@ def test_a_damaged_shift_is_named(tiny_config: RunConfig) -> None:
         save_file(tensors, path, {**kept, "halfbyte.base_shift": value})
         with pytest.raises(UsageError, match=message):
             read_deltas(done.path)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"init_lora_weights": "loftq", "method": "lora"}, "loftq starts from what quantization loses"),
+        ({"use_dora": True, "method": "full"}, "use_dora is for adapters"),
+        ({"modules_to_save": ["lm_head"], "method": "full"}, "modules_to_save is for adapters"),
+    ],
+)
+def test_methods_that_would_ignore_an_option(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        load_config(model="m", **values)
+    assert "\n" not in str(caught.value)
