@@ -103,7 +103,7 @@ def names_in(model: nn.Module, wanted: Iterable[str]) -> frozenset[str]:
 
 def train(model: nn.Module, names: frozenset[str]) -> None:
     """Exchange these modules' tensors for trainable copies; one tensor with two names where either is meant."""
-    for place in places(model):
+    for place in places(model) if names else []:  # a part of a model has adapters, and need not know its places
         if place.modules & names:
             _exchange(model, place, place.tensor())
 
@@ -116,6 +116,8 @@ def load(model: nn.Module, tensors: Mapping[str, Tensor], folder: Path, tied: bo
     UsageError, before anything changes, for a name or a shape that the model has not, and where tied embeddings
     came apart.
     """
+    if not tensors:
+        return
     remaining, chosen = dict(tensors), []
     for place in places(model):
         values = {name: remaining.pop(name) for name in place.names if name in remaining}
