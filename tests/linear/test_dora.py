@@ -127,6 +127,21 @@ def test_a_magnitude_of_zero_still_learns() -> None:
     torch.testing.assert_close(magnitude.grad.double(), leaves["m0"].grad, rtol=1e-4, atol=1e-4)
 
 
+def test_a_row_of_zeros_stays_zero() -> None:
+    """Its norm is 0, and so is the magnitude that it begins with: 0 / 0 elsewhere."""
+    dense = torch.randn(8, WIDTH)
+    dense[3] = 0
+    segment = Segment("s", DenseWeight(dense))
+    segment.adapter = LoraAdapter(torch.randn(2, WIDTH), torch.zeros(8, 2), 1.0, magnitude=dense.norm(dim=1))
+    x = torch.randn(5, WIDTH, requires_grad=True)
+    y = GroupedLinear([segment])(x)
+    torch.testing.assert_close(y, x @ dense.t(), rtol=1e-5, atol=1e-5)
+    y.sum().backward()
+    gradients = (x.grad, segment.adapter.lora_A.grad, segment.adapter.lora_B.grad, segment.adapter.magnitude.grad)
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+    assert torch.equal(segment.merged()[3], torch.zeros(WIDTH))
+
+
 def test_the_norms_follow_every_change() -> None:
     """They are kept between calls; writing to a factor, another factor or another weight makes them anew."""
     group = make_group("nf4", bias=False)

@@ -57,8 +57,15 @@ def test_contradictions_are_errors() -> None:
 def test_a_flag_wins_over_a_preset_of_the_file(tmp_path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("model: m\nmethod: qdora\nlora_r: 4\n")
-    assert load_config(file, {"method": "loftq"}).method_name == "loftq+qdora"
-    assert load_config(file, {"use_dora": False}).method_name == "qlora"
+    assert load_config(file, {"method": "loftq"}).method_name == "loftq"
+    assert load_config(file, {"method": "lora"}).method_name == "lora"
+    assert load_config(file, {"method": "full"}).method_name == "full"
+    assert load_config(file, {"use_rslora": True}).method_name == "qdora+qrslora"
+    with pytest.raises(UsageError, match=r"c.yaml:2: method qdora means use_dora: true, but --use-dora says false"):
+        load_config(file, {"use_dora": False})
+    file.write_text("model: m\nmethod: qlora\nuse_dora: false\noptim: galore_adamw_8bit\n")
+    assert load_config(file, {"method": "dora", "optim": "adamw"}).method_name == "dora"
+    assert load_config(file, {"method": "galore"}).optim == "galore_adamw_8bit"
 
 
 @pytest.mark.parametrize(
@@ -81,3 +88,14 @@ def test_galore_moves_matrices_as_full_fine_tuning_does(tiny_config: RunConfig) 
         assert resolve(found, make(found)).learning_rate == pytest.approx(FULL_LEARNING_RATE / scale)
     found = survey(tiny_config.replace(method="full", learning_rate=None))
     assert resolve(found, make(found)).learning_rate == FULL_LEARNING_RATE
+
+
+def test_eight_bits_of_other_tools_are_eight_bits() -> None:
+    for keys in ({"load_in_8bit": True}, {"adapter": "dora", "quantization_bit": 8}):
+        config = load_config(model="m", **keys)
+        assert (config.method, config.quant_type) == ("qlora", "int8")
+    assert load_config(model="m", load_in_4bit=True).quant_type == "nf4"
+    with pytest.raises(UsageError, match="quant_type is 'int8', but argument says 'nf4'"):
+        load_config(model="m", load_in_8bit=True, quant_type="nf4")
+    with pytest.raises(UsageError, match="full fine-tuning needs a 16-bit base"):
+        load_config(model="m", adapter="galore", load_in_4bit=True)

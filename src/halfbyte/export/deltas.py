@@ -19,6 +19,7 @@ from halfbyte.adapters.lora import Base, put
 from halfbyte.adapters.peft_io import Factors, read_adapter
 from halfbyte.errors import UsageError
 from halfbyte.linear import segments
+from halfbyte.linear.dora import divisor
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Delta:
         if self.shift is not None and not shifted:
             merged -= self.shift.rows(start, stop)
         if self.magnitude is not None:
-            merged *= (self.magnitude[start:stop].float() / merged.norm(dim=1))[:, None]
+            merged *= (self.magnitude[start:stop].float() / divisor(merged.norm(dim=1)))[:, None]
         return merged
 
     def as_plain(self) -> "Delta":

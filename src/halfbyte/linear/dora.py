@@ -28,6 +28,11 @@ SMALLEST = 1e-12
 """What a factor of zero is computed as, so that the product can be told from its scaled output."""
 
 
+def divisor(norm: Tensor) -> Tensor:
+    """A row's norm to divide by: a row of zeros has no direction and stays what it is."""
+    return torch.where(norm > 0, norm, torch.ones_like(norm))
+
+
 def squared_norms(weight: Weight) -> Tensor:
     """||W||^2 of every row, float32 [O], summed in float32 from pieces of the weight."""
     out_features, in_features = weight.shape
@@ -92,8 +97,8 @@ class RowNorms:
             self._base = weight, device, squared_norms(weight)
         cross = (times_factor(weight, a_RI, dtype) * b_OR).sum(1)
         own = ((b_OR @ (a_RI @ a_RI.t())) * b_OR).sum(1)
-        # Rounding may take a row of zeros below zero; its direction is as undefined as in the paper.
-        norm = (self._base[2] + 2 * s * cross + s * s * own).clamp_min(0).sqrt()
+        # Rounding may take a row of zeros below zero.
+        norm = divisor((self._base[2] + 2 * s * cross + s * s * own).clamp_min(0).sqrt())
         self._held = _Held(tensors, _versions(tensors), settings, norm)
         return norm
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from halfbyte.linear.dora import RowNorms, scale_rows
+from halfbyte.linear.dora import RowNorms, divisor, scale_rows
 from halfbyte.linear.lora import LoraAdapter
 from halfbyte.linear.workspace import scratch
 from halfbyte.ops.linear import LinearSegment, available, linear_backward, linear_forward
@@ -51,7 +51,7 @@ class Segment(nn.Module):
         if self.adapter is not None:
             weight = weight + self.adapter.delta()
             if self.adapter.magnitude is not None:
-                weight = weight * (self.adapter.magnitude.detach() / weight.norm(dim=1))[:, None]
+                weight = weight * (self.adapter.magnitude.detach() / divisor(weight.norm(dim=1)))[:, None]
         return weight.to(dtype)
 
 

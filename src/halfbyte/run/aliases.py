@@ -294,7 +294,7 @@ def combined_method(names: set[str], bits: set[int]) -> str | None:
     if len(names) > 1:
         raise ValueError(f"they mean {' and '.join(sorted(names))}")
     name = next(iter(names), None)
-    if name == "full" and quantized:
+    if name is not None and name in PRESETS and PRESETS[name].method == "full" and quantized:
         raise ValueError("full fine-tuning needs a 16-bit base")
     if name is not None and name in PRESETS and PRESETS[name].method == "qlora" and bits == {16}:
         raise ValueError(f"{'QLoRA' if name == 'qlora' else name} needs a 4-bit or 8-bit base")

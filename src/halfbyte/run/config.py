@@ -128,15 +128,22 @@ def load_config(file: Path | None = None, flags: Mapping[str, Any] | None = None
     flags   values by option name, as the command line gives them; errors call them `--name`
     values  the same from Python; errors call them by their name
     """
-    entries = translate(read_yaml(file)) if file is not None else {}
-    entries |= translate({k: Entry(v, "--" + k.replace("_", "-")) for k, v in (flags or {}).items()})
-    entries |= translate({k: Entry(v, "argument") for k, v in values.items()})
-    return build(entries)
+    of_file = translate(read_yaml(file)) if file is not None else {}
+    of_flags = translate({k: Entry(v, "--" + k.replace("_", "-")) for k, v in (flags or {}).items()})
+    return build(of_file, of_flags, translate({k: Entry(v, "argument") for k, v in values.items()}))
 
 
-def build(entries: Mapping[str, Entry]) -> RunConfig:
-    """Validate translated entries; every wrong value is named with its place, all in one line."""
-    return _validated(RunConfig, entries)
+def build(*layers: Mapping[str, Entry]) -> RunConfig:
+    """Validate translated entries, of which a later layer wins; every wrong value is named with its place, in one line.
+
+    A method's name is written out last: what a weaker layer says is no contradiction.
+    """
+    found: dict[str, Entry] = {}
+    strength: dict[str, int] = {}
+    for number, layer in enumerate(layers):
+        found |= layer
+        strength |= dict.fromkeys(layer, number)
+    return _validated(RunConfig, _with_preset(found, strength))
 
 
 def options_from_flags(options: type[AnyOptions], flags: Mapping[str, Any]) -> AnyOptions:
@@ -194,14 +201,16 @@ def translate(raw: Mapping[str, Entry]) -> dict[str, Entry]:
             continue
         else:
             raise UsageError(f"{entry.where}: {written} is not a key that halfbyte knows{did_you_mean(key)}")
-    method = _method(methods_given)
+    method, bits = _method_and_bits(methods_given)
     if method is not None:
         _put(found, "method", method, " and ".join(methods_given))
-    return _with_preset(found)
+        if bits == 8:
+            _put(found, "quant_type", Entry("int8", method.where), " and ".join(methods_given))
+    return found
 
 
-def _with_preset(found: dict[str, Entry]) -> dict[str, Entry]:
-    """The method's preset written out, each field at the place that named the method."""
+def _with_preset(found: dict[str, Entry], strength: Mapping[str, int]) -> dict[str, Entry]:
+    """The method's preset written out, each field at the place that named the method; `strength` tells layers apart."""
     entry = found.get("method")
     name = None if entry is None else methods.known(str(entry.value))
     if entry is None or name is None or name == "auto":
@@ -209,7 +218,8 @@ def _with_preset(found: dict[str, Entry]) -> dict[str, Entry]:
     preset = methods.PRESETS[name]
     for field, value in preset.fields.items():
         own = found.get(field)
-        if own is None or own.value is None:
+        weaker = own is not None and strength[field] < strength["method"] and not preset.is_one(field, own.value)
+        if own is None or own.value is None or weaker:
             found[field] = Entry(value, entry.where)
         elif not preset.is_one(field, own.value):
             raise UsageError(
@@ -244,10 +254,10 @@ def _put(found: dict[str, Entry], field: str, entry: Entry, written: str) -> Non
     found[field] = entry
 
 
-def _method(keys: Mapping[str, Entry]) -> Entry | None:
-    """The method that other tools' keys (`adapter`, `load_in_4bit`, …) mean together."""
+def _method_and_bits(keys: Mapping[str, Entry]) -> tuple[Entry | None, int | None]:
+    """The method that other tools' keys (`adapter`, `load_in_4bit`, …) mean together, and the bits they ask for."""
     if not keys:
-        return None
+        return None, None
     names: set[str] = set()
     bits: set[int] = set()
     for written, entry in keys.items():
@@ -263,7 +273,8 @@ def _method(keys: Mapping[str, Entry]) -> Entry | None:
     except ValueError as error:
         listed = ", ".join(f"{k}: {e.value!r} ({e.where})" for k, e in keys.items())
         raise UsageError(f"{listed} disagree: {error}") from None
-    return None if method is None else Entry(method, where)
+    width = max(bits - {16}, default=None)
+    return None if method is None else Entry(method, where), width
 
 
 def did_you_mean(key: str) -> str:
