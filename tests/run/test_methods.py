@@ -6,7 +6,7 @@ from halfbyte.errors import UsageError
 from halfbyte.optim import FULL_LEARNING_RATE
 from halfbyte.run.config import RunConfig, load_config
 from halfbyte.run.methods import PRESETS, SPELLINGS, expand, known, name_of
-from halfbyte.run.planning import make, resolve, survey
+from halfbyte.run.planning import make, request, resolve, survey
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -99,3 +99,11 @@ def test_eight_bits_of_other_tools_are_eight_bits() -> None:
         load_config(model="m", load_in_8bit=True, quant_type="nf4")
     with pytest.raises(UsageError, match="full fine-tuning needs a 16-bit base"):
         load_config(model="m", adapter="galore", load_in_4bit=True)
+
+
+def test_auto_with_loftq_is_quantized(tiny_config: RunConfig) -> None:
+    found = survey(tiny_config.replace(method="auto", init_lora_weights="loftq"))
+    plan = make(found)
+    assert plan is not None
+    assert request(found.config, found).method == "qlora"
+    assert resolve(found, plan).method_name == "loftq"

@@ -162,8 +162,10 @@ def request(config: RunConfig, found: Survey) -> Request:
     data = found.data
     rows_per_update = next(iter(batches))[0] * next(iter(batches))[1]
     per_epoch, steps = count_steps(data.rows, rows_per_update, options)
+    # What starts from the losses of quantization has one way to hold its base.
+    method = "qlora" if config.method == "auto" and config.init_lora_weights == "loftq" else config.method
     return Request(
-        method=config.method,
+        method=method,
         dtype=str(found.dtype).removeprefix("torch."),
         device=found.device.type,
         quant=config.pick(QuantOptions),
