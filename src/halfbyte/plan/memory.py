@@ -23,6 +23,7 @@ from halfbyte.quant.options import QuantOptions
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _DENSE_FORMATS = {"bf16": 2, "fp16": 2, "fp32": 4}
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NESTED_BLOCKSIZE = 256
 
 PROCESS_FLOOR = 450_000_000
@@ -79,12 +80,21 @@ class Job:
 
     def held_bytes(self, name: str) -> int | None:
         """Bytes of a tensor that stays in its file's own blocks; None for one that does not."""
-        kept = self.method == "qlora" and not self.quant.requantize
-        return self.held.get(name) if kept else None
+        if name not in (_EMBEDDING, _HEAD) and self.quant.format_of(name.removesuffix(".weight")) in _DENSE_FORMATS:
+            return None
+        return self.held.get(name) if self.keeps_file else None
+
+    @property
+    def keeps_file(self) -> bool:
+        """Whether a quantized file's linears stay as they are: its blocks, and those that it left unquantized."""
+        return bool(self.held) and self.method == "qlora" and not self.quant.requantize
 
     def format_of(self, name: str) -> str:
-        """The storage of one linear: its block format, or a dtype."""
-        return self.quant.format_of(name) if self.method == "qlora" else self.dtype
+        """The storage of one linear that is not in its file's own blocks: a block format, or a dtype."""
+        if self.method != "qlora":
+            return self.dtype
+        chosen = self.quant.format_of(name)
+        return self.dtype if self.keeps_file and chosen not in _DENSE_FORMATS else chosen
 
     def is_coded(self, name: str) -> bool:
         """Whether this linear's weight must be decoded or converted before each product."""
@@ -170,9 +180,9 @@ def base_bytes(spec: ModelSpec, job: Job) -> tuple[int, int]:
     in_file = not spec.tied and job.device == "cpu" and job.method != "full"
     if in_file:
         other -= table  # `models.stored`: its rows stay in the file
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+    for name in (_EMBEDDING, _HEAD):
         own = job.held_bytes(name)
-        if own is not None and not (in_file and name.startswith("model.")):
+        if own is not None and not (in_file and name == _EMBEDDING):
             values, other = values + own, other - table
     return values + other * job.dense_bytes, constants
 
