@@ -299,7 +299,8 @@ def test_a_format_per_module() -> None:
 @pytest.mark.parametrize(
     "options",
     [LoraOptions(lora_r=4, use_dora=True), LoraOptions(lora_r=4, modules_to_save=["embed_tokens", "norm"]),
-     LoraOptions(lora_r=4, modules_to_save=["lm_head"])],
+     LoraOptions(lora_r=4, modules_to_save=["lm_head"]),
+     LoraOptions(lora_r=4, use_dora=True, modules_to_save=["down_proj", "norm"])],
 )  # fmt: skip
 def test_dora_and_whole_modules_are_counted(family: str, options: LoraOptions) -> None:
     spec, work = spec_of(family), job(lora=options)

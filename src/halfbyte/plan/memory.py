@@ -115,12 +115,20 @@ class Job:
 
 
 def targets(spec: ModelSpec, job: Job) -> list[LinearSpec]:
-    """The linears that get an adapter. UsageError if `target_modules` names one that the model has not."""
+    """The linears that get an adapter: none that is trained whole.
+
+    UsageError if `target_modules` names one that the model has not.
+    """
     if job.method == "full":
         return []
     linears = spec.linears()
     names = set(target_names([linear.name for linear in linears], job.lora.target_modules))
-    return [linear for linear in linears if linear.name in names]
+    return [linear for linear in linears if linear.name in names and not linear.name.endswith(_whole_ends(job))]
+
+
+def _whole_ends(job: Job) -> tuple[str, ...]:
+    """What the names of modules that are trained whole end in (`adapters.saved_modules.names_in`)."""
+    return tuple(job.lora.modules_to_save)
 
 
 def weight_bytes(count: int, form: str, blocksize: int = 64, double_quant: bool = True) -> tuple[int, int]:
@@ -146,9 +154,9 @@ def saved_parameters(spec: ModelSpec, job: Job) -> int:
     if job.method == "full" or not job.lora.modules_to_save:
         return 0
     names = [(name.rpartition(".")[0], math.prod(shape)) for name, shape in spec.tensors()]
-    if spec.tied and any("lm_head".endswith(end) for end in job.lora.modules_to_save):
+    if spec.tied and "lm_head".endswith(_whole_ends(job)):
         names = [("lm_head" if name == "model.embed_tokens" else name, count) for name, count in names]
-    return sum(count for name, count in names if any(name.endswith(end) for end in job.lora.modules_to_save))
+    return sum(count for name, count in names if name.endswith(_whole_ends(job)))
 
 
 def trainable_parameters(spec: ModelSpec, job: Job) -> int:
