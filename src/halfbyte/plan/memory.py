@@ -165,9 +165,13 @@ def trainable_parameters(spec: ModelSpec, job: Job) -> int:
 
 
 def trainable_bytes(spec: ModelSpec, job: Job) -> int:
-    """What is trained, in the types that it is held in: adapters float32, everything else as it is computed with."""
+    """What is trained, in the types that it is held in: adapters float32, everything else as it is computed with.
+
+    Beside adapters nothing is trained in float16, which swallows small updates (`adapters.saved_modules`).
+    """
     adapters = 0 if job.method == "full" else adapter_parameters(spec, job)
-    return 4 * adapters + DTYPE_BYTES[job.dtype] * (trainable_parameters(spec, job) - adapters)
+    size = 4 if job.dtype == "float16" and job.method != "full" else DTYPE_BYTES[job.dtype]
+    return 4 * adapters + size * (trainable_parameters(spec, job) - adapters)
 
 
 def base_bytes(spec: ModelSpec, job: Job) -> tuple[int, int]:
@@ -350,9 +354,9 @@ def optimizer_state(spec: ModelSpec, job: Job) -> int:
     GaLore's are of rank r for the linears' matrices, with a float32 projection (`optim.galore`).
     """
     count = trainable_parameters(spec, job)
-    # A trained 16-bit weight keeps the 16 bits below it in the optimizer's state.
+    # A trained bfloat16 weight keeps the 16 bits below it in the optimizer's state.
     adapters = 0 if job.method == "full" else adapter_parameters(spec, job)
-    low_bits = 2 * (count - adapters) if DTYPE_BYTES[job.dtype] == 2 else 0
+    low_bits = 2 * (count - adapters) if job.dtype == "bfloat16" else 0
     projections = 0
     if job.optim.startswith("galore") and job.method == "full":
         for linear in spec.linears():
