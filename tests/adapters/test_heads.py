@@ -91,6 +91,17 @@ def test_we_load_pefts(family: str, tmp_path: Path) -> None:
     assert sorted(one["modules_to_save"]) == two["modules_to_save"]
 
 
+def test_the_head_keeps_its_type(tmp_path: Path) -> None:
+    """`adapter_dtype` is of the factors: a module that is trained whole is saved as it is trained."""
+    write_classifier("llama3-gqa", tmp_path / "base")
+    ours = trained(tmp_path / "base")
+    save_adapter(ours, tmp_path, OPTIONS.model_copy(update={"adapter_dtype": "bfloat16"}), "base")
+    held = load_file(tmp_path / WEIGHTS)
+    head = held.pop("base_model.model.score.weight")
+    assert torch.equal(head, ours.score.weight.detach())
+    assert {tensor.dtype for tensor in held.values()} == {torch.bfloat16}
+
+
 def test_files_of_another_task_are_refused(tmp_path: Path) -> None:
     write_classifier("llama3-gqa", tmp_path / "base")
     save_adapter(trained(tmp_path / "base"), tmp_path / "adapter", OPTIONS, str(tmp_path / "base"))

@@ -21,7 +21,7 @@ from halfbyte.models.fallback_load import ReplacedLinear
 from halfbyte.models.load import load_model
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.source import open_source
-from halfbyte.quant import BlockWeight, QuantOptions
+from halfbyte.quant import BlockWeight, DenseWeight, QuantOptions
 from tests.models.families import VOCAB, error, make_batch, randomize, reference
 
 SMALL: dict[str, Any] = {
@@ -204,9 +204,11 @@ def test_bitsandbytes_checkpoint(kind: str, tmp_path: Path) -> None:
     name, arguments = ARCHITECTURES[kind]
     sizes = {"n_embd": 64} if kind == "gpt2" else {"hidden_size": 64, "intermediate_size": 128}
     write_model(name, {**arguments, **sizes}, tmp_path / "base")
+    left = "c_proj" if kind == "gpt2" else "dense"
     four_bit = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=[left, "lm_head", "embed_out"],
+    )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "base", quantization_config=four_bit, dtype=torch.float32, device_map="cpu"
     )
@@ -221,8 +223,12 @@ def test_bitsandbytes_checkpoint(kind: str, tmp_path: Path) -> None:
         expected = model(input_ids=ids[None]).logits[0]
     source = open_source(str(tmp_path / "four-bit"))
     quantized, plain = Fallback.build(source, QUANT), Fallback.build(source)
-    assert all(isinstance(segment.weight, BlockWeight) for segment in segments(quantized).values())
+    for name, segment in segments(quantized).items():
+        assert isinstance(segment.weight, DenseWeight if name.endswith(f".{left}") else BlockWeight), name
+    assert {type(segment.weight) for segment in segments(quantized).values()} == {BlockWeight, DenseWeight}
     assert not any(isinstance(segment.weight, BlockWeight) for segment in segments(plain).values())
+    again = segments(Fallback.build(source, QUANT.model_copy(update={"requantize": True})))
+    assert all(isinstance(segment.weight, BlockWeight) for segment in again.values())
     assert error(quantized.logits(ids), expected) < 2e-5
     assert error(plain.logits(ids), expected) < 2e-5
 

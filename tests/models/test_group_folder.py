@@ -14,6 +14,7 @@ from halfbyte.adapters import LoraOptions, attach
 from halfbyte.batch import Batch
 from halfbyte.errors import UsageError
 from halfbyte.export import merged_tensors
+from halfbyte.export.merged_tensors import base_is_the_sources_own
 from halfbyte.linear import segments
 from halfbyte.models.decoder import Decoder
 from halfbyte.models.fallback import Fallback
@@ -96,9 +97,9 @@ def test_a_base_to_train_on(family: str, form: str, tmp_path: Path) -> None:
     assert_planned(source, kept)
 
 
-def assert_planned(source: ModelSource, kept: Decoder) -> None:
+def assert_planned(source: ModelSource, kept: Decoder, quant: QuantOptions | None = None) -> None:
     """The plan's bytes of the base are those that are held."""
-    job = Job("qlora", "float32", QuantOptions(), LoraOptions(), held=source.prequantized_bytes())
+    job = Job("qlora", "float32", quant or QuantOptions(), LoraOptions(), held=source.prequantized_bytes())
     held = sum(t.numel() * t.element_size() for t in {id(t): t for t in kept.buffers()}.values())
     norms = sum(p.numel() * 4 for p in kept.parameters())
     tables = sum(b.numel() * b.element_size() for n, b in kept.named_buffers() if "rotary" in n or "inv_freq" in n)
@@ -175,18 +176,29 @@ def test_a_quantized_head_is_copied_from_one_reading(tmp_path: Path, monkeypatch
 
 
 def test_modules_that_the_file_left_alone(tmp_path: Path) -> None:
-    """GPTQModel's rules that skip modules, and transformers' lists, say what the tensors' names show."""
+    """GPTQModel's rules that skip modules, and transformers' lists, say what the tensors' names show: they stay so."""
     folder = write(tmp_path, FORMS["gptq"])
     tensors = load_file(folder / "model.safetensors")
     value = open_source(str(folder)).read(f"{Q}.weight")
     for suffix in ("qweight", "qzeros", "scales", "g_idx"):
         del tensors[f"{Q}.{suffix}"]
-    save_file(tensors | {f"{Q}.weight": value.bfloat16()}, folder / "model.safetensors", {"format": "pt"})
+    save_file(tensors | {f"{Q}.weight": value}, folder / "model.safetensors", {"format": "pt"})
     rules = {"dynamic": {f"-:{Q}": {}}, "modules_in_block_to_quantize": [["self_attn.k_proj"]]}
     change_config(folder, quantization_config=Form().config | rules)
-    made = segments(build(folder, QuantOptions(blocksize=32)))
-    assert made[Q].weight.format == "nf4+dq"
-    assert made["model.layers.1.self_attn.q_proj"].weight.format == "gptq-4bit"
+    other = "model.layers.1.self_attn.q_proj"
+    kept = build(folder, QuantOptions(blocksize=32))
+    assert torch.equal(segments(kept)[Q].weight.dequantize(torch.float32), value)
+    assert isinstance(segments(kept)[Q].weight, DenseWeight)
+    assert segments(kept)[other].weight.format == "gptq-4bit"
+    source = open_source(str(folder))
+    assert base_is_the_sources_own(source, QuantOptions())
+    again = QuantOptions(blocksize=32, requantize=True)
+    assert not base_is_the_sources_own(source, again)
+    assert {segments(build(folder, again))[name].weight.format for name in (Q, other)} == {"nf4+dq"}
+    asked = QuantOptions(quant_pattern={"k_proj": "fp32", "q_proj": "nf4"})  # a quantized format leaves the file's own
+    assert isinstance(segments(build(folder, asked))[Q].weight, DenseWeight)
+    assert_planned(source, kept)
+    assert_planned(source, build(folder, asked), asked)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox"])

@@ -299,11 +299,13 @@ def test_a_format_per_module() -> None:
 @pytest.mark.parametrize(
     "options",
     [LoraOptions(lora_r=4, use_dora=True), LoraOptions(lora_r=4, modules_to_save=["embed_tokens", "norm"]),
-     LoraOptions(lora_r=4, modules_to_save=["lm_head"])],
+     LoraOptions(lora_r=4, modules_to_save=["lm_head"]),
+     LoraOptions(lora_r=4, use_dora=True, modules_to_save=["down_proj", "norm"])],
 )  # fmt: skip
-def test_dora_and_whole_modules_are_counted(family: str, options: LoraOptions) -> None:
-    spec, work = spec_of(family), job(lora=options)
-    model = build(spec, work)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dora_and_whole_modules_are_counted(family: str, options: LoraOptions, dtype: torch.dtype) -> None:
+    spec, work = spec_of(family), job(dtype=str(dtype).removeprefix("torch."), lora=options)
+    model = build(spec, work, dtype)
     before = held(model)
     report = attach(model, options)
     assert memory.trainable_parameters(spec, work) == report.trainable_parameters

@@ -34,8 +34,8 @@ BASES = {"bitsandbytes": "nf4+dq", "gptq": "gptq-4bit", "gptq-8-act-order": "gpt
 QLORA = QuantOptions()
 
 
-def make_base(kind: str, folder: Path) -> Path:
-    """A tiny Llama in bfloat16, quantized as `kind`."""
+def make_base(kind: str, folder: Path, quant: QuantOptions = QLORA) -> Path:
+    """A tiny Llama in bfloat16, quantized as `kind`; bitsandbytes' in the formats of `quant`."""
     config = families.config("llama3-head-dim")
     for key, value in {**SIZES, "vocab_size": VOCAB, "eos_token_id": 256, "bos_token_id": None}.items():
         setattr(config, key, value)
@@ -46,7 +46,7 @@ def make_base(kind: str, folder: Path) -> Path:
         source = open_source(str(folder / "plain"))
         planned = plan_tensors(ModelOptions(model=str(folder / "plain")), source, {}, None, torch.bfloat16)
         (folder / "base").mkdir()
-        write_bnb_folder(folder / "base", planned, source, QLORA, folder / "plain")
+        write_bnb_folder(folder / "base", planned, source, quant, folder / "plain")
         return folder / "base"
     write_group_folder(model, folder / "base", FORMS[kind])
     change_config(folder / "base", dtype="bfloat16")
@@ -158,3 +158,32 @@ def test_lora_decodes_to_16_bits(config: RunConfig, tmp_path: Path) -> None:
     for name, segment in segments(model).items():
         assert segment.weight.format in ("bf16", "fp32")
         assert torch.equal(segment.weight.dequantize(torch.float32), held[name].bfloat16().float())
+
+
+def test_linears_that_the_file_left_in_16_bits(data_file: Path, tmp_path: Path) -> None:
+    """The base is the file's values everywhere, both bases of a merge are one, and a 4-bit folder leaves them so."""
+    base = make_base("bitsandbytes", tmp_path, QLORA.model_copy(update={"quant_pattern": {"o_proj": "bf16"}}))
+    made = run(
+        load_config(
+            model=str(base), data=str(data_file), output_dir=tmp_path / "run", method="qlora", dtype="float32",
+            lora_r=4, max_steps=6, eval_split=0.1, learning_rate=1e-2, max_seq_length=64,
+        )
+    )  # fmt: skip
+    out = tmp_path / "out"
+    export_target(find(str(made.path)), out, ExportOptions(to="bnb-4bit", parity=False))
+    written = load_file(out / "model.safetensors")
+    source, deltas = open_source(str(base)), read_deltas(made.path)
+    left = [name for name in deltas if name.endswith("o_proj")]
+    assert len(left) == 2
+    for name in deltas:
+        in_blocks = f"{name}.weight.quant_state.bitsandbytes__nf4" in written
+        assert in_blocks == (name not in left)
+    for name in left:
+        weight = source.read(f"{name}.weight").float()
+        exact = (weight + deltas[name].rows(0, weight.shape[0])).bfloat16()
+        assert torch.equal(written[f"{name}.weight"], exact)
+    skipped = transformers.AutoConfig.from_pretrained(out).quantization_config["llm_int8_skip_modules"]
+    assert skipped == ["lm_head", *left]
+    report = merge_target(find(str(made.path)), tmp_path / "merged", MergeOptions(base="auto", rows=2, answer_tokens=4))
+    assert report.scores is not None
+    assert [candidate.name for candidate, _ in report.scores.scores] == ["dequantized"]

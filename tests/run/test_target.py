@@ -94,6 +94,14 @@ def test_wrong_targets(done: Path, model_folder: Path, tmp_path: Path, tiny_conf
         target.find(str(tiny_config.output_dir))
 
 
+def test_an_adapter_is_not_method_full(done: Path, model_folder: Path) -> None:
+    for name, adapter in ((str(done), None), (str(model_folder), str(done))):
+        with pytest.raises(UsageError, match="is an adapter, and method full has none: leave --method out"):
+            target.find(name, adapter, method="full")
+    assert target.find(str(done), method="lora").quant is None
+    assert target.find(str(model_folder), method="full").adapter is None
+
+
 def test_evaluating_on_other_rows_and_a_bare_model(done: Path, data_file: Path, model_folder: Path) -> None:
     everything = target.evaluate_target(target.rows_from(target.find(str(done)), str(data_file)))
     assert isinstance(everything, BaseAndTuned)

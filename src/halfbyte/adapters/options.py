@@ -75,7 +75,7 @@ class LoraOptions(Options):
         default_factory=dict, description="Alpha by name, like rank_pattern."
     )
     adapter_dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Type of the saved adapter's numbers; training keeps float32 either way."
+        "float32", description="Type of the saved adapter's factors; training keeps float32 either way."
     )
 
     def rank_of(self, name: str) -> int:

@@ -64,7 +64,7 @@ def save_adapter(
 ) -> list[Path]:
     """Write the adapters on `model` as PEFT's two files; returns their paths. The config is written last.
 
-    Factors and magnitudes are of `adapter_dtype`, whole modules of the type that they are trained in.
+    Factors and magnitudes are of `adapter_dtype`; what is trained whole, a classifier's head too, keeps its type.
     """
     state = {key: tensor.float() for key, tensor in adapter_state(model).items()}
     if not state:
@@ -80,7 +80,7 @@ def save_adapter(
     if any(not torch.equal(part.to(dtype).float(), part) for shift in shifted.values() for part in (shift.a, shift.b)):
         dtype = torch.float32  # a continued adapter's: rounded, the shift would be of another base
     state = {key: tensor.to(dtype) for key, tensor in state.items()}
-    state |= {PREFIX + name: tensor for name, tensor in saved_modules.state(model).items()}
+    state |= {PREFIX + name: tensor for name, tensor in saved_modules.state(model).items()} | heads.head_state(model)
     state = {key: tensor.cpu().contiguous() for key, tensor in state.items()}
     seen: set[int] = set()
     for key, tensor in state.items():  # safetensors refuses one memory under two names

@@ -57,7 +57,7 @@ def write_bnb_folder(
 
     planned     the merged model, of `plan_tensors`, in bfloat16, float16 or float32
     source      its base: config and tokenizer
-    quant       the format; `quant_pattern` may leave linears in the merged type
+    quant       the format; `quant_pattern` may leave linears in the merged type, and so does a quantized source
     adapter     the run's folder: its chat template replaces the base's
     trained_on  the base of `planned` is `source` in `quant`, as training held it: its blocks are kept, and base plus
                 update is rounded onto their levels by chance. To the nearest level, a small update would be lost
@@ -67,7 +67,7 @@ def write_bnb_folder(
     Raises UsageError for an architecture whose linears are not known before it is loaded, and for formats that
     bitsandbytes' 4-bit files lack (int4, int8).
     """
-    formats = _formats(planned, source, quant)
+    formats = linear_formats(source, quant)
     made = PlannedSource(planned, source)
     base = source if trained_on else None
     shards = plan_shards(planned, _SHARD_BYTES)
@@ -102,19 +102,24 @@ def quantization_config(quant: QuantOptions, dtype: str, kept: Sequence[str] = (
     }
 
 
-def _formats(planned: Sequence[Planned], source: ModelSource, quant: QuantOptions) -> dict[str, str | None]:
-    """Every linear's name -> nf4 or fp4, or None where it stays as it is."""
+def linear_formats(source: ModelSource, quant: QuantOptions) -> dict[str, str | None]:
+    """Every linear's name -> nf4 or fp4, or None where it stays as it is: asked for, or left so by a quantized file.
+
+    Raises UsageError as `write_bnb_folder` does.
+    """
     if not ModelSpec.serves(source.config):
         raise UsageError(
             f"{source.name}: a 4-bit folder can be written for the decoder's families, and this is a "
             f"{source.config.get('model_type')}: merge it, and load the folder with load_in_4bit"
         )
     found: dict[str, str | None] = {}
+    blocks = None if source.blocks is None or quant.requantize else source.prequantized_bytes()
     for linear in ModelSpec.from_config(source.config).linears():
         chosen = quant.format_of(linear.name)
         if chosen not in ("nf4", "fp4") and chosen not in DTYPES:
             raise UsageError(f"{linear.name}: bitsandbytes' 4-bit folders know nf4 and fp4, not {chosen}")
-        found[linear.name] = None if chosen in DTYPES else chosen
+        left = chosen in DTYPES or (blocks is not None and f"{linear.name}.weight" not in blocks)
+        found[linear.name] = None if left else chosen
     return found
 
 

@@ -392,7 +392,7 @@ def _write_folder(folder: Path, subject: Subject, options: ExportOptions, kind: 
         return []
     adapter = subject.adapter or subject.source.path
     if options.to == "bnb-4bit":
-        from halfbyte.export.bnb_folder import write_bnb_folder
+        from halfbyte.export.bnb_folder import linear_formats, write_bnb_folder
 
         quant = subject.quant
         four_bit = quant is not None and quant.quant_type in ("nf4", "fp4")
@@ -400,10 +400,11 @@ def _write_folder(folder: Path, subject: Subject, options: ExportOptions, kind: 
         served = ModelSpec.serves(subject.source.config)
         same = served and four_bit and options.base == "dequantized" and not _trained_in_foreign_blocks(subject)
         planned = _planned(subject, options, torch.float32 if same else torch.bfloat16)
-        if same:
-            linears = {f"{linear.name}.weight" for linear in ModelSpec.from_config(subject.source.config).linears()}
-            planned = [one if one.name in linears else _as_bfloat16(one) for one in planned]
         chosen = quant if four_bit and quant is not None else QuantOptions()
+        if same:
+            formats = linear_formats(subject.source, chosen)
+            exact = {f"{name}.weight" for name, kind in formats.items() if kind is not None}
+            planned = [one if one.name in exact else _as_bfloat16(one) for one in planned]
         deltas = None if subject.adapter is None else read_deltas(subject.adapter)
         anew = frozenset[str]() if deltas is None else deltas.off_the_base
         write_bnb_folder(folder, planned, subject.source, chosen, adapter, trained_on=same, anew=anew)

@@ -220,20 +220,20 @@ def _finite(piece: Tensor, name: str) -> Tensor:
 def base_is_the_sources_own(source: ModelSource, quant: QuantOptions | None) -> bool:
     """Whether the weights that training held are the source's own, so that both bases of a merge are one.
 
-    Without quantization they are; and where the file brought the blocks that training kept.
+    Without quantization they are; and where training kept a quantized file as it is, its blocks and what is in none.
     """
     if quant is None:
         return True
     if not ModelSpec.serves(source.config):
         return False
 
-    blocks = {} if quant.requantize else source.prequantized_bytes()
+    as_in_file = source.blocks is not None and not quant.requantize
 
     def kept(name: str) -> bool:
         chosen = quant.format_of(name)
         own = source.info(f"{name}.weight").dtype
         if chosen in DTYPES:
             return DTYPES[chosen] is own
-        return f"{name}.weight" in blocks
+        return as_in_file
 
     return all(kept(linear.name) for linear in ModelSpec.from_config(source.config).linears())

@@ -173,8 +173,10 @@ class Loader:
         self.biases: dict[str, Tensor] = {}
         self.missing = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self.unused: list[str] = []
+        self.as_in_file = False  # a quantized file's blocks are kept, and what it left unquantized
 
     def load(self, source: ModelSource) -> None:
+        self.as_in_file = self.quant is not None and not self.quant.requantize and source.blocks is not None
         names = CheckpointNames(self.model)
         for source_name in source.tensors():
             target, _ = names.target(source_name)
@@ -198,7 +200,7 @@ class Loader:
         ready = None if linear is None else source.prequantized(source_name)
         if ready is None:
             return source.read(source_name)
-        if self.quant is not None and not self.quant.requantize and self.quant.format_of(module_name) not in DTYPES:
+        if self.as_in_file and self.quant is not None and self.quant.format_of(module_name) not in DTYPES:
             return ready
         return self._weight(source_name, module_name, ready.dequantize(ready.source_dtype))
 
@@ -209,6 +211,8 @@ class Loader:
         chosen = self.quant.format_of(module_name)
         if chosen in DTYPES:
             return DenseWeight(value.to(DTYPES[chosen]))
+        if self.as_in_file:
+            return DenseWeight(value.to(self.dtype))
         same = chosen == self.quant.quant_type
         try:
             return quantize(value, self.quant if same else self.quant.model_copy(update={"quant_type": chosen}))

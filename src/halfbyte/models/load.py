@@ -142,13 +142,16 @@ def read_weight(
     """One matrix: as the file quantized it, quantized now, or dense in `dtype`.
 
     A file's own blocks are kept where `quant` is given, whatever its format says, unless it asks to `requantize`:
-    quantizing twice loses twice. Without `quant` they are dequantized. Embeddings and heads are not `quantizable`.
+    quantizing twice loses twice. So is what such a file left unquantized. Without `quant` blocks are dequantized.
+    Embeddings and heads are not `quantizable`.
     """
     module = name.removesuffix(".weight")
     if quant is not None and not quant.requantize and (not quantizable or quant.format_of(module) not in DTYPES):
         ready = source.prequantized(name)
         if ready is not None:
             return ready.to(device)
+        if source.blocks is not None:
+            quant = None
     where = f"{source.path}: {name}"
     return _held(where, module, source.read(name), quant if quantizable else None, dtype, device)
 

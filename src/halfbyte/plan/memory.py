@@ -23,6 +23,7 @@ from halfbyte.quant.options import QuantOptions
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 _DENSE_FORMATS = {"bf16": 2, "fp16": 2, "fp32": 4}
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NESTED_BLOCKSIZE = 256
 
 PROCESS_FLOOR = 450_000_000
@@ -79,12 +80,21 @@ class Job:
 
     def held_bytes(self, name: str) -> int | None:
         """Bytes of a tensor that stays in its file's own blocks; None for one that does not."""
-        kept = self.method == "qlora" and not self.quant.requantize
-        return self.held.get(name) if kept else None
+        if name not in (_EMBEDDING, _HEAD) and self.quant.format_of(name.removesuffix(".weight")) in _DENSE_FORMATS:
+            return None
+        return self.held.get(name) if self.keeps_file else None
+
+    @property
+    def keeps_file(self) -> bool:
+        """Whether a quantized file's linears stay as they are: its blocks, and those that it left unquantized."""
+        return bool(self.held) and self.method == "qlora" and not self.quant.requantize
 
     def format_of(self, name: str) -> str:
-        """The storage of one linear: its block format, or a dtype."""
-        return self.quant.format_of(name) if self.method == "qlora" else self.dtype
+        """The storage of one linear that is not in its file's own blocks: a block format, or a dtype."""
+        if self.method != "qlora":
+            return self.dtype
+        chosen = self.quant.format_of(name)
+        return self.dtype if self.keeps_file and chosen not in _DENSE_FORMATS else chosen
 
     def is_coded(self, name: str) -> bool:
         """Whether this linear's weight must be decoded or converted before each product."""
@@ -105,12 +115,20 @@ class Job:
 
 
 def targets(spec: ModelSpec, job: Job) -> list[LinearSpec]:
-    """The linears that get an adapter. UsageError if `target_modules` names one that the model has not."""
+    """The linears that get an adapter: none that is trained whole.
+
+    UsageError if `target_modules` names one that the model has not.
+    """
     if job.method == "full":
         return []
     linears = spec.linears()
     names = set(target_names([linear.name for linear in linears], job.lora.target_modules))
-    return [linear for linear in linears if linear.name in names]
+    return [linear for linear in linears if linear.name in names and not linear.name.endswith(_whole_ends(job))]
+
+
+def _whole_ends(job: Job) -> tuple[str, ...]:
+    """What the names of modules that are trained whole end in (`adapters.saved_modules.names_in`)."""
+    return tuple(job.lora.modules_to_save)
 
 
 def weight_bytes(count: int, form: str, blocksize: int = 64, double_quant: bool = True) -> tuple[int, int]:
@@ -136,9 +154,9 @@ def saved_parameters(spec: ModelSpec, job: Job) -> int:
     if job.method == "full" or not job.lora.modules_to_save:
         return 0
     names = [(name.rpartition(".")[0], math.prod(shape)) for name, shape in spec.tensors()]
-    if spec.tied and any("lm_head".endswith(end) for end in job.lora.modules_to_save):
+    if spec.tied and "lm_head".endswith(_whole_ends(job)):
         names = [("lm_head" if name == "model.embed_tokens" else name, count) for name, count in names]
-    return sum(count for name, count in names if any(name.endswith(end) for end in job.lora.modules_to_save))
+    return sum(count for name, count in names if name.endswith(_whole_ends(job)))
 
 
 def trainable_parameters(spec: ModelSpec, job: Job) -> int:
@@ -147,9 +165,13 @@ def trainable_parameters(spec: ModelSpec, job: Job) -> int:
 
 
 def trainable_bytes(spec: ModelSpec, job: Job) -> int:
-    """What is trained, in the types that it is held in: adapters float32, everything else as it is computed with."""
+    """What is trained, in the types that it is held in: adapters float32, everything else as it is computed with.
+
+    Beside adapters nothing is trained in float16, which swallows small updates (`adapters.saved_modules`).
+    """
     adapters = 0 if job.method == "full" else adapter_parameters(spec, job)
-    return 4 * adapters + DTYPE_BYTES[job.dtype] * (trainable_parameters(spec, job) - adapters)
+    size = 4 if job.dtype == "float16" and job.method != "full" else DTYPE_BYTES[job.dtype]
+    return 4 * adapters + size * (trainable_parameters(spec, job) - adapters)
 
 
 def base_bytes(spec: ModelSpec, job: Job) -> tuple[int, int]:
@@ -170,9 +192,9 @@ def base_bytes(spec: ModelSpec, job: Job) -> tuple[int, int]:
     in_file = not spec.tied and job.device == "cpu" and job.method != "full"
     if in_file:
         other -= table  # `models.stored`: its rows stay in the file
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+    for name in (_EMBEDDING, _HEAD):
         own = job.held_bytes(name)
-        if own is not None and not (in_file and name.startswith("model.")):
+        if own is not None and not (in_file and name == _EMBEDDING):
             values, other = values + own, other - table
     return values + other * job.dense_bytes, constants
 
@@ -332,9 +354,9 @@ def optimizer_state(spec: ModelSpec, job: Job) -> int:
     GaLore's are of rank r for the linears' matrices, with a float32 projection (`optim.galore`).
     """
     count = trainable_parameters(spec, job)
-    # A trained 16-bit weight keeps the 16 bits below it in the optimizer's state.
+    # A trained bfloat16 weight keeps the 16 bits below it in the optimizer's state.
     adapters = 0 if job.method == "full" else adapter_parameters(spec, job)
-    low_bits = 2 * (count - adapters) if DTYPE_BYTES[job.dtype] == 2 else 0
+    low_bits = 2 * (count - adapters) if job.dtype == "bfloat16" else 0
     projections = 0
     if job.optim.startswith("galore") and job.method == "full":
         for linear in spec.linears():

@@ -75,8 +75,9 @@ def phases(spec: ModelSpec, job: Job, rates: Rates, length: float) -> dict[str, 
     """Seconds by phase. `load` includes quantizing; `evaluate` is every evaluation pass of the run."""
     values, constants = base_bytes(spec, job)
     source = 2.0 * spec.total_parameters
-    # The file's own blocks are read as they are.
-    fresh = sum(x.parameters for x in spec.linears() if job.held_bytes(f"{x.name}.weight") is None)
+    # What the file has in blocks of its own, or beside them, is read as it is.
+    linears = [x for x in spec.linears() if job.is_coded(x.name)]
+    fresh = sum(x.parameters for x in linears if job.held_bytes(f"{x.name}.weight") is None)
     quantizing = fresh / rates.dequantize * 4 if job.method == "qlora" else 0.0
     train = training_work(spec, job, length)
     scale = job.eval_tokens / max(job.train_tokens, 1)

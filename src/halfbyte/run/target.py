@@ -57,11 +57,19 @@ class Target:
     config    how to load the base (its method decides whether it is quantized) and the rows
     adapter   a PEFT folder to put on it, or None
     run       the run's folder, or None
+
+    UsageError for an adapter with method full.
     """
 
     config: RunConfig
     adapter: Path | None
     run: Path | None
+
+    def __post_init__(self) -> None:
+        if self.adapter is not None and self.config.method == "full":
+            raise UsageError(
+                f"{self.adapter} is an adapter, and method full has none: leave --method out, or give lora or qlora"
+            )
 
     def opened_with(self, source: ModelSource) -> "Target":
         """The same with the task that its model is for, where that was open."""
