@@ -34,7 +34,7 @@ PASSED, FAILED, TIMED_OUT, OUT_OF_MEMORY = "passed", "failed", "timed out", "out
 
 CONFINED = {
     "landlock": "writes only in its own folder (Landlock)",
-    "seccomp": "no further process and no network (seccomp)",
+    "seccomp": "no further process, no signal to others and no network (seccomp)",
 }
 
 
@@ -102,16 +102,16 @@ def _cannot_run(error: OSError) -> HalfbyteError:
 def _folder() -> Iterator[Path]:
     """A fresh folder for temporary files, gone afterwards; HalfbyteError where there can be none."""
     try:
-        folder = tempfile.mkdtemp(prefix="halfbyte-code-")
+        folder = Path(tempfile.mkdtemp(prefix="halfbyte-code-"))
     except OSError as error:
         raise _cannot_run(error) from error
     try:
-        yield Path(folder)
+        yield folder
     finally:
         remove_tree(folder)
 
 
-def remove_tree(folder: str) -> None:
+def remove_tree(folder: Path) -> None:
     """Remove a folder with all that a program may have left there; what cannot be removed stays, without an error.
 
     Folders in folders can be deeper than a path may be long, and than a recursion: each is moved up to the first level
@@ -119,21 +119,19 @@ def remove_tree(folder: str) -> None:
     """
     found = [folder]
     for path in found:  # grows meanwhile
-        entries: list[os.DirEntry[str]] = []
-        with suppress(OSError), os.scandir(path) as listed:
-            entries = list(listed)
+        entries: list[Path] = []
+        with suppress(OSError):
+            entries = list(path.iterdir())
         for entry in entries:
             with suppress(OSError):
-                if not entry.is_dir(follow_symlinks=False):
-                    os.unlink(entry.path)
-                    continue
-                os.chmod(entry.path, 0o700)  # one that may not be written cannot be moved either
-                moved = os.path.join(folder, f"{len(found)}.removed")
-                os.rename(entry.path, moved)
-                found.append(moved)
+                if entry.is_symlink() or not entry.is_dir():
+                    entry.unlink()
+                else:
+                    entry.chmod(0o700)  # one that may not be written cannot be moved either
+                    found.append(entry.rename(folder / f"{len(found)}.removed"))
     for path in reversed(found):
         with suppress(OSError):
-            os.rmdir(path)
+            path.rmdir()
 
 
 def _watch(child: "subprocess.Popen[bytes]", pipe: int, nonce: str, timeout: float) -> Outcome:

@@ -34,8 +34,8 @@ def require_real_tests(tests: CodeTests, row: str, timeout: float) -> None:
     """UsageError where an empty answer passes: such tests only define something, and would say so of any answer."""
     if run_tests("", tests, timeout).status == PASSED:
         raise UsageError(
-            f"{row}: its tests pass without an answer, so they cannot tell a right one from a wrong one: call what they "
-            "define (test functions and classes are not run by themselves, and __name__ is not '__main__')"
+            f"{row}: its tests pass without an answer, so they cannot tell a right one from a wrong one: call what "
+            "they define (test functions and classes are not run by themselves, and __name__ is not '__main__')"
         )
 
 
