@@ -12,7 +12,7 @@ from halfbyte.errors import UsageError
 from halfbyte.evaluate import evaluate as module
 from halfbyte.evaluate.evaluate import EvaluateOptions, RowResult, _run_programs, evaluate
 from halfbyte.evaluate.intervals import mean_interval, wilson_interval
-from halfbyte.evaluate.pass_at_1 import code_of, continuation_of, program_of, run_tests
+from halfbyte.evaluate.pass_at_1 import code_of, continuation_of, program_of, require_real_tests, run_tests
 from tests.evaluate.conftest import Tiny
 from tests.evaluate.test_evaluate import PAIRS, rows
 
@@ -155,3 +155,23 @@ def test_rows_without_tests(tmp_path: Path, llama: Tiny) -> None:
     options = EvaluateOptions(metrics=("pass@1",), allow_code_execution=True)
     with pytest.raises(UsageError, match=r"pass@1 needs rows with tests, and .*eval.jsonl:1 has none"):
         evaluate(llama.model, llama.tokenizer, prepared.eval, options)
+
+
+@pytest.mark.parametrize(
+    "tests",
+    [
+        "def test_a():\n    assert f(1) == 2\n",
+        "import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n        self.assertEqual(f(1), 2)\n",
+        "if __name__ == '__main__':\n    assert f(1) == 2\n",
+    ],
+)
+def test_tests_that_test_nothing_are_refused(tests: str, tmp_path: Path, llama: Tiny) -> None:
+    """Before anything is generated."""
+    values = [{"prompt": f"# {n}\n", "completion": "def f(x): return 2", "tests": "assert f(1) == 2"} for n in range(3)]
+    values[1]["tests"] = tests
+    prepared = rows(tmp_path, values, llama)
+    options = EvaluateOptions(metrics=("pass@1",), allow_code_execution=True, max_new_tokens=2)
+    with pytest.raises(UsageError, match=r"eval.jsonl:2: its tests pass without an answer"):
+        evaluate(llama.model, llama.tokenizer, prepared.eval, options)
+    require_real_tests(CodeTests(f"{tests}\nassert f(1) == 2"), "row", 10)
+    require_real_tests(TESTS, "row", 10)

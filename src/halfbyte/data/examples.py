@@ -363,7 +363,7 @@ def _example(item: Draft, pieces: Sequence[Sequence[int]], recipe: Recipe, sourc
         label=item.label,
         source=source,
         truncated=cut_off,
-        tests=item.row.tests if isinstance(item.row, Chat | Completion) else None,
+        tests=_tests(item),
     )
 
 
@@ -408,7 +408,12 @@ def _answered(item: Draft, pieces: Sequence[Sequence[int]], recipe: Recipe, sour
         source_length=len(read),
         source=source,
         truncated=whole - len(read),
+        tests=_tests(item),
     )
+
+
+def _tests(item: Draft) -> CodeTests | None:
+    return item.row.tests if isinstance(item.row, Chat | Completion) else None
 
 
 def _notice(item: Draft, pieces: Sequence[Sequence[int]], encoder: Encoder, seen: Encoded) -> None:

@@ -5,7 +5,8 @@ program runs as the user, with the same kernel, and can read what the user can. 
 else trained to harm, use a virtual machine.
 
 Around the child: its own session, killed as a whole at the end; a fresh folder, deleted afterwards; no environment, no
-standard input, output thrown away; a wall clock. Inside, see `code_runner`.
+standard input, output thrown away; a wall clock. Inside, see `code_runner`. How much a program writes in all is not
+limited, only how long a single file becomes.
 """
 
 import json
@@ -17,13 +18,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from halfbyte.errors import UsageError
+from halfbyte.errors import HalfbyteError, UsageError
 
 RUNNER = Path(__file__).with_name("code_runner.py")
 MEMORY_BYTES = 1 << 30
@@ -33,7 +34,7 @@ PASSED, FAILED, TIMED_OUT, OUT_OF_MEMORY = "passed", "failed", "timed out", "out
 
 CONFINED = {
     "landlock": "writes only in its own folder (Landlock)",
-    "seccomp": "no further process and no network (seccomp)",
+    "seccomp": "no further process, no signal to others and no network (seccomp)",
 }
 
 
@@ -54,59 +55,123 @@ def run_program(pieces: Sequence[str], timeout: float, memory: int = MEMORY_BYTE
 
     timeout   seconds of wall clock for all of it;  memory   bytes of address space
 
-    Raises UsageError where the system has no such processes (Windows).
+    Raises UsageError where the system has no such processes (Windows), HalfbyteError where it refuses one, a pipe or a
+    folder for temporary files.
     """
     if os.name != "posix":
         raise UsageError("programs are run on Linux and macOS only: pass@1 cannot be measured here")
     nonce = secrets.token_hex(16)
-    with tempfile.TemporaryDirectory(prefix="halfbyte-code-", ignore_cleanup_errors=True) as folder:
-        work = Path(folder) / "work"
-        work.mkdir()
-        payload = Path(folder) / "payload.json"
-        limits = {"cpu_seconds": int(timeout) + 1, "memory": memory, "file_size": FILE_BYTES}
-        payload.write_text(json.dumps({"pieces": list(pieces), "nonce": nonce, **limits}), encoding="utf-8")
-        reading, writing = os.pipe()
+    limits = {"cpu_seconds": int(timeout) + 1, "memory": memory, "file_size": FILE_BYTES}
+    told = json.dumps({"pieces": list(pieces), "nonce": nonce, "parent": os.getpid(), **limits})
+    with _folder() as folder:
         try:
-            child = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(RUNNER), str(payload), str(writing)],
-                cwd=work, env={}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                pass_fds=[writing], start_new_session=True,
-            )  # fmt: skip
-            os.close(writing)
+            work, payload = folder / "work", folder / "payload.json"
+            work.mkdir()
+            payload.write_text(told, encoding="utf-8")
+            child, reading = _start(work, payload)
+        except OSError as error:
+            raise _cannot_run(error) from error
+        try:
             return _watch(child, reading, nonce, timeout)
         finally:
             os.close(reading)
 
 
+def _start(work: Path, payload: Path) -> tuple["subprocess.Popen[bytes]", int]:
+    """(the child, the end of its pipe that is read)."""
+    reading, writing = os.pipe()
+    try:
+        child = subprocess.Popen(
+            [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(RUNNER), str(payload), str(writing)],
+            cwd=work, env={}, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            pass_fds=[writing], start_new_session=True,
+        )  # fmt: skip
+    except BaseException:
+        os.close(reading)
+        raise
+    finally:
+        os.close(writing)
+    return child, reading
+
+
+def _cannot_run(error: OSError) -> HalfbyteError:
+    return HalfbyteError(f"the model's programs cannot be run: {error}")
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A fresh folder for temporary files, gone afterwards; HalfbyteError where there can be none."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="halfbyte-code-"))
+    except OSError as error:
+        raise _cannot_run(error) from error
+    try:
+        yield folder
+    finally:
+        remove_tree(folder)
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder with all that a program may have left there; what cannot be removed stays, without an error.
+
+    Folders in folders can be deeper than a path may be long, and than a recursion: each is moved up to the first level
+    before it is looked into.
+    """
+    found = [folder]
+    for path in found:  # grows meanwhile
+        entries: list[Path] = []
+        with suppress(OSError):
+            entries = list(path.iterdir())
+        for entry in entries:
+            with suppress(OSError):
+                if entry.is_symlink() or not entry.is_dir():
+                    entry.unlink()
+                else:
+                    entry.chmod(0o700)  # one that may not be written cannot be moved either
+                    found.append(entry.rename(folder / f"{len(found)}.removed"))
+    for path in reversed(found):
+        with suppress(OSError):
+            path.rmdir()
+
+
 def _watch(child: "subprocess.Popen[bytes]", pipe: int, nonce: str, timeout: float) -> Outcome:
     """Wait for the child's word, or its end, or the clock; whatever it was, nothing of its session lives on."""
-    deadline, told = time.monotonic() + timeout, b""
+    deadline, told, late = time.monotonic() + timeout, b"", False
+    word = select.poll()  # select() itself knows no more than 1,024 open files
+    word.register(pipe, select.POLLIN)
     try:
         while len(told) < _ANSWER_BYTES:
             left = deadline - time.monotonic()
-            if left <= 0 or not select.select([pipe], [], [], left)[0]:
+            if left <= 0 or not word.poll(1000 * left):
                 return Outcome(TIMED_OUT, f"after {timeout:g} s")
             piece = os.read(pipe, 4096)
             if not piece:
                 break
             told += piece
-        with suppress(subprocess.TimeoutExpired):
+        try:
             child.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            late = True
     finally:
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(child.pid, signal.SIGKILL)
         ended = child.wait()
-    return _outcome(told, nonce, ended, timeout)
+    return _outcome(told, nonce, None if late else ended, timeout)
 
 
-def _outcome(told: bytes, nonce: str, ended: int, timeout: float) -> Outcome:
+def _outcome(told: bytes, nonce: str, ended: int | None, timeout: float) -> Outcome:
+    """`ended`: the return code of Popen, None where the child had to be stopped."""
     try:
         word = json.loads(told)
     except ValueError:
         word = None
     if not isinstance(word, dict) or word.get("nonce") != nonce:
-        if ended in (-signal.SIGXCPU, -signal.SIGKILL):
+        if ended is None:
+            return Outcome(TIMED_OUT, f"after {timeout:g} s")
+        if ended == -signal.SIGXCPU:
             return Outcome(TIMED_OUT, f"after {timeout:g} s of processor time")
+        if ended == -signal.SIGKILL:  # by the system, or as SIGXCPU was ignored; the clock's own is told apart above
+            return Outcome(FAILED, "killed from outside (is the machine out of memory?) before the tests ended")
         how = f"killed by {signal.Signals(-ended).name}" if ended < 0 else f"left with exit code {ended}"
         return Outcome(FAILED, f"{how} before the tests ended")
     status = {"passed": PASSED, "memory": OUT_OF_MEMORY}.get(word["status"], FAILED)

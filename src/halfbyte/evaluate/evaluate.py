@@ -25,7 +25,7 @@ from halfbyte.evaluate.generate import Generation, Tokenizer, generate_batch
 from halfbyte.evaluate.intervals import Interval, corpus_interval, mean_interval, ratio_interval
 from halfbyte.evaluate.labels import score_labels
 from halfbyte.evaluate.metrics import ACCURACY, BUILT_IN, PASS_AT_1, Metric, find_metrics
-from halfbyte.evaluate.pass_at_1 import require_permission, run_tests
+from halfbyte.evaluate.pass_at_1 import require_permission, require_real_tests, run_tests
 from halfbyte.evaluate.sampling import GenerateOptions
 from halfbyte.evaluate.session import Model, inference
 
@@ -161,8 +161,8 @@ def evaluate(
             f"{metrics[0].name} compares answers, and these rows have none (plain text, {examples[0].origin}): "
             "only the loss can be measured on them"
         )
-    programs = _programs(examples, options)
     progress = on_progress or (lambda what, done, total: None)
+    programs = _programs(examples, options, progress)
     rows = row_losses(model, examples, options.eval_batch_tokens, progress)
     scores: dict[str, float] = {}
     intervals: dict[str, Interval] = {}
@@ -292,8 +292,9 @@ def _generate_answers(
         progress("answers", done, len(answered))
 
     prompts = [examples[i].prompt_ids.tolist() for i in answered]
-    if any(examples[i].tests is not None for i in answered):
-        # No special token is part of a program; a base model ends a document with one that is not always its EOS.
+    if any(examples[i].tests is not None and not examples[i].source_length for i in answered):
+        # No special token is part of a program; a base model ends a document with one that is not always its EOS. An
+        # encoder-decoder has no other end, and may begin with a special token.
         stop_ids = {*stop_ids, *Encoder(tokenizer).special_ids}
     answers = generate_batch(model, tokenizer, prompts, options, stop_ids, options.eval_batch_size, count)
     out = list(rows)
@@ -304,8 +305,8 @@ def _generate_answers(
     return out
 
 
-def _programs(examples: Sequence[Example], options: EvaluateOptions) -> list[int]:
-    """The rows whose answers pass@1 runs; UsageError where there are none, or it is not allowed."""
+def _programs(examples: Sequence[Example], options: EvaluateOptions, progress: Progress) -> list[int]:
+    """The rows whose answers pass@1 runs; UsageError where there are none, it is not allowed, or tests test nothing."""
     if PASS_AT_1 not in options.metrics:
         return []
     tested = [i for i, example in enumerate(examples) if example.tests is not None]
@@ -315,6 +316,11 @@ def _programs(examples: Sequence[Example], options: EvaluateOptions) -> list[int
             "(HumanEval), test_list (MBPP) or tests"
         )
     require_permission(options.allow_code_execution, len(tested), str(examples[tested[0]].origin))
+    for done, i in enumerate(tested, 1):
+        tests = examples[i].tests
+        assert tests is not None
+        require_real_tests(tests, str(examples[i].origin), options.code_timeout)
+        progress("tests", done, len(tested))
     return tested
 
 

@@ -12,7 +12,7 @@ import re
 
 from halfbyte.data.records import CodeTests
 from halfbyte.errors import UsageError
-from halfbyte.evaluate.code_execution import Outcome, confinement, run_program
+from halfbyte.evaluate.code_execution import PASSED, Outcome, confinement, run_program
 
 _FENCE = re.compile(r"^[ \t]*```[ \t]*([\w+.-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.MULTILINE | re.DOTALL)
 _PYTHON = ("", "python", "python3", "py")
@@ -28,6 +28,15 @@ def require_permission(allowed: bool, programs: int, first: str) -> None:
         f"with limits of time and memory; beside them: {held}. That is no wall against a hostile program. "
         "Allow it with --allow-code-execution"
     )
+
+
+def require_real_tests(tests: CodeTests, row: str, timeout: float) -> None:
+    """UsageError where an empty answer passes: such tests only define something, and would say so of any answer."""
+    if run_tests("", tests, timeout).status == PASSED:
+        raise UsageError(
+            f"{row}: its tests pass without an answer, so they cannot tell a right one from a wrong one: call what "
+            "they define (test functions and classes are not run by themselves, and __name__ is not '__main__')"
+        )
 
 
 def code_of(answer: str) -> tuple[str, bool]:
