@@ -92,6 +92,16 @@ def survey(config: RunConfig, need_data: bool = True, adapter: Path | None = Non
     return Survey(config, source, spec, tokenizer, prepared, device, resolve_dtype(config.dtype, device))
 
 
+def identity(found: Survey) -> dict[str, str]:
+    """What must be the same for a resumed run to be the same run."""
+    assert found.prepared is not None
+    return {
+        "base model": found.source.fingerprint,
+        "data": found.prepared.fingerprint,
+        "chat template": found.prepared.template_hash,
+    }
+
+
 def absolute(config: RunConfig) -> RunConfig:
     """The config with absolute paths where they name something here, so that it means the same from any folder."""
     changes: dict[str, Any] = {}
