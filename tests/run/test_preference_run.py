@@ -148,6 +148,24 @@ def test_every_adapter_begins_at_its_own_reference(pair_config: RunConfig, metho
     assert result.result["metrics"]["rewards/margins"] > 0
 
 
+def test_evaluate_compares_a_continued_adapter_with_what_it_was(
+    pair_config: RunConfig, data_file: Path, tmp_path: Path
+) -> None:
+    """From what the run kept, and without that from the adapter that it continued."""
+    first = pair_config.replace(data=str(data_file), eval_split=0, output_dir=tmp_path / "first")
+    path = run(pair_config.replace(adapter_path=str(run(first).path), max_steps=3)).path
+    kept = json.loads((path / "result.json").read_text())
+
+    def same(found: object) -> None:
+        assert isinstance(found, BaseAndTuned)
+        assert found.tuned.loss == pytest.approx(kept["eval_loss"], rel=1e-4)
+        assert found.tuned.metrics["rewards/margins"] == pytest.approx(kept["metrics"]["rewards/margins"], rel=1e-3)
+
+    same(evaluate_target(find(str(path))))
+    (path / REFERENCE).unlink()
+    same(evaluate_target(find(str(path))))
+
+
 def test_a_trained_output_head_is_refused(pair_config: RunConfig) -> None:
     with pytest.raises(UsageError, match="do not train lm_head"):
         run(pair_config.replace(modules_to_save=["lm_head"]))
