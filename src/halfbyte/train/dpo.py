@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from halfbyte.adapters import disabled
+from halfbyte.adapters import disabled, saved_modules
 from halfbyte.batch import Batch
 from halfbyte.data import Example
 from halfbyte.evaluate.intervals import mean_interval
@@ -171,9 +171,10 @@ def references(
 
 
 def adds_something(model: nn.Module) -> bool:
-    """Whether some adapter is not, as a fresh one is, zero."""
-    adapters = (segment.adapter for segment in segments(model).values())
-    return any(adapter is not None and bool(adapter.lora_B.any()) for adapter in adapters)
+    """Whether some adapter is not, as a fresh one is, zero; what is trained whole or has magnitudes may be changed."""
+    adapters = [segment.adapter for segment in segments(model).values() if segment.adapter is not None]
+    changed = bool(saved_modules.names_of(model)) or any(adapter.magnitude is not None for adapter in adapters)
+    return changed or any(bool(adapter.lora_B.any()) for adapter in adapters)
 
 
 def lacking(known: Reference, rows: Sequence[int]) -> tuple[list[int], list[int]]:
