@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from halfbyte.errors import DoesNotFit, Interrupted, UsageError
+from halfbyte.run import planning
 from halfbyte.run.config import RunConfig, load_config
 from halfbyte.run.folder import list_runs, read_config, summary
 from halfbyte.run.run import resume, run
@@ -116,6 +117,17 @@ def test_resume_from_another_folder(tiny_config: RunConfig, tmp_path: Path, monk
         run(relative, Events(interrupt_at=2))
     monkeypatch.chdir(tmp_path)
     assert resume(tiny_config.output_dir or Path()).result["status"] == "completed"
+
+
+def test_the_folder_of_offloaded_state_is_the_same_from_everywhere(
+    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    asked = tiny_config.replace(method="full", optim="paged_adamw", optim_offload_dir="offload", max_steps=1)
+    assert run(asked).config.optim_offload_dir == tmp_path / "offload"
+    assert read_config(tmp_path / "run")[0].optim_offload_dir == tmp_path / "offload"
+    assert planning.absolute(asked.replace(optim_offload_dir="~/x")).optim_offload_dir == tmp_path / "home" / "x"
 
 
 def test_a_complete_run_is_returned_or_extended(tiny_config: RunConfig) -> None:

@@ -110,6 +110,8 @@ def absolute(config: RunConfig) -> RunConfig:
         word = name == "chat_template" and (value == "auto" or value in BUILTINS)
         if value is not None and not word and Path(value).expanduser().exists():
             changes[name] = str(Path(value).expanduser().resolve())
+    if config.optim_offload_dir is not None:  # it is made where it is missing
+        changes["optim_offload_dir"] = config.optim_offload_dir.expanduser().resolve()
     for name in ("data", "eval_data"):
         sources = tuple(_absolute_source(source) for source in sources_of(getattr(config, name)))
         if sources:
