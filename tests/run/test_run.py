@@ -186,10 +186,11 @@ def test_the_other_methods(tiny_config: RunConfig, method: str) -> None:
 @pytest.mark.parametrize("optim", ["galore_adamw", "galore_adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
 def test_full_fine_tuning_in_little_memory(tiny_config: RunConfig, tmp_path: Path, optim: str) -> None:
     """Run, interrupted, resumed: the same weights; what the optimizer decided is in run.yaml."""
-    config = tiny_config.replace(method="full", optim=optim, galore_rank=4, optim_memory=0)
+    galore = optim.startswith("galore")
+    own: dict[str, Any] = {"galore_rank": 4} if galore else {"optim_memory": 0}
+    config = tiny_config.replace(method="full", optim=optim, **own)
     whole = run(config)
     kept = read_config(whole.path)[0]
-    galore = optim.startswith("galore")
     assert (kept.per_layer_updates, kept.max_grad_norm) == ((True, 0.0) if galore else (False, 1.0))
     rows_at_once = (kept.per_device_train_batch_size or 0) * (kept.gradient_accumulation_steps or 0)
     assert (kept.gradient_accumulation_steps, rows_at_once) == (1, 16)
@@ -281,6 +282,24 @@ def test_wrong_input_is_one_line_and_writes_nothing(
     with pytest.raises(UsageError, match=message) as caught:
         run(tiny_config.replace(**change))
     assert "\n" not in str(caught.value)
+    assert not (tiny_config.output_dir or Path()).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optim": "adamw", "galore_rank": 4}, "galore_rank is for optim galore_…: leave it out"),
+        ({"optim": "paged_adamw", "galore_proj_type": "left"}, "galore_proj_type is for optim galore_…: leave it out"),
+        ({"optim": "adamw", "optim_memory": 0}, "optim_memory is for optim paged_…: leave it out"),
+        ({"optim": "adamw_8bit", "optim_offload_dir": "x"}, "optim_offload_dir is for optim paged_…: leave it out"),
+        ({"dpo_beta": 0.5}, "dpo_beta is for task dpo, and these rows are no pairs of answers: leave it out"),
+        ({"dpo_label_smoothing": 0.3}, "dpo_label_smoothing is for task dpo"),
+        ({"label_names": ["cat", "dog"]}, "label_names is for rows with labels, and these have none: leave it out"),
+    ],
+)
+def test_options_without_effect_are_refused(tiny_config: RunConfig, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(tiny_config.replace(**options))
     assert not (tiny_config.output_dir or Path()).exists()
 
 

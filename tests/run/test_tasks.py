@@ -259,6 +259,39 @@ def test_label_names_of_a_head_that_has_its_own(done: Path, config: RunConfig, t
         hb.classify(tmp_path / "more", ["x"], label_names=("cat", "dog"))
 
 
+def test_a_continued_run_resumes_without_the_first_ones_folder(done: Path, config: RunConfig, tmp_path: Path) -> None:
+    """What it needs of that, the classes too, is in its own checkpoints."""
+    first = shutil.copytree(done, tmp_path / "first")
+    more = run(config.replace(adapter_path=str(first), output_dir=tmp_path / "more", max_steps=1)).path
+    shutil.rmtree(first)
+    assert resume(more, max_steps=2).result["step"] == 2
+    assert json.loads((more / "labels.json").read_text())["label2id"] == {"cat": 0, "cow": 1, "dog": 2}
+
+
+def test_a_head_that_nobody_trained_is_not_measured(model_folder: Path, config: RunConfig) -> None:
+    given = {"task": "classification", "dtype": "float32", "label_names": ("cat", "cow", "dog")}
+    found = target.rows_from(target.find(str(model_folder), **given), str(config.data))
+    with pytest.raises(UsageError, match="has no trained head to classify with: train one"):
+        target.evaluate_target(found)
+    with pytest.raises(UsageError, match="has no trained head to classify with: train one"):
+        hb.classify(model_folder, ["x"], **given)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("abc", "takes a list of texts, and this is one text: put it in a list"),
+        (["fine", ("ab", "cd")], r"text 2 is \('ab', 'cd'\): give a text, or for several in one row a \(name, text\)"),
+        ([3], "text 1 is 3: give a text"),
+        ([None], "text 1 is None: give a text"),
+        ([(("name", 3),)], "text 1 is .*: give a text"),
+    ],
+)
+def test_what_is_no_text_is_named(texts: Any, message: str, done: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        hb.classify(done, texts)
+
+
 def test_what_a_classifier_cannot_do(done: Path, tmp_path: Path) -> None:
     found = target.find(str(done))
     opened = target.open_target(found)

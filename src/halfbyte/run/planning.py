@@ -19,6 +19,7 @@ from halfbyte.data import Example, Prepared, prepare
 from halfbyte.data.builtin_templates import BUILTINS
 from halfbyte.data.options import DataOptions, DataSource, sources_of
 from halfbyte.errors import UsageError
+from halfbyte.evaluate.preference import DpoOptions
 from halfbyte.models.load import resolve_device, resolve_dtype
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.models.spec import ModelSpec
@@ -127,6 +128,7 @@ def _absolute_source(source: DataSource) -> DataSource:
 
 def make(found: Survey, rates: Rates | None = None) -> Plan | None:
     """The plan; None for an architecture whose shapes only its own code knows (the run then goes without)."""
+    check_options(found)
     check_task(found)
     if found.spec is None:
         return None
@@ -134,6 +136,24 @@ def make(found: Survey, rates: Rates | None = None) -> Plan | None:
     return make_plan(
         found.spec, request(config, found), found.data, hardware, rates or measure(hardware), config.memory
     )
+
+
+def check_options(found: Survey) -> None:
+    """UsageError for options that were set and that this optimizer, or these rows, leave without effect."""
+    config, prepared = found.config, found.prepared
+    names = type(config).model_fields
+    idle: dict[str, str] = {}
+    if not config.galore:
+        idle |= {name: "optim galore_…" for name in names if name.startswith("galore_")}
+    if not config.paged:
+        idle |= dict.fromkeys(("optim_memory", "optim_offload_dir"), "optim paged_…")
+    if prepared is not None and not prepared.pairs:
+        idle |= dict.fromkeys(DpoOptions.model_fields, "task dpo, and these rows are no pairs of answers")
+    if prepared is not None and not prepared.labels:
+        idle["label_names"] = "rows with labels, and these have none"
+    for name, purpose in idle.items():
+        if getattr(config, name) != names[name].get_default(call_default_factory=True):
+            raise UsageError(f"{name} is for {purpose}: leave it out")
 
 
 def check_task(found: Survey) -> None:

@@ -120,7 +120,7 @@ def resume(path: Path, on_event: Listener = silent, max_steps: int | None = None
     elif (path / RESULT).is_file():
         return RunResult(path, config, folder.read_json(path / RESULT))
     config = config.replace(output_dir=path)
-    found = planning.survey(config)
+    found = planning.survey(config, adapter=_begun(path, config))
     tell_prepared(found, on_event)
     now = folder.record_of(found)
     folder.require_same(path, record, now)

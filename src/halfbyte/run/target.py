@@ -197,6 +197,8 @@ def evaluate_target(
         raise UsageError("no rows to evaluate on: give --data with a file")
     found = planning.survey(config, adapter=target.adapter)
     assert found.prepared is not None
+    if found.config.task == tasks.CLASSIFICATION:
+        tasks.require_trained_head(found.source, target.adapter)
     options = options or EvaluateOptions()
     pairs = found.prepared.eval[: options.max_rows]
     if pairs and pairs[0].rejected is not None and target.adapter is not None and not options.metrics:
@@ -286,6 +288,7 @@ def classify_texts(opened: Opened, texts: Sequence[Texts]) -> list[Classified]:
     """The class of each text (or of each row of named texts). UsageError for a model that is no classifier."""
     if not isinstance(opened.model, Classifier):
         raise UsageError(f"{opened.target.config.model} is no classifier: train one with task: classification")
+    tasks.require_trained_head(opened.loaded.source, opened.target.adapter)
     config = opened.target.config
     return classify(opened.model, opened.encoder, texts, config.max_seq_length, config.system_prompt)
 

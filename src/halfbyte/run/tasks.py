@@ -101,6 +101,12 @@ def head_to_open(config: RunConfig, source: ModelSource, adapter: Path | None) -
     return HeadOptions(tuple(labels), config.seed)
 
 
+def require_trained_head(source: ModelSource, adapter: Path | None) -> None:
+    """UsageError for a classifier whose head would be a new one: it says nothing before it is trained."""
+    if adapter is None and head_of_file(source) is None:
+        raise UsageError(f"{source.name} has no trained head to classify with: train one with task: classification")
+
+
 def require_language_model(config: RunConfig, what: str, seq2seq: bool = False) -> None:
     """UsageError where `what` (a verb) is asked of a classifier or, unless `seq2seq`, of an encoder-decoder."""
     if config.task == CLASSIFICATION:
