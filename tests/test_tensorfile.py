@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,17 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, entry: dict[str, object])
     (tmp_path / "file").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
     with pytest.raises(ValueError, match="header"):
         TensorFile(tmp_path / "file")
+
+
+@pytest.mark.parametrize("kind", ["halfbyte.models.pread.OpenFile", "halfbyte.tensorfile.TensorFile"])
+def test_files_that_are_open_at_exit_are_closed_without_a_word(kind: str, tmp_path: Path) -> None:
+    """A module that is needed for it may be taken apart before the last objects go."""
+    path = tmp_path / "tensors.safetensors"
+    write_file(path, [Planned.of("a", torch.zeros(3))])
+    module, name = kind.rsplit(".", 1)
+    program = (
+        f"import os; from pathlib import Path; from {module} import {name}\n"
+        f"os.kept = {name}(Path({str(path)!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

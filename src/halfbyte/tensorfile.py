@@ -117,9 +117,9 @@ class TensorFile(Mapping[str, Tensor]):
         self.path = path
         self._places = self._read_header()
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone as the interpreter exits
         if getattr(self, "_fd", -1) >= 0:
-            os.close(self._fd)
+            close(self._fd)
 
     def _read_header(self) -> dict[str, _Place]:
         size = os.fstat(self._fd).st_size

@@ -77,6 +77,15 @@ def test_unequal_row_weights(dtype: torch.dtype) -> None:
         torch.testing.assert_close(weighted, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_a_common_factor_is_not_rounded() -> None:
+    """1/3 in bfloat16 is 0.2 % too much, for every row of every batch: the gradient would be biased, not noisy."""
+    hidden = torch.randn(64, D).bfloat16().requires_grad_()
+    head, targets = DenseWeight(torch.randn(V, D).bfloat16()), torch.arange(64) % V
+    (whole,) = torch.autograd.grad(linear_cross_entropy(hidden, head, targets).sum(), hidden)
+    (third,) = torch.autograd.grad(linear_cross_entropy(hidden, head, targets).sum() / 3, hidden)
+    assert torch.equal(third, (whole.double() / 3).to(torch.bfloat16))
+
+
 def test_unequal_row_weights_of_a_trained_head_are_refused_rather_than_wrong() -> None:
     head = DenseWeight(torch.randn(V, D), trainable=True)
     nll = linear_cross_entropy(torch.randn(3, D, requires_grad=True), head, torch.tensor([1, 2, 3]))

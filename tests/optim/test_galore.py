@@ -199,7 +199,7 @@ def test_it_resumes_bit_for_bit_around_a_new_projection(
 
 
 def test_only_the_linears_matrices_are_projected() -> None:
-    names = ("model.embed_tokens.weight", "lm_head.weight", "model.layers.3.mlp.up_proj.weight")
+    names = ("model.embed_tokens.weight", "lm_head.weight", "score.weight", "model.layers.3.mlp.up_proj.weight")
     params = {name: nn.Parameter(torch.zeros(8, 8)) for name in names}
     params["model.layers.3.self_attn.q_proj.bias"] = nn.Parameter(torch.zeros(8))
     optimizer = AdamW(params, options())

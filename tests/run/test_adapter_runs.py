@@ -39,6 +39,32 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path / "adapter_model.safetensors")
 
 
+@pytest.mark.parametrize(("kind", "harm"), [("pissa", "cut off"), ("pissa", "altered"), ("continued", "cut off")])
+def test_a_damaged_checkpoint_says_nothing_about_the_base(
+    kind: str, harm: str, tiny_config: RunConfig, tmp_path: Path
+) -> None:
+    """Resumed from the one before it, the run ends at the same bits as if the damaged one had never been."""
+    changes = KINDS["pissa"]
+    if kind == "continued":
+        changes = {"adapter_path": str(run(tiny_config.replace(output_dir=tmp_path / "first", max_steps=2)).path)}
+    done = run(tiny_config.replace(**changes, max_steps=4, save_steps=2)).path
+    without = tmp_path / "without"
+    shutil.copytree(done, without)
+    last = list_checkpoints(without)[-1]
+    shutil.rmtree(last)
+    path = done / last.name / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    if harm == "altered":
+        start = 8 + int.from_bytes(content[:8], "little")
+        content[start + 3 :: 400] = bytes(byte ^ 1 for byte in content[start + 3 :: 400])
+    path.write_bytes(content if harm == "altered" else content[:-100])
+    for folder in (done, without):
+        (folder / "result.json").unlink()
+        resume(folder)
+    found, expected = tensors_of(done), tensors_of(without)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_resumed_loaded_and_merged(kind: str, tiny_config: RunConfig, tmp_path: Path) -> None:
     """From the checkpoint in the middle to the same bits; loaded, the loss of the run; merged, the trained model."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from halfbyte.errors import UsageError
 from halfbyte.evaluate.evaluate import BaseAndTuned, EvaluateOptions, EvaluateResult
@@ -111,6 +112,28 @@ def test_an_interrupted_run_resumes_bit_for_bit(pair_config: RunConfig, tmp_path
     assert extended.result["step"] == 8
 
 
+@pytest.mark.parametrize("kind", ["continued", "pissa", "loftq"])
+def test_more_steps_ask_the_model_as_the_run_began(
+    kind: str, pair_config: RunConfig, data_file: Path, tmp_path: Path
+) -> None:
+    """Neither the pairs of added steps nor a lost file's are asked of the trained adapter."""
+    changes: dict[str, Any] = {"init_lora_weights": "pissa"}
+    if kind == "loftq":
+        changes = {"init_lora_weights": "loftq", "loftq_iter": 2, "method": "qlora"}
+    if kind == "continued":
+        first = pair_config.replace(data=str(data_file), eval_split=0, output_dir=tmp_path / "first", max_steps=3)
+        changes = {"adapter_path": str(run(first).path)}
+    straight = run(pair_config.replace(**changes, output_dir=tmp_path / "straight")).path
+    run(pair_config.replace(**changes, max_steps=3))
+    extended = resume(tmp_path / "run", max_steps=5).path
+    (extended / REFERENCE).unlink()
+    resume(extended, max_steps=6)
+    expected, found = load_file(straight / REFERENCE), load_file(extended / REFERENCE)
+    assert not found["eval"].isnan().any()
+    for part, values in expected.items():
+        torch.testing.assert_close(found[part], values, rtol=0, atol=1e-4, equal_nan=True)
+
+
 @pytest.mark.parametrize("method", ["qlora", "dora", "pissa", "loftq", "rslora"])
 def test_every_adapter_begins_at_its_own_reference(pair_config: RunConfig, method: str) -> None:
     """Also those whose adapter adds something from the start; what is saved is then compared with the bare base."""
@@ -123,6 +146,24 @@ def test_every_adapter_begins_at_its_own_reference(pair_config: RunConfig, metho
     assert steps[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
     assert steps[-1]["loss"] < 0.65
     assert result.result["metrics"]["rewards/margins"] > 0
+
+
+def test_evaluate_compares_a_continued_adapter_with_what_it_was(
+    pair_config: RunConfig, data_file: Path, tmp_path: Path
+) -> None:
+    """From what the run kept, and without that from the adapter that it continued."""
+    first = pair_config.replace(data=str(data_file), eval_split=0, output_dir=tmp_path / "first")
+    path = run(pair_config.replace(adapter_path=str(run(first).path), max_steps=3)).path
+    kept = json.loads((path / "result.json").read_text())
+
+    def same(found: object) -> None:
+        assert isinstance(found, BaseAndTuned)
+        assert found.tuned.loss == pytest.approx(kept["eval_loss"], rel=1e-4)
+        assert found.tuned.metrics["rewards/margins"] == pytest.approx(kept["metrics"]["rewards/margins"], rel=1e-3)
+
+    same(evaluate_target(find(str(path))))
+    (path / REFERENCE).unlink()
+    same(evaluate_target(find(str(path))))
 
 
 def test_a_trained_output_head_is_refused(pair_config: RunConfig) -> None:

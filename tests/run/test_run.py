@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from halfbyte.errors import DoesNotFit, Interrupted, UsageError
+from halfbyte.run import planning
 from halfbyte.run.config import RunConfig, load_config
 from halfbyte.run.folder import list_runs, read_config, summary
 from halfbyte.run.run import resume, run
@@ -118,6 +119,17 @@ def test_resume_from_another_folder(tiny_config: RunConfig, tmp_path: Path, monk
     assert resume(tiny_config.output_dir or Path()).result["status"] == "completed"
 
 
+def test_the_folder_of_offloaded_state_is_the_same_from_everywhere(
+    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    asked = tiny_config.replace(method="full", optim="paged_adamw", optim_offload_dir="offload", max_steps=1)
+    assert run(asked).config.optim_offload_dir == tmp_path / "offload"
+    assert read_config(tmp_path / "run")[0].optim_offload_dir == tmp_path / "offload"
+    assert planning.absolute(asked.replace(optim_offload_dir="~/x")).optim_offload_dir == tmp_path / "home" / "x"
+
+
 def test_a_complete_run_is_returned_or_extended(tiny_config: RunConfig) -> None:
     done = run(tiny_config)
     events = Events()
@@ -174,10 +186,11 @@ def test_the_other_methods(tiny_config: RunConfig, method: str) -> None:
 @pytest.mark.parametrize("optim", ["galore_adamw", "galore_adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
 def test_full_fine_tuning_in_little_memory(tiny_config: RunConfig, tmp_path: Path, optim: str) -> None:
     """Run, interrupted, resumed: the same weights; what the optimizer decided is in run.yaml."""
-    config = tiny_config.replace(method="full", optim=optim, galore_rank=4, optim_memory=0)
+    galore = optim.startswith("galore")
+    own: dict[str, Any] = {"galore_rank": 4} if galore else {"optim_memory": 0}
+    config = tiny_config.replace(method="full", optim=optim, **own)
     whole = run(config)
     kept = read_config(whole.path)[0]
-    galore = optim.startswith("galore")
     assert (kept.per_layer_updates, kept.max_grad_norm) == ((True, 0.0) if galore else (False, 1.0))
     rows_at_once = (kept.per_device_train_batch_size or 0) * (kept.gradient_accumulation_steps or 0)
     assert (kept.gradient_accumulation_steps, rows_at_once) == (1, 16)
@@ -269,6 +282,24 @@ def test_wrong_input_is_one_line_and_writes_nothing(
     with pytest.raises(UsageError, match=message) as caught:
         run(tiny_config.replace(**change))
     assert "\n" not in str(caught.value)
+    assert not (tiny_config.output_dir or Path()).exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optim": "adamw", "galore_rank": 4}, "galore_rank is for optim galore_…: leave it out"),
+        ({"optim": "paged_adamw", "galore_proj_type": "left"}, "galore_proj_type is for optim galore_…: leave it out"),
+        ({"optim": "adamw", "optim_memory": 0}, "optim_memory is for optim paged_…: leave it out"),
+        ({"optim": "adamw_8bit", "optim_offload_dir": "x"}, "optim_offload_dir is for optim paged_…: leave it out"),
+        ({"dpo_beta": 0.5}, "dpo_beta is for task dpo, and these rows are no pairs of answers: leave it out"),
+        ({"dpo_label_smoothing": 0.3}, "dpo_label_smoothing is for task dpo"),
+        ({"label_names": ["cat", "dog"]}, "label_names is for rows with labels, and these have none: leave it out"),
+    ],
+)
+def test_options_without_effect_are_refused(tiny_config: RunConfig, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        run(tiny_config.replace(**options))
     assert not (tiny_config.output_dir or Path()).exists()
 
 

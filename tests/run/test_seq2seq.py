@@ -105,6 +105,26 @@ def test_peft_loads_the_run(done: Path, config: RunConfig) -> None:
     assert greedy(theirs, "dab") == "dab"
 
 
+@pytest.mark.filterwarnings(
+    "ignore:Model has .tie_word_embeddings=True.:UserWarning"
+)  # PEFT's: both names are in the file
+@pytest.mark.parametrize("name", ["bart", "t5"])
+@pytest.mark.parametrize("module", ["lm_head", "shared", "layer_norm"])
+def test_peft_computes_with_whole_modules(name: str, module: str, config: RunConfig, tmp_path: Path) -> None:
+    """Tied embeddings too, whichever of their names was given; and the file is read again."""
+    base = write_base(name, tmp_path / "base")
+    few = config.replace(model=str(base), modules_to_save=[module], max_steps=2, output_dir=tmp_path / "run")
+    opened = target.open_target(target.find(str(run(few).path)))
+    ids = torch.tensor(opened.encoder.encode_whole("abcd"))
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForSeq2SeqLM.from_pretrained(base, dtype=torch.float32), tmp_path / "run"
+    ).eval()
+    decoder_ids = torch.cat([torch.tensor([opened.model.start]), ids[:-1]])
+    with torch.no_grad():
+        expected = theirs(input_ids=ids[None], decoder_input_ids=decoder_ids[None]).logits[0]
+    torch.testing.assert_close(opened.model.logits(ids), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_merged_folders_are_transformers_models(method: str, done: Path, config: RunConfig, tmp_path: Path) -> None:
     path = done if method == "lora" else run(config.replace(method=method, output_dir=tmp_path / "run")).path

@@ -223,6 +223,75 @@ def test_an_adapter_is_continued_with_its_own_classes(done: Path, config: RunCon
     assert json.loads((more.path / "labels.json").read_text())["label2id"] == {"cat": 0, "cow": 1, "dog": 2}
 
 
+@pytest.mark.parametrize(
+    ("labels", "label_names"),
+    [([36, 38, "M"], None), (["2", "no", "yes"], None), ([0, 1], ["1", "0"])],
+)
+def test_a_loaded_head_reads_the_rows_as_the_run_did(
+    labels: list[int | str], label_names: list[str] | None, model_folder: Path, tmp_path: Path
+) -> None:
+    """Words and integers mixed, and names that are integers themselves."""
+    data = [{"text": f"text {i}", "label": labels[i % len(labels)]} for i in range(30)]
+    config = hb.load_config(
+        model=str(model_folder), data=str(write_rows(tmp_path / "rows.jsonl", data)), task="classification",
+        method="lora", dtype="float32", lora_r=2, max_steps=1, eval_split=9, max_seq_length=32,
+        label_names=label_names, output_dir=tmp_path / "run",
+    )  # fmt: skip
+    result = run(config)
+    found = target.evaluate_target(target.find(str(result.path)))
+    assert isinstance(found, BaseAndTuned)
+    assert found.tuned.loss == pytest.approx(result.eval_loss, rel=1e-5)
+
+
+def test_label_names_of_a_head_that_has_its_own(done: Path, config: RunConfig, tmp_path: Path) -> None:
+    """Other words would be ignored; classes without names can be given some."""
+    more = config.replace(adapter_path=str(done), output_dir=tmp_path / "more", max_steps=1)
+    for names in (("dog", "cow", "cat"), ("a", "b", "c"), ("cat", "dog")):
+        with pytest.raises(UsageError, match=r"and the head in .* has the classes cat, cow, dog: leave it out"):
+            run(more.replace(label_names=names))
+        assert not (tmp_path / "more").exists()
+    target.merge_target(target.find(str(done)), tmp_path / "merged", MergeOptions())
+    with pytest.raises(UsageError, match="has the classes cat, cow, dog: leave it out"):
+        run(more.replace(adapter_path=None, model=str(tmp_path / "merged"), label_names=("a", "b", "c")))
+    run(more.replace(label_names=("cat", "cow", "dog")))
+    (tmp_path / "more" / "labels.json").unlink()
+    with pytest.raises(UsageError, match="has the classes LABEL_0, LABEL_1, LABEL_2: leave it out, or give each"):
+        hb.classify(tmp_path / "more", ["x"], label_names=("cat", "dog"))
+
+
+def test_a_continued_run_resumes_without_the_first_ones_folder(done: Path, config: RunConfig, tmp_path: Path) -> None:
+    """What it needs of that, the classes too, is in its own checkpoints."""
+    first = shutil.copytree(done, tmp_path / "first")
+    more = run(config.replace(adapter_path=str(first), output_dir=tmp_path / "more", max_steps=1)).path
+    shutil.rmtree(first)
+    assert resume(more, max_steps=2).result["step"] == 2
+    assert json.loads((more / "labels.json").read_text())["label2id"] == {"cat": 0, "cow": 1, "dog": 2}
+
+
+def test_a_head_that_nobody_trained_is_not_measured(model_folder: Path, config: RunConfig) -> None:
+    given = {"task": "classification", "dtype": "float32", "label_names": ("cat", "cow", "dog")}
+    found = target.rows_from(target.find(str(model_folder), **given), str(config.data))
+    with pytest.raises(UsageError, match="has no trained head to classify with: train one"):
+        target.evaluate_target(found)
+    with pytest.raises(UsageError, match="has no trained head to classify with: train one"):
+        hb.classify(model_folder, ["x"], **given)
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [
+        ("abc", "takes a list of texts, and this is one text: put it in a list"),
+        (["fine", ("ab", "cd")], r"text 2 is \('ab', 'cd'\): give a text, or for several in one row a \(name, text\)"),
+        ([3], "text 1 is 3: give a text"),
+        ([None], "text 1 is None: give a text"),
+        ([(("name", 3),)], "text 1 is .*: give a text"),
+    ],
+)
+def test_what_is_no_text_is_named(texts: Any, message: str, done: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        hb.classify(done, texts)
+
+
 def test_what_a_classifier_cannot_do(done: Path, tmp_path: Path) -> None:
     found = target.find(str(done))
     opened = target.open_target(found)

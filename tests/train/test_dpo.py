@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfbyte.adapters import LoraOptions, attach, disabled
+from halfbyte.adapters import LoraOptions, attach, disabled, saved_modules
 from halfbyte.batch import Batch
 from halfbyte.data.examples import Example
 from halfbyte.data.packing import collate, plan_micro_batches
@@ -250,6 +250,27 @@ def test_an_adapter_that_is_continued_is_its_own_reference(tmp_path: Path) -> No
     assert not torch.allclose(found.train, reference_of(model, examples), atol=1e-2)
     loss, count = PairedModel(model, found.train, DpoOptions()).train(False).loss(collate(examples))
     assert float(loss.detach()) / count == pytest.approx(math.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize("trained", ["norm", "magnitude"])
+def test_an_adapter_with_zero_factors_may_still_change_the_model(trained: str, tmp_path: Path) -> None:
+    model, examples = tiny.decoder(), pairs()
+    adapters = [segment.adapter for segment in segments(model).values() if segment.adapter is not None]
+    for adapter in adapters:
+        torch.nn.init.zeros_(adapter.lora_B)
+    if trained == "norm":
+        saved_modules.train(model, saved_modules.names_in(model, ["norm"]))
+        for name, tensor in model.named_parameters():
+            if tensor.requires_grad and "norm" in name:
+                tensor.data.mul_(2)
+    else:
+        for segment in segments(model).values():
+            if segment.adapter is not None:
+                segment.adapter.magnitude = torch.nn.Parameter(torch.full((segment.weight.shape[0],), 2.0))
+    found, _ = ask(tmp_path, model, examples, range(12))
+    loss, count = PairedModel(model, found.train, DpoOptions()).train(False).loss(collate(examples))
+    assert float(loss.detach()) / count == pytest.approx(math.log(2), rel=1e-5)
+    assert not torch.allclose(found.train, reference_of(model, examples), atol=1e-2)
 
 
 # ---------------------------------------------------------------- training

@@ -44,7 +44,9 @@ def peft_config(model: nn.Module, options: LoraOptions, base: str, revision: str
         # How PEFT reads the *base* weight when it merges (GPT-2's Conv1D); the factors have the same shapes either way.
         "fan_in_fan_out": bool(getattr(model, "transposed", ())),
         "modules_to_save": whole or None,
-        "ensure_weight_tying": saved_modules.is_tied(model),
+        # Both names hold the one tensor, so an encoder-decoder is right without; with it PEFT puts a head in the place
+        # of its shared embedding, and fails.
+        "ensure_weight_tying": saved_modules.is_tied(model) and getattr(model, "task", "") != "seq2seq",
         "trainable_token_indices": None,
         "target_parameters": None,
         "exclude_modules": None,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -226,7 +227,10 @@ def _recipe(
         raise UsageError(f"chat_template has no effect on this data ({why}): leave it out")
     template = resolve_template(options.chat_template, encoder, options.chat_template_date) if chats else None
     declared = options.label_names or next((part.label_names for part in parts if part.label_names), None)
-    labels = _labels(labelled, declared, encoder, options.task) if known is None else _known_labels(known)
+    if known is None:
+        labels = _labels(labelled, declared, encoder, options.task)
+    else:
+        labels = _known_labels(known, numbered=options.label_names is not None)
     if options.task == "classification":
         _require_known(held_out, labels)
     notes = []
@@ -271,10 +275,15 @@ def _require_known(parts: Sequence[Rows], labels: Sequence[LabelChoice]) -> None
                 )
 
 
-def _known_labels(words: Sequence[str]) -> tuple[LabelChoice, ...]:
-    """The classes of a trained head. Integers in the data are class numbers, unless the words are integers too."""
-    numbers = all(word.isdecimal() for word in words)
-    return tuple(LabelChoice(int(word) if numbers else index, word, ()) for index, word in enumerate(words))
+def _known_labels(words: Sequence[str], numbered: bool) -> tuple[LabelChoice, ...]:
+    """The classes of a trained head, as the rows that it was trained on named them.
+
+    Integers in the data are class numbers where label_names says so (`numbered`), or where no class is an integer.
+    """
+    integers = {word: int(word) for word in words if re.fullmatch(r"0|[1-9][0-9]*", word)}
+    if numbered or not integers:
+        return tuple(LabelChoice(index, word, ()) for index, word in enumerate(words))
+    return tuple(LabelChoice(integers.get(word, word), word, ()) for word in words)
 
 
 def _labels(

@@ -88,9 +88,11 @@ def classify(
     batch_tokens: int = 4096,
 ) -> list[Classified]:
     """The classes of texts, in their order. `max_tokens` and `instruction` as in training. UsageError for no text."""
+    if isinstance(texts, str):
+        raise UsageError("classify takes a list of texts, and this is one text: put it in a list")
     ids = []
     for number, text in enumerate(texts):
-        parts = (("text", text),) if isinstance(text, str) else tuple(text)
+        parts = _parts(text, number)
         found = encoder.wrap(encoder.encode(text_to_classify(parts, instruction)), max_tokens)
         if not found or not all(isinstance(part, str) and part.strip() for _, part in parts):
             raise UsageError(f"text {number + 1} is empty: there is nothing to classify")
@@ -103,6 +105,21 @@ def classify(
                 named = dict(zip(model.labels, shares, strict=True))
                 results[i] = Classified(max(named, key=named.__getitem__), named)
     return [results[i] for i in range(len(ids))]
+
+
+def _parts(text: Texts, number: int) -> tuple[tuple[str, str], ...]:
+    """The named texts of a row; a text alone is the only one. UsageError for anything else."""
+    if isinstance(text, str):
+        return (("text", text),)
+    if not isinstance(text, tuple | list) or not all(map(_is_named, text)):
+        raise UsageError(
+            f"text {number + 1} is {text!r:.60}: give a text, or for several in one row a (name, text) for each"
+        )
+    return tuple((name, part) for name, part in text)
+
+
+def _is_named(part: object) -> bool:
+    return isinstance(part, tuple | list) and len(part) == 2 and all(isinstance(value, str) for value in part)
 
 
 def _batch(ids: Sequence[Sequence[int]]) -> Batch:

@@ -174,8 +174,11 @@ def evaluate_preferences(
     options: DpoOptions,
     batch_tokens: int = 4096,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    reference: Tensor | None = None,
 ) -> BaseAndTuned:
-    """Base against tuned on pairs, the adapters switched off and on; the base is the reference.
+    """Base against tuned on pairs; the base is the reference.
+
+    reference  what it says, float64 [pairs, 2]; None: the model with its adapters switched off
 
     HalfbyteError for a log-probability that is not finite.
     """
@@ -191,9 +194,10 @@ def evaluate_preferences(
         with inference(model):
             return score_pairs(model, examples, batch_tokens, model.device, count)
 
-    with disabled(model):
-        base = score("base")
-    return preference_results(examples, score("tuned"), base.logprobs, options)
+    if reference is None:
+        with disabled(model):
+            reference = score("base").logprobs
+    return preference_results(examples, score("tuned"), reference, options)
 
 
 def preference_results(

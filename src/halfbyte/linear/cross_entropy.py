@@ -155,7 +155,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             weighted = None if grad_ND is None else (grad_ND.float() * dnll_N[:, None]).to(grad_ND.dtype)
             return weighted, None, None, None, None
         return (
-            None if grad_ND is None else grad_ND * scale.to(grad_ND.dtype),
+            None if grad_ND is None else grad_ND * float(scale),  # a tensor's scale would be rounded to grad_ND's type
             None if grad_VD is None else _scaled(grad_VD, scale, ctx.head_dtype),
             None,
             None,

@@ -1,6 +1,7 @@
 """Reading tensors from a model's files with pread (`halfbyte.rawfile`), one that was cut off named."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -31,10 +32,10 @@ class OpenFile:
             raise UsageError(f"{path} cannot be opened: {error.strerror}") from error
         self.size = os.fstat(self.fd).st_size
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone as the interpreter exits
         fd = getattr(self, "fd", -1)
         if fd >= 0:
-            os.close(fd)
+            close(fd)
             self.fd = -1
 
     def read(self, offset: int, nbytes: int) -> bytes:

@@ -21,7 +21,7 @@ from halfbyte.optim.moments import LOW_BITS, State, layout
 from halfbyte.optim.options import OptimOptions
 from halfbyte.optim.slots import Slot
 
-NOT_PROJECTED = ("model.embed_tokens.weight", "lm_head.weight")
+NOT_PROJECTED = ("model.embed_tokens.weight", "lm_head.weight", "score.weight")
 """Matrices of a model that are no linears of its layers."""
 
 

@@ -19,6 +19,7 @@ from halfbyte.data import Example, Prepared, prepare
 from halfbyte.data.builtin_templates import BUILTINS
 from halfbyte.data.options import DataOptions, DataSource, sources_of
 from halfbyte.errors import UsageError
+from halfbyte.evaluate.preference import DpoOptions
 from halfbyte.models.load import resolve_device, resolve_dtype
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.models.spec import ModelSpec
@@ -92,6 +93,16 @@ def survey(config: RunConfig, need_data: bool = True, adapter: Path | None = Non
     return Survey(config, source, spec, tokenizer, prepared, device, resolve_dtype(config.dtype, device))
 
 
+def identity(found: Survey) -> dict[str, str]:
+    """What must be the same for a resumed run to be the same run."""
+    assert found.prepared is not None
+    return {
+        "base model": found.source.fingerprint,
+        "data": found.prepared.fingerprint,
+        "chat template": found.prepared.template_hash,
+    }
+
+
 def absolute(config: RunConfig) -> RunConfig:
     """The config with absolute paths where they name something here, so that it means the same from any folder."""
     changes: dict[str, Any] = {}
@@ -100,6 +111,8 @@ def absolute(config: RunConfig) -> RunConfig:
         word = name == "chat_template" and (value == "auto" or value in BUILTINS)
         if value is not None and not word and Path(value).expanduser().exists():
             changes[name] = str(Path(value).expanduser().resolve())
+    if config.optim_offload_dir is not None:  # it is made where it is missing
+        changes["optim_offload_dir"] = config.optim_offload_dir.expanduser().resolve()
     for name in ("data", "eval_data"):
         sources = tuple(_absolute_source(source) for source in sources_of(getattr(config, name)))
         if sources:
@@ -115,6 +128,7 @@ def _absolute_source(source: DataSource) -> DataSource:
 
 def make(found: Survey, rates: Rates | None = None) -> Plan | None:
     """The plan; None for an architecture whose shapes only its own code knows (the run then goes without)."""
+    check_options(found)
     check_task(found)
     if found.spec is None:
         return None
@@ -122,6 +136,24 @@ def make(found: Survey, rates: Rates | None = None) -> Plan | None:
     return make_plan(
         found.spec, request(config, found), found.data, hardware, rates or measure(hardware), config.memory
     )
+
+
+def check_options(found: Survey) -> None:
+    """UsageError for options that were set and that this optimizer, or these rows, leave without effect."""
+    config, prepared = found.config, found.prepared
+    names = type(config).model_fields
+    idle: dict[str, str] = {}
+    if not config.galore:
+        idle |= {name: "optim galore_…" for name in names if name.startswith("galore_")}
+    if not config.paged:
+        idle |= dict.fromkeys(("optim_memory", "optim_offload_dir"), "optim paged_…")
+    if prepared is not None and not prepared.pairs:
+        idle |= dict.fromkeys(DpoOptions.model_fields, "task dpo, and these rows are no pairs of answers")
+    if prepared is not None and not prepared.labels:
+        idle["label_names"] = "rows with labels, and these have none"
+    for name, purpose in idle.items():
+        if getattr(config, name) != names[name].get_default(call_default_factory=True):
+            raise UsageError(f"{name} is for {purpose}: leave it out")
 
 
 def check_task(found: Survey) -> None:

@@ -8,6 +8,7 @@ tell `on_event`, first dictionaries of their own (prepared, planned, loaded), th
 `finished` with result.json's content.
 """
 
+import contextlib
 import importlib.util
 import json
 import time
@@ -42,7 +43,8 @@ from halfbyte.quant.options import QuantOptions
 from halfbyte.run import folder, outputs, planning, preference, tasks
 from halfbyte.run.config import RunConfig, to_yaml
 from halfbyte.run.planning import Survey
-from halfbyte.train.checkpoint import list_checkpoints, step_of
+from halfbyte.train.checkpoint import Damaged, list_checkpoints, step_of, verify
+from halfbyte.train.dpo import lacking, read_references, references
 from halfbyte.train.evaluation import evaluation_loss
 from halfbyte.train.feed import Feed
 from halfbyte.train.loop import train
@@ -118,7 +120,7 @@ def resume(path: Path, on_event: Listener = silent, max_steps: int | None = None
     elif (path / RESULT).is_file():
         return RunResult(path, config, folder.read_json(path / RESULT))
     config = config.replace(output_dir=path)
-    found = planning.survey(config)
+    found = planning.survey(config, adapter=_begun(path, config))
     tell_prepared(found, on_event)
     now = folder.record_of(found)
     folder.require_same(path, record, now)
@@ -193,8 +195,11 @@ def _train(directory: RunDirectory, config: RunConfig, record: Event, found: Sur
     started = clock()
     prepared = found.prepared
     assert prepared is not None
+    begun = _begun(directory.path, config)
+    if prepared.pairs and begun is not None:
+        _complete_reference(directory.path, config, found, on_event)
     loaded = load(config, found.source, tasks.head_of(config, prepared))
-    trainable, attached = make_trainable(loaded, config, _last_adapter(directory.path))
+    trainable, attached = make_trainable(loaded, config, begun)
     on_event(
         {
             "event": "loaded",
@@ -207,7 +212,7 @@ def _train(directory: RunDirectory, config: RunConfig, record: Event, found: Sur
         }
     )
     base = _base_of_full(directory.path, config, loaded, prepared)
-    plan = train_plan(config, loaded, trainable, prepared, identity(found))
+    plan = train_plan(config, loaded, trainable, prepared, planning.identity(found))
     model: Any = loaded.model
     reference: Tensor | None = None
     if prepared.pairs:
@@ -246,15 +251,14 @@ def make_trainable(
 ) -> tuple[dict[str, nn.Parameter], AttachReport]:
     """What the optimizer moves, by name: the adapters and `modules_to_save`, or under `full` every tensor.
 
-    begun  the adapter of a checkpoint of this run. Where initial values had shifted the base, the shift is taken from
-           this file: trained factors no longer say what it was
+    begun  the adapter of a checkpoint of this run, as `_begun` finds it. Where initial values had shifted the base,
+           the shift is taken from this file: trained factors no longer say what it was
     """
     model = loaded.model
     if config.method == "full":
         return _unfreeze(model, config)
     options, base = config.pick(LoraOptions), LinearBase(loaded, quant_of(config))
-    given = config.adapter_path
-    path = begun if begun is not None and (options.shifts_base or given is not None) else given
+    path = begun or config.adapter_path
     if path is None:
         attached = attach(model, options, config.seed, base)
     else:
@@ -274,20 +278,40 @@ def _unfreeze(model: nn.Module, config: RunConfig) -> tuple[dict[str, nn.Paramet
     return parameters, AttachReport((), count, count)
 
 
-def _last_adapter(run: Path) -> Path | None:
-    """The newest checkpoint of a run that has an adapter in it."""
-    found = (checkpoint for checkpoint in reversed(list_checkpoints(run)) if (checkpoint / ADAPTER_CONFIG).is_file())
-    return next(found, None)
+def _begun(run: Path, config: RunConfig) -> Path | None:
+    """The newest whole checkpoint of a run, where its adapter says what the base or the original adapter was.
+
+    None where nothing but the config is needed for that. A damaged checkpoint is passed over, as the loop will.
+    """
+    if config.method == "full" or not (config.pick(LoraOptions).shifts_base or config.adapter_path is not None):
+        return None
+    for checkpoint in reversed(list_checkpoints(run)):
+        with contextlib.suppress(Damaged):
+            verify(checkpoint)
+            if (checkpoint / ADAPTER_CONFIG).is_file():
+                return checkpoint
+    return None
 
 
-def identity(found: Survey) -> dict[str, str]:
-    """What must be the same for a resumed run to be the same run."""
-    assert found.prepared is not None
-    return {
-        "base model": found.source.fingerprint,
-        "data": found.prepared.fingerprint,
-        "chat template": found.prepared.template_hash,
-    }
+def _complete_reference(path: Path, config: RunConfig, found: Survey, on_event: Listener) -> None:
+    """Ask the model as the run began about the pairs that its reference lacks (more steps, a lost file).
+
+    The model that a resumed run goes on with has the last checkpoint's adapter, so this is another one, let go before
+    that is loaded. UsageError where the adapter that the run began with is gone.
+    """
+    prepared = found.prepared
+    assert prepared is not None
+    feed = feed_of(config, prepared)
+    _, steps = count_steps(len(prepared.train), feed.rows_per_update, config.pick(TrainOptions))
+    rows, same = feed.rows_of(steps), planning.identity(found)
+    if not any(lacking(read_references(path, same, prepared.train, prepared.eval), rows)):
+        return
+    began = load(config, found.source)
+    make_trainable(began, config)
+    references(
+        path, began.model, prepared.train, prepared.eval, rows, feed.max_tokens, same, torch.device(config.device),
+        on_event,
+    )  # fmt: skip
 
 
 def train_plan(

@@ -17,7 +17,7 @@ from torch import nn
 from halfbyte.adapters import disabled, load_adapter, read_adapter_config
 from halfbyte.adapters.heads import is_classifier
 from halfbyte.adapters.peft_io import CONFIG as ADAPTER_CONFIG
-from halfbyte.data import ChatTemplate, Encoder, render_prompt, resolve_template
+from halfbyte.data import ChatTemplate, Encoder, Example, render_prompt, resolve_template
 from halfbyte.errors import UsageError
 from halfbyte.evaluate.chat import ChatSession
 from halfbyte.evaluate.classify import Classified, Texts, classify, evaluate_classifier
@@ -31,8 +31,9 @@ from halfbyte.evaluate.evaluate import (
 )
 from halfbyte.evaluate.evaluate import against as pair
 from halfbyte.evaluate.generate import Generation, end_ids, generate_batch
-from halfbyte.evaluate.preference import DpoOptions, evaluate_preferences
+from halfbyte.evaluate.preference import DpoOptions, evaluate_preferences, score_pairs
 from halfbyte.evaluate.sampling import GenerateOptions
+from halfbyte.evaluate.session import inference
 from halfbyte.export.deltas import WeightedAdapter
 from halfbyte.export.merge import MergeOptions, MergeReport, merge
 from halfbyte.export.score import MAX_FALLBACK_TOKENS, MAX_TOKENS, HeldOut, choose_rows
@@ -47,6 +48,7 @@ from halfbyte.run import folder, planning, tasks
 from halfbyte.run.config import RunConfig, load_config
 from halfbyte.run.outputs import TEMPLATE
 from halfbyte.train.checkpoint import list_checkpoints
+from halfbyte.train.dpo import read_references
 from halfbyte.train.run_directory import CONFIG, RESULT
 
 
@@ -203,14 +205,15 @@ def evaluate_target(
         raise UsageError("no rows to evaluate on: give --data with a file")
     found = planning.survey(config, adapter=target.adapter)
     assert found.prepared is not None
+    if found.config.task == tasks.CLASSIFICATION:
+        tasks.require_trained_head(found.source, target.adapter)
+    options = options or EvaluateOptions()
+    pairs = found.prepared.eval[: options.max_rows]
+    if pairs and pairs[0].rejected is not None and target.adapter is not None and not options.metrics:
+        return _evaluate_pairs(target, found, pairs, options, on_progress)
     opened = open_target(target, found.source)
     if isinstance(opened.model, Classifier):
         return evaluate_classifier(opened.model, found.prepared.eval, options, on_progress)
-    options = options or EvaluateOptions()
-    pairs = found.prepared.eval[: options.max_rows]
-    if pairs and pairs[0].rejected is not None and opened.tuned and not options.metrics:
-        tell = on_progress or (lambda what, done, total: None)
-        return evaluate_preferences(opened.model, pairs, config.pick(DpoOptions), options.eval_batch_tokens, tell)
     rows, labels, stops = found.prepared.eval, found.prepared.labels, opened.end_ids | set(found.prepared.stop_ids)
 
     def measure(model: Any, both: bool) -> Any:
@@ -225,6 +228,26 @@ def evaluate_target(
         base = load_model(base_config.pick(ModelOptions).model_copy(update={"dtype": config.dtype}))
         return pair(measure(base.model, both=False), tuned)
     return measure(opened.model, both=opened.tuned)  # type: ignore[no-any-return]
+
+
+def _evaluate_pairs(
+    target: Target, found: planning.Survey, pairs: list[Example], options: EvaluateOptions, on_progress: Progress | None
+) -> BaseAndTuned:
+    """A tuned model on pairs, against the reference of its run: what the run kept of it, else as it was begun."""
+    prepared, tell, reference = found.prepared, on_progress or (lambda what, done, total: None), None
+    assert prepared is not None
+    if target.run is not None:
+        kept = read_references(target.run, planning.identity(found), prepared.train, prepared.eval).eval[: len(pairs)]
+        reference = None if kept.isnan().any() else kept
+    given = target.config.adapter_path
+    if reference is None and given is not None:
+        began = open_target(replace(target, adapter=Path(given)), found.source).model
+        with inference(began):
+            reference = score_pairs(began, pairs, options.eval_batch_tokens, began.device).logprobs
+        del began
+    opened = open_target(target, found.source)
+    dpo = target.config.pick(DpoOptions)
+    return evaluate_preferences(opened.model, pairs, dpo, options.eval_batch_tokens, tell, reference)
 
 
 def rows_from(target: Target, data: str | None) -> Target:
@@ -273,6 +296,7 @@ def classify_texts(opened: Opened, texts: Sequence[Texts]) -> list[Classified]:
     """The class of each text (or of each row of named texts). UsageError for a model that is no classifier."""
     if not isinstance(opened.model, Classifier):
         raise UsageError(f"{opened.target.config.model} is no classifier: train one with task: classification")
+    tasks.require_trained_head(opened.loaded.source, opened.target.adapter)
     config = opened.target.config
     return classify(opened.model, opened.encoder, texts, config.max_seq_length, config.system_prompt)
 

@@ -44,17 +44,32 @@ def known_labels(config: RunConfig, source: ModelSource, adapter: Path | None = 
         return None
     folder = adapter or (None if config.adapter_path is None else Path(config.adapter_path))
     if folder is None:
-        return head_of_file(source)
+        return _named(head_of_file(source), config.label_names, source.name)
     own = heads.read_labels(folder)
-    if own is not None:
+    if own is None:
+        # PEFT's own files do not say what the classes are called; the base may, and the user can.
+        head = heads.take_head(read_adapter_tensors(folder), read_adapter_config(folder), folder)
+        of_base, count = head_of_file(source), 0 if head is None else head.shape[0]
+        known = of_base is not None and len(of_base) == count and config.label_names is None
+        own = of_base if known else _unnamed(count) or None
+    return _named(own, config.label_names, folder)
+
+
+def _unnamed(count: int) -> tuple[str, ...]:
+    """What transformers calls classes that nobody named."""
+    return tuple(f"LABEL_{index}" for index in range(count))
+
+
+def _named(own: tuple[str, ...] | None, names: tuple[str, ...] | None, where: str | Path) -> tuple[str, ...] | None:
+    """A head's classes; `label_names` gives names to those that have none. UsageError where it says something else."""
+    if own is None or not names or names == own:
         return own
-    # PEFT's own files do not say what the classes are called; the base may, and the user can.
-    head = heads.take_head(read_adapter_tensors(folder), read_adapter_config(folder), folder)
-    count = 0 if head is None else head.shape[0]
-    for names in (config.label_names, head_of_file(source)):
-        if names is not None and len(names) == count:
-            return tuple(names)
-    return tuple(f"LABEL_{index}" for index in range(count)) or None
+    if len(names) == len(own) == len(set(names)) and own == _unnamed(len(own)):
+        return names
+    raise UsageError(
+        f"label_names is {', '.join(names)}, and the head in {where} has the classes {', '.join(own)}: leave it out"
+        + (", or give each of them its own name" if own == _unnamed(len(own)) else "")
+    )
 
 
 def require_an_end(config: RunConfig, tokenizer: Any) -> None:
@@ -84,6 +99,12 @@ def head_to_open(config: RunConfig, source: ModelSource, adapter: Path | None) -
     if not labels:
         raise UsageError(f"{source.name} has no head yet, and nothing says what its classes are: give label_names")
     return HeadOptions(tuple(labels), config.seed)
+
+
+def require_trained_head(source: ModelSource, adapter: Path | None) -> None:
+    """UsageError for a classifier whose head would be a new one: it says nothing before it is trained."""
+    if adapter is None and head_of_file(source) is None:
+        raise UsageError(f"{source.name} has no trained head to classify with: train one with task: classification")
 
 
 def require_language_model(config: RunConfig, what: str, seq2seq: bool = False) -> None:

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from halfbyte.adapters import disabled
+from halfbyte.adapters import disabled, saved_modules
 from halfbyte.batch import Batch
 from halfbyte.data import Example
 from halfbyte.evaluate.intervals import mean_interval
@@ -148,9 +148,8 @@ def references(
     identity  what the numbers depend on; a file of another base or other rows is not taken
     on_event  hears {"event": "reference", "pairs": to be asked about, "pairs_done"} as it goes
     """
-    known = _read(directory / REFERENCE, identity, (len(train), len(held_out)))
-    missing = [row for row in sorted(set(rows)) if bool(known.train[row].isnan().any())]
-    unseen = [row for row in range(len(held_out)) if bool(known.eval[row].isnan().any())]
+    known = read_references(directory, identity, train, held_out)
+    missing, unseen = lacking(known, rows)
     asked: Any = model
     total, done = len(missing) + len(unseen), 0
     if total == 0:
@@ -172,16 +171,25 @@ def references(
 
 
 def adds_something(model: nn.Module) -> bool:
-    """Whether some adapter is not, as a fresh one is, zero."""
-    adapters = (segment.adapter for segment in segments(model).values())
-    return any(adapter is not None and bool(adapter.lora_B.any()) for adapter in adapters)
+    """Whether some adapter is not, as a fresh one is, zero; what is trained whole or has magnitudes may be changed."""
+    adapters = [segment.adapter for segment in segments(model).values() if segment.adapter is not None]
+    changed = bool(saved_modules.names_of(model)) or any(adapter.magnitude is not None for adapter in adapters)
+    return changed or any(bool(adapter.lora_B.any()) for adapter in adapters)
 
 
-def _read(path: Path, identity: Mapping[str, str], sizes: tuple[int, int]) -> Reference:
-    """The file's tables; tables of NaN where there is none that fits."""
-    fresh = Reference(*(torch.full((size, 2), torch.nan, dtype=torch.float64) for size in sizes))
+def lacking(known: Reference, rows: Sequence[int]) -> tuple[list[int], list[int]]:
+    """(those of the training rows `rows`, the held-out rows) that the reference was not asked about."""
+    missing = [row for row in sorted(set(rows)) if bool(known.train[row].isnan().any())]
+    return missing, [row for row in range(len(known.eval)) if bool(known.eval[row].isnan().any())]
+
+
+def read_references(
+    directory: Path, identity: Mapping[str, str], train: Sequence[Example], held_out: Sequence[Example]
+) -> Reference:
+    """What a run's folder keeps of these rows; NaN throughout where it has no file, or one that does not fit."""
+    fresh = Reference(*(torch.full((len(rows), 2), torch.nan, dtype=torch.float64) for rows in (train, held_out)))
     try:
-        with safe_open(path, framework="pt") as file:
+        with safe_open(directory / REFERENCE, framework="pt") as file:
             if file.metadata() != dict(identity):
                 return fresh
             found = Reference(file.get_tensor("train"), file.get_tensor("eval"))
