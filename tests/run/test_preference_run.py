@@ -122,6 +122,7 @@ def test_more_steps_ask_the_model_as_the_run_began(
         changes = {"init_lora_weights": "loftq", "loftq_iter": 2, "method": "qlora"}
     if kind == "continued":
         first = pair_config.replace(data=str(data_file), eval_split=0, output_dir=tmp_path / "first", max_steps=3)
+        first = first.replace(dpo_beta=RunConfig.model_fields["dpo_beta"].default)
         changes = {"adapter_path": str(run(first).path)}
     straight = run(pair_config.replace(**changes, output_dir=tmp_path / "straight")).path
     run(pair_config.replace(**changes, max_steps=3))
