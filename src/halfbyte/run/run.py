@@ -26,6 +26,7 @@ from halfbyte.adapters import AttachReport, attach, load_adapter, read_options
 from halfbyte.adapters.lora import LoraOptions, report
 from halfbyte.adapters.peft_io import CONFIG as ADAPTER_CONFIG
 from halfbyte.data import Prepared, collate, plan_micro_batches
+from halfbyte.data.options import sources_of
 from halfbyte.errors import Interrupted, UsageError
 from halfbyte.evaluate.classify import evaluate_classifier
 from halfbyte.evaluate.evaluate import BaseAndTuned, EvaluateResult, against, evaluate, evaluate_base_and_tuned
@@ -81,8 +82,8 @@ def run(config: RunConfig, on_event: Listener = silent, overwrite: bool = False)
 
     overwrite   replace a run that is in the folder already; otherwise that is a UsageError
     """
-    if config.output_dir is not None and not overwrite and is_run(config.output_dir):
-        raise UsageError(existing(config.output_dir))
+    if config.output_dir is not None:
+        require_output(config, config.output_dir, overwrite)
     require_sinks(config.report_to)
     found = planning.survey(with_adapter(config))
     tell_prepared(found, on_event)
@@ -92,8 +93,7 @@ def run(config: RunConfig, on_event: Listener = silent, overwrite: bool = False)
     resolved = planning.resolve(found, plan)
     assert resolved.output_dir is not None
     require_weights(found, resolved)
-    if not overwrite and is_run(resolved.output_dir):
-        raise UsageError(existing(resolved.output_dir))
+    require_output(resolved, resolved.output_dir, overwrite)
     record = folder.record_of(found)
     on_event({"event": "planned", "config": resolved, "plan": plan, "record": record})
     with RunDirectory.create(resolved.output_dir, overwrite) as directory:
@@ -142,6 +142,22 @@ def require_weights(found: Survey, config: RunConfig) -> None:
     needed = config.init_lora_weights == "loftq" or config.pick(LoraOptions).shifts_base
     if needed and config.method == "qlora" and not config.requantize and found.source.prequantized_bytes():
         raise UsageError(own_blocks(found.source.name))
+
+
+def require_output(config: RunConfig, path: Path, overwrite: bool) -> None:
+    """UsageError where a run is in `path` already, or `overwrite` would delete there what this run reads."""
+    if not overwrite:
+        if is_run(path):
+            raise UsageError(existing(path))
+        return
+    named = {name: getattr(config, name) for name in ("model", "adapter_path", "chat_template")}
+    rows = {name: getattr(config, name) for name in ("data", "eval_data")}
+    inputs = [(name, value) for name, value in named.items() if value is not None]
+    inputs += [(name, source.path) for name, value in rows.items() for source in sources_of(value)]
+    for name, value in inputs:
+        given = Path(value).expanduser()
+        if given.exists() and given.resolve().is_relative_to(path.resolve()):
+            raise UsageError(f"--overwrite would delete {given}, which is this run's {name}: choose another output_dir")
 
 
 def existing(path: Path) -> str:
