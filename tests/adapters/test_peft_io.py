@@ -69,6 +69,12 @@ def test_bfloat16_files_are_half_as_large(tmp_path: Path) -> None:
         ({"modules_to_save": ["lm_head"]}, "'lm_head' in modules_to_save"),
         ({"use_qalora": True}, "QALoRA"),
         ({"r": 5}, "rank 16"),
+        ({"init_lora_weights": "pissa_niter_4"}, "for a base that PEFT changed"),
+        ({"init_lora_weights": "PiSSA"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "olora"}, "for a base that PEFT changed"),
+        ({"init_lora_weights": "corda"}, "for a base that PEFT changed"),
+        ({"init_lora_weights": "loftq"}, "for a base that PEFT changed"),
+        ({"init_lora_weights": "lora_ga"}, "for a base that PEFT changed"),
     ],
 )
 def test_what_we_cannot_compute_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -77,6 +83,14 @@ def test_what_we_cannot_compute_is_refused(tmp_path: Path, change: dict[str, Any
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UsageError, match=message):
         load_adapter(tiny(), tmp_path)
+
+
+@pytest.mark.parametrize("initial", [True, False, None, "gaussian", "orthogonal", "mica", "eva"])
+def test_initial_values_that_leave_the_base_alone(tmp_path: Path, initial: Any) -> None:
+    saved(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": initial}))
+    load_adapter(tiny(), tmp_path)
 
 
 def test_wrong_files_are_named(tmp_path: Path) -> None:

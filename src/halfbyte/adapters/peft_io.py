@@ -47,6 +47,9 @@ _REFUSED = {
     "use_bdlora": "block-diagonal LoRA",
 }
 
+# Initial values with which PEFT changes its base, and changes it again when it loads the adapter.
+_SHIFTING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -102,6 +105,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             raise UsageError(f"{path}: {key} is set, and halfbyte does not read {what} yet")
     if config.get("bias", "none") != "none":
         raise UsageError(f"{path}: bias is {config['bias']!r}; halfbyte reads adapters without trained biases")
+    initial = config.get("init_lora_weights")
+    if isinstance(initial, str) and initial.lower().startswith(_SHIFTING):
+        raise UsageError(
+            f"{path}: init_lora_weights is {initial!r}: the adapter is for a base that PEFT changed, so save it again as "
+            "plain LoRA, with save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+        )
     return config
 
 
