@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from halfbyte.adapters import LoraOptions, read_options
-from halfbyte.errors import UsageError
+from halfbyte.errors import HalfbyteError, Interrupted, UsageError
 from halfbyte.evaluate.evaluate import BaseAndTuned
 from halfbyte.export.deltas import WeightedAdapter, read_sum
 from halfbyte.export.gguf_adapter import write_gguf_adapter
@@ -137,12 +137,45 @@ def test_a_loaded_model_without_its_adapter_is_the_base(tiny_config: RunConfig) 
     [
         ({"modules_to_save": ["lm_haed"]}, "'lm_haed'; did you mean lm_head"),
         ({"modules_to_save": ["_proj"]}, "nothing is left for an adapter"),
+        ({"method": "loftq", "quant_pattern": {"*": "fp32"}}, "this base is not quantized"),
     ],
 )
 def test_refused_in_one_line(changes: dict[str, Any], message: str, tiny_config: RunConfig) -> None:
+    """And nothing is left in the way of the corrected command, found out however late."""
     with pytest.raises(UsageError, match=message) as caught:
         run(tiny_config.replace(**changes))
     assert "\n" not in str(caught.value)
+    assert tiny_config.output_dir is not None
+    assert not tiny_config.output_dir.exists()
+    tiny_config.output_dir.mkdir()
+    with pytest.raises(UsageError, match=message):
+        run(tiny_config.replace(**changes))
+    assert list(tiny_config.output_dir.iterdir()) == [], "a folder that was there stays"
+    assert run(tiny_config.replace(max_steps=1)).result["step"] == 1
+
+
+def test_a_run_that_began_is_kept_when_it_fails(tiny_config: RunConfig) -> None:
+    path = tiny_config.output_dir
+    assert path is not None
+
+    def remove_the_lock(event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            (path / "run.lock").unlink(missing_ok=True)
+
+    with pytest.raises(HalfbyteError, match="was removed or taken over"):
+        run(tiny_config, remove_the_lock)
+    assert (path / "run.yaml").is_file()
+
+
+def test_a_run_stopped_before_its_first_step_is_kept(tiny_config: RunConfig) -> None:
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "loaded":
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        run(tiny_config, stop)
+    assert tiny_config.output_dir is not None
+    assert resume(tiny_config.output_dir).result["step"] == tiny_config.max_steps
 
 
 @pytest.mark.parametrize(

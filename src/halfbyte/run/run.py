@@ -12,7 +12,8 @@ import importlib.util
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ from halfbyte.adapters.lora import LoraOptions, report
 from halfbyte.adapters.peft_io import CONFIG as ADAPTER_CONFIG
 from halfbyte.data import Prepared, collate, plan_micro_batches
 from halfbyte.data.options import sources_of
-from halfbyte.errors import Interrupted, UsageError
+from halfbyte.errors import HalfbyteError, Interrupted, UsageError
 from halfbyte.evaluate.classify import evaluate_classifier
 from halfbyte.evaluate.evaluate import BaseAndTuned, EvaluateResult, against, evaluate, evaluate_base_and_tuned
 from halfbyte.files import write_atomic
@@ -96,7 +97,7 @@ def run(config: RunConfig, on_event: Listener = silent, overwrite: bool = False)
     require_output(resolved, resolved.output_dir, overwrite)
     record = folder.record_of(found)
     on_event({"event": "planned", "config": resolved, "plan": plan, "record": record})
-    with RunDirectory.create(resolved.output_dir, overwrite) as directory:
+    with RunDirectory.create(resolved.output_dir, overwrite) as directory, _discarded_unless_begun(directory):
         write_atomic(directory.path / CONFIG, to_yaml(resolved, record))
         if plan is not None:
             write_atomic(directory.path / PLAN, json.dumps(plan.as_dict(), indent=2) + "\n")
@@ -193,6 +194,19 @@ def with_adapter(config: RunConfig) -> RunConfig:
 def tell_prepared(found: Survey, on_event: Listener) -> None:
     assert found.prepared is not None
     on_event({"event": "prepared", "audit": found.prepared.audit, "fingerprint": found.prepared.fingerprint})
+
+
+@contextmanager
+def _discarded_unless_begun(directory: RunDirectory) -> Iterator[None]:
+    """A new run that is refused before its first event leaves nothing: the corrected command works as it is."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except HalfbyteError:
+        if not directory.events.exists():
+            directory.discard()
+        raise
 
 
 def _interruptible(directory: RunDirectory, work: Callable[[], RunResult]) -> RunResult:
