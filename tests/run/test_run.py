@@ -180,7 +180,7 @@ def test_overwriting_never_deletes_what_the_run_reads(tiny_config: RunConfig, tm
         "chat_template": {"chat_template": str(path / "run.yaml")},
     }[name]
     before = snapshot(path)
-    with pytest.raises(UsageError, match="--overwrite would delete .*: choose another output_dir") as caught:
+    with pytest.raises(UsageError, match=r"--overwrite would delete .*: choose another output_dir") as caught:
         run(tiny_config.replace(**values, output_dir=tmp_path / "elsewhere" / ".." / "run"), overwrite=True)
     assert "\n" not in str(caught.value)
     assert snapshot(path) == before

@@ -105,8 +105,15 @@ class RunConfig(
         return options.model_validate({name: getattr(self, name) for name in options.model_fields})
 
     def replace(self, **changes: Any) -> "RunConfig":
-        """A copy with fields changed, validated again."""
-        return RunConfig.model_validate({**self.model_dump(), **methods.expand(changes)})
+        """A copy with fields changed, validated again. UsageError for what cannot be."""
+        try:
+            return RunConfig.model_validate({**self.model_dump(), **methods.expand(changes)})
+        except ValidationError as error:
+            raise UsageError(
+                _describe(error, {name: Entry(value, "argument") for name, value in changes.items()})
+            ) from None
+        except ValueError as error:  # a method that contradicts another change
+            raise UsageError(str(error)) from None
 
 
 COMPONENTS: dict[str, type[Options]] = {
