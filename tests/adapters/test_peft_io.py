@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from halfbyte.adapters import LoraOptions, adapter_state, attach, load_adapter, parameters, save_adapter
-from halfbyte.adapters.peft_io import lora_options, read_adapter_config
+from halfbyte.adapters.peft_io import lora_options, read_adapter_config, read_options
 from halfbyte.errors import UsageError
 from tests.adapters.models import tiny
 
@@ -51,6 +51,31 @@ def test_target_modules_are_short_names_where_those_are_enough(tmp_path: Path) -
     saved(tmp_path / "one", target_modules=["model.layers.1.self_attn.q_proj"])
     config = json.loads((tmp_path / "one/adapter_config.json").read_text())
     assert config["target_modules"] == ["model.layers.1.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize(
+    ("change", "targets"),
+    [
+        ({}, ["q_proj", "v_proj"]),
+        ({"target_modules": ["v_proj", "c_attn", "q_proj"]}, ["q_proj", "v_proj"]),
+        ({"target_modules": r".*\.[qv]_proj"}, r".*\.[qv]_proj"),
+        ({"target_modules": ["q_proj"]}, None),
+        ({"target_modules": "all-linear", "layers_to_transform": [0, 1]}, None),
+        ({"target_modules": None}, None),
+        ({"target_modules": [1, {}]}, None),
+    ],
+)
+def test_the_targets_of_a_file(tmp_path: Path, change: dict[str, Any], targets: Any) -> None:
+    """As its config says, where that is what the tensors are; else each by its name."""
+    saved(tmp_path, target_modules=["q_proj", "v_proj"])
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    found = read_options(tmp_path).target_modules
+    if targets is None:
+        assert len(found) == 4
+        assert found[0] == "model.layers.0.self_attn.q_proj"
+    else:
+        assert found == targets
 
 
 def test_bfloat16_files_are_half_as_large(tmp_path: Path) -> None:

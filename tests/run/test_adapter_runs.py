@@ -19,7 +19,9 @@ from halfbyte.export.gguf_adapter import write_gguf_adapter
 from halfbyte.export.merge import MergeOptions, read_deltas
 from halfbyte.models.source import open_source
 from halfbyte.run.config import RunConfig, load_config
+from halfbyte.run.continued import with_adapter
 from halfbyte.run.folder import read_config
+from halfbyte.run.planning import plan_of
 from halfbyte.run.run import resume, run
 from halfbyte.run.target import evaluate_target, find, load, merge_target
 from halfbyte.train.checkpoint import list_checkpoints
@@ -202,6 +204,43 @@ def test_an_adapters_values_are_not_drawn_again(tiny_config: RunConfig, tmp_path
         run(more.replace(init_lora_weights="pissa"))
     with pytest.raises(UsageError, match="use_dora is True"):
         run(more.replace(use_dora=True))
+
+
+def test_a_continued_adapter_keeps_its_own_shape(
+    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Targets, rank and dropout are the file's, in run.yaml and in the plan too; what contradicts them is refused."""
+    given = tiny_config.replace(method="lora", target_modules=["v_proj", "q_proj"], lora_dropout=0.25, max_steps=1)
+    first = run(given).path
+    base = {name: getattr(tiny_config, name) for name in ("model", "data", "dtype", "max_seq_length", "max_steps")}
+    base |= {"method": "lora", "output_dir": tmp_path / "more", "adapter_path": str(first)}
+    heard: list[dict[str, Any]] = []
+    done = run(load_config(**base), heard.append)
+    config, _ = read_config(done.path)
+    assert (config.target_modules, config.lora_r, config.lora_dropout) == (["q_proj", "v_proj"], 4, 0.25)
+    (attached,) = (event["trainable_parameters"] for event in heard if event["event"] == "loaded")
+    assert json.loads((done.path / "plan.json").read_text())["trainable_parameters"] == attached
+    assert plan_of(load_config(**base)).chosen.trainable == attached
+
+    for changes, message in (
+        ({"target_modules": ["down_proj"]}, r"target_modules is \['down_proj'\], and the adapter in .* has"),
+        ({"target_modules": "q_proj"}, "target_modules is 'q_proj'"),
+        ({"lora_r": 16}, "lora_r is 16, and the adapter in .* has 4"),
+        ({"lora_alpha": 32 * 2}, "lora_alpha is 64"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(load_config(**base, **changes), overwrite=True)
+    for same in ("v_proj, q_proj", ["q_proj", "v_proj"], "all-linear"):
+        assert with_adapter(load_config(**base, target_modules=same)).target_modules == ["q_proj", "v_proj"]
+    assert with_adapter(load_config(**base, lora_dropout=0.0)).lora_dropout == 0
+
+    monkeypatch.setenv("HOME", str(first.parent))
+    assert with_adapter(load_config(**base | {"adapter_path": "~/run"})).adapter_path == str(first)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "result.json"):
+        (first / name).unlink()
+    unfinished = with_adapter(load_config(**base))
+    assert unfinished.adapter_path == str(first / "checkpoint-1")
+    assert unfinished.lora_r == 4
 
 
 def test_what_a_gguf_adapter_cannot_say(tiny_config: RunConfig, tmp_path: Path) -> None:

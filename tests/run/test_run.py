@@ -278,7 +278,7 @@ def test_a_budget_that_nothing_fits_writes_nothing(tiny_config: RunConfig) -> No
         ({"data": None}, "no data: give --data"),
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"model": "./nowhere"}, "nowhere"),
-        ({"adapter_path": "./nowhere"}, "nowhere has no adapter_config.json"),
+        ({"adapter_path": "./nowhere"}, "nowhere has no adapter yet .no adapter_config.json"),
         ({"target_modules": ["q_porj"]}, "q_porj.*did you mean q_proj"),
         ({"eval_split": 60}, "eval_split: cannot hold out 60 of 60 rows"),
         ({"revision": "main"}, "revision 'main' is for Hub models"),

@@ -28,6 +28,7 @@ from halfbyte.plan.recommend import DataShape, Plan, Request, make_plan
 from halfbyte.quant.options import QuantOptions
 from halfbyte.run import tasks
 from halfbyte.run.config import RunConfig
+from halfbyte.run.continued import with_adapter
 from halfbyte.train.dpo import PREFERENCE_LEARNING_RATE
 from halfbyte.train.options import EFFECTIVE_BATCH, TrainOptions, batch_rows, count_steps
 
@@ -149,7 +150,7 @@ def asks_reference(found: Survey) -> bool:
 
 def plan_of(config: RunConfig) -> Plan:
     """The plan of a config, with or without data: `halfbyte plan` and `hb.plan`. Reads no weights."""
-    plan = make(survey(config, need_data=False))
+    plan = make(survey(with_adapter(config), need_data=False))
     if plan is None:
         raise UsageError(f"{config.model}: only the decoder's families can be planned; this architecture is another")
     return plan

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte import ops
-from halfbyte.adapters import AttachReport, attach, load_adapter, read_options
+from halfbyte.adapters import AttachReport, attach, load_adapter
 from halfbyte.adapters.lora import LoraOptions, report
 from halfbyte.adapters.peft_io import CONFIG as ADAPTER_CONFIG
 from halfbyte.data import Prepared, collate, plan_micro_batches
@@ -43,6 +43,7 @@ from halfbyte.plan.recommend import check_fits
 from halfbyte.quant.options import QuantOptions
 from halfbyte.run import folder, outputs, planning, preference, tasks
 from halfbyte.run.config import RunConfig, to_yaml
+from halfbyte.run.continued import with_adapter
 from halfbyte.run.planning import Survey
 from halfbyte.train.checkpoint import list_checkpoints, step_of
 from halfbyte.train.evaluation import evaluation_loss
@@ -166,29 +167,6 @@ def existing(path: Path) -> str:
         f"{path} already holds a run: continue it with `halfbyte resume {path}`, replace it with --overwrite, or "
         "choose another --output-dir"
     )
-
-
-def with_adapter(config: RunConfig) -> RunConfig:
-    """With `adapter_path`, the adapter's own shape is the run's: a rank that contradicts it would be ignored."""
-    if config.adapter_path is None:
-        return config
-    if config.method == "full":
-        raise UsageError("adapter_path continues an adapter, and method full has none: leave one out")
-    if config.init_lora_weights != "default" or config.loftq_iter != 1:
-        raise UsageError(
-            f"init_lora_weights is {config.init_lora_weights!r}, and the adapter in {config.adapter_path} has its "
-            "values already: leave it out"
-        )
-    options = read_options(Path(config.adapter_path))
-    shape = ("lora_r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
-    for name in shape:
-        asked, own = getattr(config, name), getattr(options, name)
-        if asked not in (LoraOptions.model_fields[name].get_default(call_default_factory=True), own):
-            raise UsageError(f"{name} is {asked!r}, and the adapter in {config.adapter_path} has {own!r}: leave it out")
-    own = {name: getattr(options, name) for name in shape}
-    if config.lora_dropout == LoraOptions.model_fields["lora_dropout"].default:
-        own["lora_dropout"] = options.lora_dropout
-    return config.replace(**own)
 
 
 def tell_prepared(found: Survey, on_event: Listener) -> None:

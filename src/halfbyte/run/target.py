@@ -45,6 +45,7 @@ from halfbyte.models.source import ModelSource, open_source
 from halfbyte.quant.options import QuantOptions
 from halfbyte.run import folder, planning, tasks
 from halfbyte.run.config import RunConfig, load_config, translate
+from halfbyte.run.continued import adapter_folder
 from halfbyte.run.outputs import TEMPLATE
 from halfbyte.run.yamlfile import Entry
 from halfbyte.train.checkpoint import list_checkpoints
@@ -132,7 +133,7 @@ def find(name: str, adapter: str | None = None, **changes: Any) -> Target:
             )
         config = load_config(model=str(base), method=changes.pop("method", "lora"), **changes)
         return Target(config, path, None, asked)
-    folder_of_adapter = _adapter_folder(Path(adapter).expanduser()) if adapter is not None else None
+    folder_of_adapter = adapter_folder(Path(adapter).expanduser()) if adapter is not None else None
     if folder_of_adapter is not None:
         changes = _task_of(folder_of_adapter, changes)
     config = load_config(model=name, method=changes.pop("method", "lora"), **changes)
@@ -175,15 +176,7 @@ def _of_run(path: Path, adapter: str | None, changes: dict[str, Any]) -> Target:
             raise UsageError(f"{path} is not finished, so it has no weights yet: `halfbyte resume {path}`")
         changes = {"model": str(path.resolve()), "revision": None} | changes
         return Target(config.replace(**changes), None, path, frozenset(changes))
-    return Target(config.replace(**changes), _adapter_folder(path), path, frozenset(changes))
-
-
-def _adapter_folder(path: Path) -> Path:
-    """A folder with PEFT's files: this one, or an unfinished run's last checkpoint."""
-    for candidate in (path, *reversed(list_checkpoints(path) if path.is_dir() else [])):
-        if (candidate / ADAPTER_CONFIG).is_file():
-            return candidate
-    raise UsageError(f"{path} has no adapter yet (no {ADAPTER_CONFIG}, and no checkpoint with one)")
+    return Target(config.replace(**changes), adapter_folder(path), path, frozenset(changes))
 
 
 def open_target(target: Target, source: ModelSource | None = None) -> Opened:
@@ -333,7 +326,7 @@ def merge_target(
     UsageError for a target without an adapter, and for adapters of different bases.
     """
     own = [] if target.adapter is None else [WeightedAdapter(target.adapter)]
-    summed = [*own, *(WeightedAdapter(_adapter_folder(one.folder), one.weight) for one in adapters)]
+    summed = [*own, *(WeightedAdapter(adapter_folder(one.folder), one.weight) for one in adapters)]
     if not summed:
         raise UsageError("there is nothing to merge: give a run or an adapter (a fully tuned run is a model already)")
     _require_one_base(summed)
