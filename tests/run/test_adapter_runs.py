@@ -140,6 +140,12 @@ def test_a_loaded_model_without_its_adapter_is_the_base(tiny_config: RunConfig) 
         ({"modules_to_save": ["lm_haed"]}, "'lm_haed'; did you mean lm_head"),
         ({"modules_to_save": ["_proj"]}, "nothing is left for an adapter"),
         ({"method": "loftq", "quant_pattern": {"*": "fp32"}}, "this base is not quantized"),
+        ({"rank_pattern": {"q_porj": 8}}, "rank_pattern: 'q_porj' matches no linear of the model; did you mean q_proj"),
+        ({"alpha_pattern": {r"layers\.9\..*": 8}}, "alpha_pattern: .* matches no linear"),
+        (
+            {"quant_pattern": {"q_porj": "bf16"}},
+            "quant_pattern: 'q_porj' matches no linear of the model; did you mean q",
+        ),
     ],
 )
 def test_refused_in_one_line(changes: dict[str, Any], message: str, tiny_config: RunConfig) -> None:
@@ -190,6 +196,8 @@ def test_a_run_stopped_before_its_first_step_is_kept(tiny_config: RunConfig) -> 
         ({"init_lora_weights": "pissa", "lora_r": 3000}, "at most 2048"),
         ({"modules_to_save": [""]}, "an empty module name"),
         ({"loftq_iter": 0}, "loftq_iter"),
+        ({"loftq_iter": 5}, "loftq_iter is for init_lora_weights loftq"),
+        ({"loftq_iter": 5, "init_lora_weights": "pissa"}, "loftq_iter is for init_lora_weights loftq"),
     ],
 )
 def test_options_that_contradict(values: dict[str, Any], message: str) -> None:
@@ -284,6 +292,8 @@ def test_a_damaged_shift_is_named(tiny_config: RunConfig) -> None:
         ({"init_lora_weights": "loftq", "method": "lora"}, "loftq starts from what quantization loses"),
         ({"use_dora": True, "method": "full"}, "use_dora is for adapters"),
         ({"modules_to_save": ["lm_head"], "method": "full"}, "modules_to_save is for adapters"),
+        ({"requantize": True, "method": "lora"}, "requantize is for method qlora"),
+        ({"quant_pattern": {"q_proj": "bf16"}, "method": "full"}, "quant_pattern is for method qlora"),
     ],
 )
 def test_methods_that_would_ignore_an_option(values: dict[str, Any], message: str) -> None:

@@ -120,6 +120,14 @@ def test_an_adapter_is_put_on_the_base_that_it_was_trained_on(tiny_config: RunCo
         target.find(tiny_config.model, adapter=str(done), adapter_path=str(tmp_path))
 
 
+def test_a_quantized_run_opens_in_16_bits(tiny_config: RunConfig) -> None:
+    """What said how to quantize the base then has nothing to say."""
+    done = run(tiny_config.replace(method="qlora", quant_pattern={"down_proj": "bf16"}, max_steps=1)).path
+    assert target.find(str(done), method="lora").quant is None
+    with pytest.raises(UsageError, match="requantize is for method qlora"):
+        target.find(str(done), method="lora", requantize=True)
+
+
 def test_an_unfinished_run_is_read_from_its_last_checkpoint(tiny_config: RunConfig) -> None:
     with pytest.raises(Interrupted):
         run(tiny_config.replace(save_steps=2), Events(interrupt_at=2))

@@ -43,7 +43,7 @@ def with_adapter(config: RunConfig) -> RunConfig:
     if config.method == "full":
         raise UsageError("adapter_path continues an adapter, and method full has none: leave one out")
     folder = adapter_folder(Path(config.adapter_path).expanduser())
-    if config.init_lora_weights != "default" or config.loftq_iter != 1:
+    if config.init_lora_weights != "default":
         raise UsageError(
             f"init_lora_weights is {config.init_lora_weights!r}, and the adapter in {folder} has its values already: "
             "leave it out"

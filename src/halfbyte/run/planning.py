@@ -19,7 +19,7 @@ from halfbyte.data import Example, Prepared, prepare
 from halfbyte.data.builtin_templates import BUILTINS
 from halfbyte.data.options import DataOptions, DataSource, sources_of
 from halfbyte.errors import UsageError
-from halfbyte.models.load import resolve_device, resolve_dtype
+from halfbyte.models.load import check_pattern, resolve_device, resolve_dtype
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.models.spec import ModelSpec
 from halfbyte.optim.options import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, OptimOptions
@@ -120,6 +120,10 @@ def make(found: Survey, rates: Rates | None = None) -> Plan | None:
     if found.spec is None:
         return None
     config, hardware = found.config, detect()
+    if config.method in ("auto", "qlora"):
+        check_pattern(config.pick(QuantOptions), found.spec)
+    if config.adapter_path is None and config.method != "full":
+        config.pick(LoraOptions).require_linears(linear.name for linear in found.spec.linears())
     return make_plan(
         found.spec, request(config, found), found.data, hardware, rates or measure(hardware), config.memory
     )

@@ -44,7 +44,7 @@ from halfbyte.models.shifted_source import LinearBase
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.quant.options import QuantOptions
 from halfbyte.run import folder, planning, tasks
-from halfbyte.run.config import RunConfig, load_config, translate
+from halfbyte.run.config import QUANTIZED_ALONE, RunConfig, load_config, translate
 from halfbyte.run.continued import adapter_folder
 from halfbyte.run.outputs import TEMPLATE
 from halfbyte.run.yamlfile import Entry
@@ -124,7 +124,7 @@ def find(name: str, adapter: str | None = None, **changes: Any) -> Target:
         around = _run_around(path)
         if around is not None:
             config, _ = folder.read_config(around)
-            return Target(config.replace(**changes), path, around, asked)
+            return Target(_changed(config, changes), path, around, asked)
         base = changes.pop("model", None) or read_adapter_config(path).get("base_model_name_or_path")
         changes = _task_of(path, changes)
         if not base:
@@ -139,6 +139,15 @@ def find(name: str, adapter: str | None = None, **changes: Any) -> Target:
     config = load_config(model=name, method=changes.pop("method", "lora"), **changes)
     target = Target(config, folder_of_adapter, None, asked)
     return target if folder_of_adapter is None else _held_as_trained(target, folder_of_adapter)
+
+
+def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    """A run's config with the user's changes. Where the base is to be in 16 bits, how it was quantized is left out."""
+    if changes.get("method") in ("lora", "full"):
+        changes = {
+            name: RunConfig.model_fields[name].get_default(call_default_factory=True) for name in QUANTIZED_ALONE
+        } | changes
+    return config.replace(**changes)
 
 
 def _run_around(adapter: Path) -> Path | None:
@@ -176,7 +185,7 @@ def _of_run(path: Path, adapter: str | None, changes: dict[str, Any]) -> Target:
             raise UsageError(f"{path} is not finished, so it has no weights yet: `halfbyte resume {path}`")
         changes = {"model": str(path.resolve()), "revision": None} | changes
         return Target(config.replace(**changes), None, path, frozenset(changes))
-    return Target(config.replace(**changes), adapter_folder(path), path, frozenset(changes))
+    return Target(_changed(config, changes), adapter_folder(path), path, frozenset(changes))
 
 
 def open_target(target: Target, source: ModelSource | None = None) -> Opened:
