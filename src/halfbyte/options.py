@@ -4,7 +4,9 @@ A component declares its options once, beside its code; `run.RunConfig` inherits
 is flat, and the command line derives its flags from the fields. Frozen, so that a run is a value.
 """
 
+import difflib
 import re
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
@@ -14,6 +16,13 @@ class Options(BaseModel):
     """Frozen fields, unknown keys refused. Give every field a `description`: it is the flag's help text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+def nearest(wanted: str, names: Iterable[str]) -> str:
+    """The end of a message about a module that a model has not: the name that was meant, or all that there are."""
+    leaves = sorted({name.rsplit(".", 1)[-1] for name in names})
+    near = difflib.get_close_matches(wanted.rsplit(".", 1)[-1], leaves, 1)
+    return f"did you mean {near[0]}?" if near else f"the model has {', '.join(leaves)}"
 
 
 _UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12}

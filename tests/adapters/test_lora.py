@@ -98,6 +98,13 @@ def test_scaling_and_patterns() -> None:
     assert LoraOptions(lora_r=16, lora_alpha=8, use_rslora=True).scaling_of("x") == 2
 
 
+@pytest.mark.parametrize("option", ["rank_pattern", "alpha_pattern"])
+def test_patterns_that_match_nothing_are_named(option: str) -> None:
+    attach(tiny(), LoraOptions(**{option: {"mlp.down_proj": 4, r".*layers\.1\..*": 2}}))
+    with pytest.raises(UsageError, match=f"{option}: 'q_porj' matches no linear of the model; did you mean q_proj"):
+        attach(tiny(), LoraOptions(**{option: {"q_proj": 4, "q_porj": 4}}))
+
+
 def test_disabled_is_the_base_inside_the_block_only() -> None:
     model = tiny()
     ids = torch.arange(10)

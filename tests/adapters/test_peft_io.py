@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from halfbyte.adapters import LoraOptions, adapter_state, attach, load_adapter, parameters, save_adapter
-from halfbyte.adapters.peft_io import lora_options, read_adapter_config
+from halfbyte.adapters.peft_io import lora_options, read_adapter_config, read_options
 from halfbyte.errors import UsageError
 from tests.adapters.models import tiny
 
@@ -53,6 +53,31 @@ def test_target_modules_are_short_names_where_those_are_enough(tmp_path: Path) -
     assert config["target_modules"] == ["model.layers.1.self_attn.q_proj"]
 
 
+@pytest.mark.parametrize(
+    ("change", "targets"),
+    [
+        ({}, ["q_proj", "v_proj"]),
+        ({"target_modules": ["v_proj", "c_attn", "q_proj"]}, ["q_proj", "v_proj"]),
+        ({"target_modules": r".*\.[qv]_proj"}, r".*\.[qv]_proj"),
+        ({"target_modules": ["q_proj"]}, None),
+        ({"target_modules": "all-linear", "layers_to_transform": [0, 1]}, None),
+        ({"target_modules": None}, None),
+        ({"target_modules": [1, {}]}, None),
+    ],
+)
+def test_the_targets_of_a_file(tmp_path: Path, change: dict[str, Any], targets: Any) -> None:
+    """As its config says, where that is what the tensors are; else each by its name."""
+    saved(tmp_path, target_modules=["q_proj", "v_proj"])
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    found = read_options(tmp_path).target_modules
+    if targets is None:
+        assert len(found) == 4
+        assert found[0] == "model.layers.0.self_attn.q_proj"
+    else:
+        assert found == targets
+
+
 def test_bfloat16_files_are_half_as_large(tmp_path: Path) -> None:
     saved(tmp_path, adapter_dtype="bfloat16")
     assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.bfloat16}
@@ -69,6 +94,12 @@ def test_bfloat16_files_are_half_as_large(tmp_path: Path) -> None:
         ({"modules_to_save": ["lm_head"]}, "'lm_head' in modules_to_save"),
         ({"use_qalora": True}, "QALoRA"),
         ({"r": 5}, "rank 16"),
+        ({"init_lora_weights": "pissa_niter_4"}, "for a base that PEFT changed"),
+        ({"init_lora_weights": "PiSSA"}, "path_initial_model_for_weight_conversion"),
+        ({"init_lora_weights": "olora"}, "for a base that PEFT changed"),
+        ({"init_lora_weights": "corda"}, "for a base that PEFT changed"),
+        ({"init_lora_weights": "loftq"}, "for a base that PEFT changed"),
+        ({"init_lora_weights": "lora_ga"}, "for a base that PEFT changed"),
     ],
 )
 def test_what_we_cannot_compute_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
@@ -77,6 +108,14 @@ def test_what_we_cannot_compute_is_refused(tmp_path: Path, change: dict[str, Any
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UsageError, match=message):
         load_adapter(tiny(), tmp_path)
+
+
+@pytest.mark.parametrize("initial", [True, False, None, "gaussian", "orthogonal", "mica", "eva"])
+def test_initial_values_that_leave_the_base_alone(tmp_path: Path, initial: Any) -> None:
+    saved(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"init_lora_weights": initial}))
+    load_adapter(tiny(), tmp_path)
 
 
 def test_wrong_files_are_named(tmp_path: Path) -> None:

@@ -320,6 +320,14 @@ def test_wrong_shape_is_named(tmp_path: Path) -> None:
         Fallback.build(open_source(str(tmp_path)))
 
 
+def test_a_pattern_that_matches_nothing_is_named(tmp_path: Path) -> None:
+    write_model("OPTConfig", ARCHITECTURES["opt"][1], tmp_path)
+    source = open_source(str(tmp_path))
+    Fallback.build(source, QuantOptions(quant_pattern={"fc1": "bf16", "lm_head": "bf16"}))
+    with pytest.raises(UsageError, match="quant_pattern: 'fc3' matches no linear of the model; did you mean fc"):
+        Fallback.build(source, QuantOptions(quant_pattern={"fc3": "bf16"}))
+
+
 def test_unknown_architecture(tmp_path: Path) -> None:
     write_model("OPTConfig", ARCHITECTURES["opt"][1], tmp_path)
     path = tmp_path / "config.json"

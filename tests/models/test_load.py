@@ -100,7 +100,7 @@ def test_an_opened_source_is_not_opened_again(folder: Path) -> None:
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "e2m1", "int4", "int8"])
 def test_what_is_quantized_and_with_what(quant_type: Any, folder: Path) -> None:
     options = QuantOptions(
-        quant_type=quant_type, blocksize=32, quant_pattern={"down_proj": "bf16", "layers.1.*": "int8"}
+        quant_type=quant_type, blocksize=32, quant_pattern={"down_proj": "bf16", "*.layers.1.*": "int8"}
     )
     loaded = load(folder, options)
     state = load_file(folder / "model.safetensors")

@@ -12,14 +12,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from halfbyte.adapters import LoraOptions, read_options
-from halfbyte.errors import UsageError
+from halfbyte.errors import HalfbyteError, Interrupted, UsageError
 from halfbyte.evaluate.evaluate import BaseAndTuned
 from halfbyte.export.deltas import WeightedAdapter, read_sum
 from halfbyte.export.gguf_adapter import write_gguf_adapter
 from halfbyte.export.merge import MergeOptions, read_deltas
 from halfbyte.models.source import open_source
 from halfbyte.run.config import RunConfig, load_config
+from halfbyte.run.continued import with_adapter
 from halfbyte.run.folder import read_config
+from halfbyte.run.planning import plan_of
 from halfbyte.run.run import resume, run
 from halfbyte.run.target import evaluate_target, find, load, merge_target
 from halfbyte.train.checkpoint import list_checkpoints
@@ -163,12 +165,51 @@ def test_a_loaded_model_without_its_adapter_is_the_base(tiny_config: RunConfig) 
     [
         ({"modules_to_save": ["lm_haed"]}, "'lm_haed'; did you mean lm_head"),
         ({"modules_to_save": ["_proj"]}, "nothing is left for an adapter"),
+        ({"method": "loftq", "quant_pattern": {"*": "fp32"}}, "this base is not quantized"),
+        ({"rank_pattern": {"q_porj": 8}}, "rank_pattern: 'q_porj' matches no linear of the model; did you mean q_proj"),
+        ({"alpha_pattern": {r"layers\.9\..*": 8}}, "alpha_pattern: .* matches no linear"),
+        (
+            {"quant_pattern": {"q_porj": "bf16"}},
+            "quant_pattern: 'q_porj' matches no linear of the model; did you mean q",
+        ),
     ],
 )
 def test_refused_in_one_line(changes: dict[str, Any], message: str, tiny_config: RunConfig) -> None:
+    """And nothing is left in the way of the corrected command, found out however late."""
     with pytest.raises(UsageError, match=message) as caught:
         run(tiny_config.replace(**changes))
     assert "\n" not in str(caught.value)
+    assert tiny_config.output_dir is not None
+    assert not tiny_config.output_dir.exists()
+    tiny_config.output_dir.mkdir()
+    with pytest.raises(UsageError, match=message):
+        run(tiny_config.replace(**changes))
+    assert list(tiny_config.output_dir.iterdir()) == [], "a folder that was there stays"
+    assert run(tiny_config.replace(max_steps=1)).result["step"] == 1
+
+
+def test_a_run_that_began_is_kept_when_it_fails(tiny_config: RunConfig) -> None:
+    path = tiny_config.output_dir
+    assert path is not None
+
+    def remove_the_lock(event: dict[str, Any]) -> None:
+        if event["event"] == "step":
+            (path / "run.lock").unlink(missing_ok=True)
+
+    with pytest.raises(HalfbyteError, match="was removed or taken over"):
+        run(tiny_config, remove_the_lock)
+    assert (path / "run.yaml").is_file()
+
+
+def test_a_run_stopped_before_its_first_step_is_kept(tiny_config: RunConfig) -> None:
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "loaded":
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        run(tiny_config, stop)
+    assert tiny_config.output_dir is not None
+    assert resume(tiny_config.output_dir).result["step"] == tiny_config.max_steps
 
 
 @pytest.mark.parametrize(
@@ -181,6 +222,8 @@ def test_refused_in_one_line(changes: dict[str, Any], message: str, tiny_config:
         ({"init_lora_weights": "pissa", "lora_r": 3000}, "at most 2048"),
         ({"modules_to_save": [""]}, "an empty module name"),
         ({"loftq_iter": 0}, "loftq_iter"),
+        ({"loftq_iter": 5}, "loftq_iter is for init_lora_weights loftq"),
+        ({"loftq_iter": 5, "init_lora_weights": "pissa"}, "loftq_iter is for init_lora_weights loftq"),
     ],
 )
 def test_options_that_contradict(values: dict[str, Any], message: str) -> None:
@@ -195,6 +238,43 @@ def test_an_adapters_values_are_not_drawn_again(tiny_config: RunConfig, tmp_path
         run(more.replace(init_lora_weights="pissa"))
     with pytest.raises(UsageError, match="use_dora is True"):
         run(more.replace(use_dora=True))
+
+
+def test_a_continued_adapter_keeps_its_own_shape(
+    tiny_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Targets, rank and dropout are the file's, in run.yaml and in the plan too; what contradicts them is refused."""
+    given = tiny_config.replace(method="lora", target_modules=["v_proj", "q_proj"], lora_dropout=0.25, max_steps=1)
+    first = run(given).path
+    base = {name: getattr(tiny_config, name) for name in ("model", "data", "dtype", "max_seq_length", "max_steps")}
+    base |= {"method": "lora", "output_dir": tmp_path / "more", "adapter_path": str(first)}
+    heard: list[dict[str, Any]] = []
+    done = run(load_config(**base), heard.append)
+    config, _ = read_config(done.path)
+    assert (config.target_modules, config.lora_r, config.lora_dropout) == (["q_proj", "v_proj"], 4, 0.25)
+    (attached,) = (event["trainable_parameters"] for event in heard if event["event"] == "loaded")
+    assert json.loads((done.path / "plan.json").read_text())["trainable_parameters"] == attached
+    assert plan_of(load_config(**base)).chosen.trainable == attached
+
+    for changes, message in (
+        ({"target_modules": ["down_proj"]}, r"target_modules is \['down_proj'\], and the adapter in .* has"),
+        ({"target_modules": "q_proj"}, "target_modules is 'q_proj'"),
+        ({"lora_r": 16}, "lora_r is 16, and the adapter in .* has 4"),
+        ({"lora_alpha": 32 * 2}, "lora_alpha is 64"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            run(load_config(**base, **changes), overwrite=True)
+    for same in ("v_proj, q_proj", ["q_proj", "v_proj"], "all-linear"):
+        assert with_adapter(load_config(**base, target_modules=same)).target_modules == ["q_proj", "v_proj"]
+    assert with_adapter(load_config(**base, lora_dropout=0.0)).lora_dropout == 0
+
+    monkeypatch.setenv("HOME", str(first.parent))
+    assert with_adapter(load_config(**base | {"adapter_path": "~/run"})).adapter_path == str(first)
+    for name in ("adapter_config.json", "adapter_model.safetensors", "result.json"):
+        (first / name).unlink()
+    unfinished = with_adapter(load_config(**base))
+    assert unfinished.adapter_path == str(first / "checkpoint-1")
+    assert unfinished.lora_r == 4
 
 
 def test_what_a_gguf_adapter_cannot_say(tiny_config: RunConfig, tmp_path: Path) -> None:
@@ -238,6 +318,8 @@ def test_a_damaged_shift_is_named(tiny_config: RunConfig) -> None:
         ({"init_lora_weights": "loftq", "method": "lora"}, "loftq starts from what quantization loses"),
         ({"use_dora": True, "method": "full"}, "use_dora is for adapters"),
         ({"modules_to_save": ["lm_head"], "method": "full"}, "modules_to_save is for adapters"),
+        ({"requantize": True, "method": "lora"}, "requantize is for method qlora"),
+        ({"quant_pattern": {"q_proj": "bf16"}, "method": "full"}, "quant_pattern is for method qlora"),
     ],
 )
 def test_methods_that_would_ignore_an_option(values: dict[str, Any], message: str) -> None:

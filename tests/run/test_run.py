@@ -176,6 +176,28 @@ def test_starting_over_an_existing_run(tiny_config: RunConfig) -> None:
     assert len(list_checkpoints(second.path)) <= 2
 
 
+@pytest.mark.parametrize("name", ["adapter_path", "checkpoint", "model", "data", "eval_data", "chat_template"])
+def test_overwriting_never_deletes_what_the_run_reads(tiny_config: RunConfig, tmp_path: Path, name: str) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    write_rows(path / "rows.jsonl", rows(20))
+    (path / "run.yaml").write_text("method: lora")
+    (path / "checkpoint-2").mkdir()
+    values: dict[str, Any] = {
+        "adapter_path": {"adapter_path": str(path)},
+        "checkpoint": {"adapter_path": str(path / "checkpoint-2")},
+        "model": {"model": str(path)},
+        "data": {"data": [{"path": str(path / "rows.jsonl"), "weight": 2.0}]},
+        "eval_data": {"eval_data": str(path / "rows.jsonl")},
+        "chat_template": {"chat_template": str(path / "run.yaml")},
+    }[name]
+    before = snapshot(path)
+    with pytest.raises(UsageError, match=r"--overwrite would delete .*: choose another output_dir") as caught:
+        run(tiny_config.replace(**values, output_dir=tmp_path / "elsewhere" / ".." / "run"), overwrite=True)
+    assert "\n" not in str(caught.value)
+    assert snapshot(path) == before
+
+
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_the_other_methods(tiny_config: RunConfig, method: str) -> None:
     result = run(tiny_config.replace(method=method, learning_rate=5e-3)).result
@@ -269,7 +291,7 @@ def test_a_budget_that_nothing_fits_writes_nothing(tiny_config: RunConfig) -> No
         ({"data": None}, "no data: give --data"),
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"model": "./nowhere"}, "nowhere"),
-        ({"adapter_path": "./nowhere"}, "nowhere has no adapter_config.json"),
+        ({"adapter_path": "./nowhere"}, "nowhere has no adapter yet .no adapter_config.json"),
         ({"target_modules": ["q_porj"]}, "q_porj.*did you mean q_proj"),
         ({"eval_split": 60}, "eval_split: cannot hold out 60 of 60 rows"),
         ({"revision": "main"}, "revision 'main' is for Hub models"),

@@ -66,6 +66,68 @@ def test_an_adapters_folder_is_a_target_with_its_own_base(done: Path, tmp_path: 
     assert torch.equal(ids(quantized), ids(run_model))
 
 
+def test_what_cannot_be_changed_is_told_in_one_line(done: Path) -> None:
+    for changes, message in (
+        ({"dtype": "foo"}, "dtype input should be .*, not 'foo'"),
+        ({"quant_type": "nf5"}, "quant_type input should be .*, not 'nf5'"),
+        ({"lorar": 3}, "lorar is not a key that halfbyte knows: did you mean lora_r"),
+        ({"method": "galore", "optim": "adamw"}, "galore means optim: galore_adamw"),
+        ({"method": "full", "use_dora": True}, "use_dora is for adapters"),
+    ):
+        with pytest.raises(UsageError, match=message) as caught:
+            target.find(str(done), **changes)
+        assert "\n" not in str(caught.value)
+    assert target.find(str(done), torch_dtype="bf16").config.dtype == "bfloat16"
+
+
+def test_a_config_says_what_it_cannot_become(tiny_config: RunConfig) -> None:
+    with pytest.raises(UsageError, match="lora_r input should be greater than or equal to 1, not 0"):
+        tiny_config.replace(lora_r=0)
+    with pytest.raises(UsageError, match="dora means use_dora: true, and use_dora is false"):
+        tiny_config.replace(method="dora", use_dora=False)
+
+
+def test_an_adapter_is_put_on_the_base_that_it_was_trained_on(tiny_config: RunConfig, tmp_path: Path) -> None:
+    """A checkpoint of a run, and an adapter given with its model, are held as the run was: in its 4 bits."""
+    done = run(tiny_config.replace(method="qlora", quant_type="int8", blocksize=128, save_steps=2, max_steps=4)).path
+    whole: Any = target.load(str(done))
+    middle = target.find(str(done / "checkpoint-2"))
+    assert (middle.adapter, middle.run) == (done / "checkpoint-2", done)
+    assert middle.config == target.find(str(done)).config
+    last: Any = target.load(str(done / "checkpoint-4"))
+    assert torch.equal(ids(last), ids(whole))
+    report = target.merge_target(middle, tmp_path / "a", MergeOptions(rows=2, answer_tokens=2, max_kl=10))
+    assert report.scores is not None
+
+    for folder_of in (done, done / "checkpoint-4"):
+        named: Any = target.load(tiny_config.model, adapter=str(folder_of), dtype="float32")
+        assert torch.equal(ids(named), ids(whole))
+    also: Any = target.load(tiny_config.model, adapter_path=str(done), torch_dtype="float32")
+    assert torch.equal(ids(also), ids(whole))
+    bare = target.find(tiny_config.model, dtype="float32")
+    report = target.merge_target(bare, tmp_path / "b", MergeOptions(), adapters=[WeightedAdapter(done)])
+    assert "in int8 in blocks of 128" in report.base
+    assert "give --data" in report.not_scored
+
+    assert target.find(tiny_config.model, adapter=str(done), method="lora").quant is None
+    quant = target.find(tiny_config.model, adapter=str(done), quant_type="nf4").quant
+    assert quant is not None
+    assert (quant.quant_type, quant.blocksize) == ("nf4", 128)
+    asked = target.find(tiny_config.model, method="lora", dtype="float32")
+    report = target.merge_target(asked, tmp_path / "c", MergeOptions(), adapters=[WeightedAdapter(done)])
+    assert report.base.endswith("as trained")
+    with pytest.raises(UsageError, match="give one of them"):
+        target.find(tiny_config.model, adapter=str(done), adapter_path=str(tmp_path))
+
+
+def test_a_quantized_run_opens_in_16_bits(tiny_config: RunConfig) -> None:
+    """What said how to quantize the base then has nothing to say."""
+    done = run(tiny_config.replace(method="qlora", quant_pattern={"down_proj": "bf16"}, max_steps=1)).path
+    assert target.find(str(done), method="lora").quant is None
+    with pytest.raises(UsageError, match="requantize is for method qlora"):
+        target.find(str(done), method="lora", requantize=True)
+
+
 def test_an_unfinished_run_is_read_from_its_last_checkpoint(tiny_config: RunConfig) -> None:
     with pytest.raises(Interrupted):
         run(tiny_config.replace(save_steps=2), Events(interrupt_at=2))

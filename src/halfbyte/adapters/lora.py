@@ -4,7 +4,6 @@ Knows a segment's name and shape and nothing of its weight's format: initial val
 `Base` for it. Names and meaning of the options are PEFT's (0.21), so that a user's habits and files carry over.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,7 @@ from halfbyte.adapters.options import ALL_LINEAR
 from halfbyte.adapters.options import LoraOptions as LoraOptions
 from halfbyte.errors import UsageError
 from halfbyte.linear import LoraAdapter, Segment, segments
+from halfbyte.options import nearest
 from halfbyte.quant import Weight
 
 
@@ -71,12 +71,9 @@ def target_names(available: list[str], targets: str | list[str]) -> list[str]:
             raise UsageError(f"target_modules: {targets!r} matches no linear of the model (such as {available[0]})")
         return chosen
     wanted = [t.strip() for t in targets.split(",")] if isinstance(targets, str) else list(targets)
-    leaves = sorted({name.rsplit(".", 1)[-1] for name in available})
     for target in wanted:
         if not any(name == target or name.endswith("." + target) for name in available):
-            near = difflib.get_close_matches(target, leaves, 1)
-            hint = f"did you mean {near[0]}?" if near else f"the model has {', '.join(leaves)}"
-            raise UsageError(f"target_modules: the model has no linear named {target!r}; {hint}")
+            raise UsageError(f"target_modules: the model has no linear named {target!r}; {nearest(target, available)}")
     return [n for n in available if any(n == t or n.endswith("." + t) for t in wanted)]
 
 
@@ -87,6 +84,7 @@ def attach(model: nn.Module, options: LoraOptions, seed: int = 42, base: Base | 
     base   needed by PiSSA and LoftQ: gives the weights before quantization, and rebuilds what the model holds
     """
     found = segments(model)
+    options.require_linears(found)
     whole = saved_modules.names_in(model, heads.without_head(model, options.modules_to_save))
     names = [n for n in target_names(list(found), options.target_modules) if n not in whole]
     if not names:

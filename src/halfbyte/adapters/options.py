@@ -2,13 +2,14 @@
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
 
-from halfbyte.options import Options
+from halfbyte.errors import UsageError
+from halfbyte.options import Options, nearest
 
 ALL_LINEAR = "all-linear"
 _PISSA = re.compile(r"pissa(?:_niter_([1-9][0-9]?))?")
@@ -88,6 +89,14 @@ class LoraOptions(Options):
         rank = self.rank_of(name)
         return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
 
+    def require_linears(self, names: Iterable[str]) -> None:
+        """UsageError for a key of the patterns that matches none of these linears."""
+        names = list(names)
+        for option in ("rank_pattern", "alpha_pattern"):
+            for key in getattr(self, option):
+                if not any(_is_meant(key, name) for name in names):
+                    raise UsageError(f"{option}: {key!r} matches no linear of the model; {nearest(key, names)}")
+
     @property
     def pissa_iterations(self) -> int | None:
         """N of pissa_niter_N; None for the exact decomposition."""
@@ -108,6 +117,8 @@ class LoraOptions(Options):
 
     @model_validator(mode="after")
     def _expressible(self) -> Self:
+        if self.loftq_iter != 1 and self.init_lora_weights != "loftq":
+            raise ValueError("loftq_iter is for init_lora_weights loftq: set that, or leave loftq_iter out")
         if self.use_dora and self.shifts_base:
             what = "pissa" if self.init_lora_weights != "loftq" else "loftq with loftq_iter above 1"
             raise ValueError(
@@ -121,8 +132,13 @@ class LoraOptions(Options):
 
 
 def _pattern(patterns: Mapping[str, float], name: str, default: float) -> float:
-    """PEFT's rule: the first key that matches the name or its end after a dot."""
+    """The first key that matches."""
     for key, value in patterns.items():
-        if re.match(rf"(.*\.)?({key})$", name):
+        if _is_meant(key, name):
             return value
     return default
+
+
+def _is_meant(key: str, name: str) -> bool:
+    """PEFT's rule: a key matches the name or its end after a dot."""
+    return re.match(rf"(.*\.)?({key})$", name) is not None

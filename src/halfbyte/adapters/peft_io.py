@@ -9,6 +9,7 @@ the unchanged base, [A; A_s] and [B, -B_s], as PEFT's own conversion makes it. T
 the weights file's metadata, under SHIFT.
 """
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,8 +24,8 @@ from torch import Tensor, nn
 
 from halfbyte.adapters import heads, saved_modules
 from halfbyte.adapters.initial import Initial, Shift
-from halfbyte.adapters.lora import Base, freeze, put, short_targets
-from halfbyte.adapters.options import LoraOptions
+from halfbyte.adapters.lora import Base, freeze, put, short_targets, target_names
+from halfbyte.adapters.options import ALL_LINEAR, LoraOptions
 from halfbyte.errors import UsageError
 from halfbyte.linear import segments
 from halfbyte.quant import DenseWeight
@@ -46,6 +47,9 @@ _REFUSED = {
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
 }
+
+# Initial values with which PEFT changes its base, and changes it again when it loads the adapter.
+_SHIFTING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,12 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             raise UsageError(f"{path}: {key} is set, and halfbyte does not read {what} yet")
     if config.get("bias", "none") != "none":
         raise UsageError(f"{path}: bias is {config['bias']!r}; halfbyte reads adapters without trained biases")
+    initial = config.get("init_lora_weights")
+    if isinstance(initial, str) and initial.lower().startswith(_SHIFTING):
+        raise UsageError(
+            f"{path}: init_lora_weights is {initial!r}: the adapter is for a base that PEFT changed, so save it again "
+            "as plain LoRA, with save_pretrained(…, path_initial_model_for_weight_conversion=…)"
+        )
     return config
 
 
@@ -138,8 +148,32 @@ def _options(values: Mapping[str, Any], where: str) -> LoraOptions:
 
 def read_options(folder: Path) -> LoraOptions:
     """The options of a PEFT folder's adapter as it is trained: a shift's half of the rank is not counted."""
-    options = lora_options(read_adapter_config(folder))
-    return _unshifted(folder, options) or options
+    config = read_adapter_config(folder)
+    in_file = lora_options(config)
+    options = _unshifted(folder, in_file) or in_file
+    return options.model_copy(update={"target_modules": _targets(folder, config)})
+
+
+def _targets(folder: Path, config: Mapping[str, Any]) -> str | list[str]:
+    """Which linears the adapter is on: the config's patterns where they say it, else the linears' full names.
+
+    PEFT takes patterns that match nothing, and leaves out layers and modules by further keys.
+    """
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            keys = file.keys()
+    except (OSError, SafetensorError):
+        return ALL_LINEAR  # who reads the tensors says what is wrong with the file
+    names = sorted(key.removeprefix(PREFIX).removesuffix(A_KEY) for key in keys if key.endswith(A_KEY))
+    wanted = config.get("target_modules")
+    if isinstance(wanted, list):
+        wanted = sorted({str(one) for one in wanted if any(f".{name}".endswith(f".{one}") for name in names)})
+    narrowed = any(config.get(key) for key in ("exclude_modules", "layers_to_transform"))
+    if names and isinstance(wanted, str | list) and not narrowed:
+        with contextlib.suppress(UsageError):
+            if target_names(names, wanted) == names:
+                return wanted
+    return names
 
 
 def _unshifted(folder: Path, options: LoraOptions) -> LoraOptions | None:

@@ -72,6 +72,8 @@ class Held(nn.Module):
         cls._prepare(model)
         linears = linears_of(model)
         coverage = coverage_of(model, linears)
+        if quant is not None:
+            quant.require_modules(linears, [name for name, _ in model.named_modules()])
         if quant is not None and coverage.share < min_share:
             raise UsageError(
                 f"{source.name}: only {coverage}. Fused experts and other matrices that are not linear layers would "

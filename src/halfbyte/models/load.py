@@ -99,6 +99,8 @@ def build_decoder(
 ) -> Decoder:
     """The decoder with this source's weights. Shapes are checked against the config before a weight is read."""
     check_tensors(source, spec)
+    if quant is not None:
+        check_pattern(quant, spec)
 
     def tensor(name: str) -> Tensor:
         # Norms and biases keep the file's type: they are small, and rounding them is not the base that was asked for.
@@ -113,6 +115,12 @@ def build_decoder(
         return made
 
     return Decoder.build(spec, weight, tensor, dtype)
+
+
+def check_pattern(quant: QuantOptions, spec: ModelSpec) -> None:
+    """UsageError for a key of `quant_pattern` that is no module of this model."""
+    others = {name.rsplit(".", 1)[0] for name, _ in spec.tensors()} | {"lm_head"}
+    quant.require_modules([linear.name for linear in spec.linears()], others)
 
 
 def check_tensors(source: ModelSource, spec: ModelSpec) -> None:

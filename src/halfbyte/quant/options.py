@@ -1,15 +1,17 @@
 """The options of quantization: the formats, and which weight takes which."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Literal
 
 from pydantic import Field, field_validator
 
-from halfbyte.options import Options
+from halfbyte.errors import UsageError
+from halfbyte.options import Options, nearest
 
 QuantType = Literal["nf4", "fp4", "e2m1", "int4", "int8"]
 Format = Literal["nf4", "fp4", "e2m1", "int4", "int8", "bf16", "fp16", "fp32"]
+UNQUANTIZED = ("bf16", "fp16", "fp32")
 Blocksize = Literal[32, 64, 128, 256, 512, 1024, 2048, 4096]
 
 
@@ -47,6 +49,25 @@ class QuantOptions(Options):
         the whole name (`model.layers.[01].*`).
         """
         for key, chosen in self.quant_pattern.items():
-            if module == key or module.endswith(f".{key}") or fnmatchcase(module, key):
+            if _is_meant(key, module):
                 return chosen
         return self.quant_type
+
+    def require_modules(self, linears: Iterable[str], others: Iterable[str]) -> None:
+        """UsageError for a key of `quant_pattern` that matches none of the model's linears.
+
+        others  its modules that are never quantized: a key may say so of them
+        """
+        names = list(linears)
+        unquantized = [*names, *others]
+        for key, chosen in self.quant_pattern.items():
+            known = unquantized if chosen in UNQUANTIZED else names
+            if not any(_is_meant(key, name) for name in known):
+                hint = f"did you mean *.{key}?" if any(fnmatchcase(name, f"*.{key}") for name in names) else None
+                raise UsageError(
+                    f"quant_pattern: {key!r} matches no linear of the model; {hint or nearest(key, names)}"
+                )
+
+
+def _is_meant(key: str, module: str) -> bool:
+    return module == key or module.endswith(f".{key}") or fnmatchcase(module, key)

@@ -63,6 +63,9 @@ class RunOptions(Options):
 ADAPTERS_ALONE = ("use_dora", "init_lora_weights", "modules_to_save", "loraplus_lr_ratio")
 """Fields that full fine-tuning would ignore; shapes (`lora_r`, …) may stand in a file that several methods share."""
 
+QUANTIZED_ALONE = ("requantize", "quant_pattern")
+"""Fields that a base in 16 bits would ignore; off by default."""
+
 
 class RunConfig(
     ModelOptions, DataOptions, QuantOptions, LoraOptions, OptimOptions, DpoOptions, TrainOptions, RunOptions
@@ -93,6 +96,12 @@ class RunConfig(
                 raise ValueError(f"{name} is for adapters, and method full has none: leave it out")
         if self.method == "lora" and self.init_lora_weights == "loftq":
             raise ValueError("loftq starts from what quantization loses, and method lora does not quantize: take loftq")
+        for name in QUANTIZED_ALONE:
+            if self.method in ("lora", "full") and getattr(self, name):
+                raise ValueError(
+                    f"{name} is for method qlora, and method {self.method} does not quantize: set method: qlora, or "
+                    f"leave {name} out"
+                )
         if self.by_layer and (self.gradient_accumulation_steps or 1) > 1:
             raise ValueError(
                 "gradient_accumulation_steps must be 1 with per_layer_updates (on with optim: galore_…): gradients are "
@@ -105,8 +114,15 @@ class RunConfig(
         return options.model_validate({name: getattr(self, name) for name in options.model_fields})
 
     def replace(self, **changes: Any) -> "RunConfig":
-        """A copy with fields changed, validated again."""
-        return RunConfig.model_validate({**self.model_dump(), **methods.expand(changes)})
+        """A copy with fields changed, validated again. UsageError for what cannot be."""
+        try:
+            return RunConfig.model_validate({**self.model_dump(), **methods.expand(changes)})
+        except ValidationError as error:
+            raise UsageError(
+                _describe(error, {name: Entry(value, "argument") for name, value in changes.items()})
+            ) from None
+        except ValueError as error:  # a method that contradicts another change
+            raise UsageError(str(error)) from None
 
 
 COMPONENTS: dict[str, type[Options]] = {

@@ -87,7 +87,11 @@ def read_config(path: Path) -> tuple[RunConfig, dict[str, Any]]:
     if not isinstance(record, dict):
         raise UsageError(f"{path / CONFIG} has no {RECORD_KEY}: it is a config, not a run's own file")
     config = build(translate(entries))
-    if record.get("schema_version", 1) < 2 and record.get("base_model", {}).get("kind") == "gguf":
+    if (
+        config.method == "qlora"
+        and record.get("schema_version", 1) < 2
+        and record.get("base_model", {}).get("kind") == "gguf"
+    ):
         config = config.replace(requantize=True)  # what it was trained on
     return config, record
 

@@ -20,7 +20,7 @@ from halfbyte.data.builtin_templates import BUILTINS
 from halfbyte.data.options import DataOptions, DataSource, sources_of
 from halfbyte.errors import UsageError
 from halfbyte.evaluate.preference import DpoOptions
-from halfbyte.models.load import resolve_device, resolve_dtype
+from halfbyte.models.load import check_pattern, resolve_device, resolve_dtype
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.models.spec import ModelSpec
 from halfbyte.optim.options import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, OptimOptions
@@ -29,6 +29,7 @@ from halfbyte.plan.recommend import DataShape, Plan, Request, make_plan
 from halfbyte.quant.options import QuantOptions
 from halfbyte.run import tasks
 from halfbyte.run.config import RunConfig
+from halfbyte.run.continued import with_adapter
 from halfbyte.train.dpo import PREFERENCE_LEARNING_RATE
 from halfbyte.train.options import EFFECTIVE_BATCH, TrainOptions, batch_rows, count_steps
 
@@ -133,6 +134,10 @@ def make(found: Survey, rates: Rates | None = None) -> Plan | None:
     if found.spec is None:
         return None
     config, hardware = found.config, detect()
+    if config.method in ("auto", "qlora"):
+        check_pattern(config.pick(QuantOptions), found.spec)
+    if config.adapter_path is None and config.method != "full":
+        config.pick(LoraOptions).require_linears(linear.name for linear in found.spec.linears())
     return make_plan(
         found.spec, request(config, found), found.data, hardware, rates or measure(hardware), config.memory
     )
@@ -181,7 +186,7 @@ def asks_reference(found: Survey) -> bool:
 
 def plan_of(config: RunConfig) -> Plan:
     """The plan of a config, with or without data: `halfbyte plan` and `hb.plan`. Reads no weights."""
-    plan = make(survey(config, need_data=False))
+    plan = make(survey(with_adapter(config), need_data=False))
     if plan is None:
         raise UsageError(f"{config.model}: only the decoder's families can be planned; this architecture is another")
     return plan

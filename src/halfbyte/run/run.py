@@ -13,7 +13,8 @@ import importlib.util
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,11 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte import ops
-from halfbyte.adapters import AttachReport, attach, load_adapter, read_options
+from halfbyte.adapters import AttachReport, attach, load_adapter
 from halfbyte.adapters.lora import LoraOptions, report
 from halfbyte.adapters.peft_io import CONFIG as ADAPTER_CONFIG
 from halfbyte.data import Prepared, collate, plan_micro_batches
-from halfbyte.errors import Interrupted, UsageError
+from halfbyte.data.options import sources_of
+from halfbyte.errors import HalfbyteError, Interrupted, UsageError
 from halfbyte.evaluate.classify import evaluate_classifier
 from halfbyte.evaluate.evaluate import BaseAndTuned, EvaluateResult, against, evaluate, evaluate_base_and_tuned
 from halfbyte.files import write_atomic
@@ -42,6 +44,7 @@ from halfbyte.plan.recommend import check_fits
 from halfbyte.quant.options import QuantOptions
 from halfbyte.run import folder, outputs, planning, preference, tasks
 from halfbyte.run.config import RunConfig, to_yaml
+from halfbyte.run.continued import with_adapter
 from halfbyte.run.planning import Survey
 from halfbyte.train.checkpoint import Damaged, list_checkpoints, step_of, verify
 from halfbyte.train.dpo import lacking, read_references, references
@@ -83,8 +86,8 @@ def run(config: RunConfig, on_event: Listener = silent, overwrite: bool = False)
 
     overwrite   replace a run that is in the folder already; otherwise that is a UsageError
     """
-    if config.output_dir is not None and not overwrite and is_run(config.output_dir):
-        raise UsageError(existing(config.output_dir))
+    if config.output_dir is not None:
+        require_output(config, config.output_dir, overwrite)
     require_sinks(config.report_to)
     found = planning.survey(with_adapter(config))
     tell_prepared(found, on_event)
@@ -94,11 +97,10 @@ def run(config: RunConfig, on_event: Listener = silent, overwrite: bool = False)
     resolved = planning.resolve(found, plan)
     assert resolved.output_dir is not None
     require_weights(found, resolved)
-    if not overwrite and is_run(resolved.output_dir):
-        raise UsageError(existing(resolved.output_dir))
+    require_output(resolved, resolved.output_dir, overwrite)
     record = folder.record_of(found)
     on_event({"event": "planned", "config": resolved, "plan": plan, "record": record})
-    with RunDirectory.create(resolved.output_dir, overwrite) as directory:
+    with RunDirectory.create(resolved.output_dir, overwrite) as directory, _discarded_unless_begun(directory):
         write_atomic(directory.path / CONFIG, to_yaml(resolved, record))
         if plan is not None:
             write_atomic(directory.path / PLAN, json.dumps(plan.as_dict(), indent=2) + "\n")
@@ -146,6 +148,22 @@ def require_weights(found: Survey, config: RunConfig) -> None:
         raise UsageError(own_blocks(found.source.name))
 
 
+def require_output(config: RunConfig, path: Path, overwrite: bool) -> None:
+    """UsageError where a run is in `path` already, or `overwrite` would delete there what this run reads."""
+    if not overwrite:
+        if is_run(path):
+            raise UsageError(existing(path))
+        return
+    named = {name: getattr(config, name) for name in ("model", "adapter_path", "chat_template")}
+    rows = {name: getattr(config, name) for name in ("data", "eval_data")}
+    inputs = [(name, value) for name, value in named.items() if value is not None]
+    inputs += [(name, source.path) for name, value in rows.items() for source in sources_of(value)]
+    for name, value in inputs:
+        given = Path(value).expanduser()
+        if given.exists() and given.resolve().is_relative_to(path.resolve()):
+            raise UsageError(f"--overwrite would delete {given}, which is this run's {name}: choose another output_dir")
+
+
 def existing(path: Path) -> str:
     return (
         f"{path} already holds a run: continue it with `halfbyte resume {path}`, replace it with --overwrite, or "
@@ -153,32 +171,22 @@ def existing(path: Path) -> str:
     )
 
 
-def with_adapter(config: RunConfig) -> RunConfig:
-    """With `adapter_path`, the adapter's own shape is the run's: a rank that contradicts it would be ignored."""
-    if config.adapter_path is None:
-        return config
-    if config.method == "full":
-        raise UsageError("adapter_path continues an adapter, and method full has none: leave one out")
-    if config.init_lora_weights != "default" or config.loftq_iter != 1:
-        raise UsageError(
-            f"init_lora_weights is {config.init_lora_weights!r}, and the adapter in {config.adapter_path} has its "
-            "values already: leave it out"
-        )
-    options = read_options(Path(config.adapter_path))
-    shape = ("lora_r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save")
-    for name in shape:
-        asked, own = getattr(config, name), getattr(options, name)
-        if asked not in (LoraOptions.model_fields[name].get_default(call_default_factory=True), own):
-            raise UsageError(f"{name} is {asked!r}, and the adapter in {config.adapter_path} has {own!r}: leave it out")
-    own = {name: getattr(options, name) for name in shape}
-    if config.lora_dropout == LoraOptions.model_fields["lora_dropout"].default:
-        own["lora_dropout"] = options.lora_dropout
-    return config.replace(**own)
-
-
 def tell_prepared(found: Survey, on_event: Listener) -> None:
     assert found.prepared is not None
     on_event({"event": "prepared", "audit": found.prepared.audit, "fingerprint": found.prepared.fingerprint})
+
+
+@contextmanager
+def _discarded_unless_begun(directory: RunDirectory) -> Iterator[None]:
+    """A new run that is refused before its first event leaves nothing: the corrected command works as it is."""
+    try:
+        yield
+    except Interrupted:
+        raise
+    except HalfbyteError:
+        if not directory.events.exists():
+            directory.discard()
+        raise
 
 
 def _interruptible(directory: RunDirectory, work: Callable[[], RunResult]) -> RunResult:

@@ -45,8 +45,10 @@ from halfbyte.models.shifted_source import LinearBase
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.quant.options import QuantOptions
 from halfbyte.run import folder, planning, tasks
-from halfbyte.run.config import RunConfig, load_config
+from halfbyte.run.config import QUANTIZED_ALONE, RunConfig, load_config, translate
+from halfbyte.run.continued import adapter_folder
 from halfbyte.run.outputs import TEMPLATE
+from halfbyte.run.yamlfile import Entry
 from halfbyte.train.checkpoint import list_checkpoints
 from halfbyte.train.dpo import read_references
 from halfbyte.train.run_directory import CONFIG, RESULT
@@ -56,9 +58,10 @@ from halfbyte.train.run_directory import CONFIG, RESULT
 class Target:
     """Where a model is, before anything is loaded.
 
-    config    how to load the base (its method decides whether it is quantized) and the rows
-    adapter   a PEFT folder to put on it, or None
-    run       the run's folder, or None
+        config    how to load the base (its method decides whether it is quantized) and the rows
+        adapter   a PEFT folder to put on it, or None
+        run       the run's folder, or None
+    asked     fields of the config that the user gave
 
     UsageError for an adapter with method full.
     """
@@ -66,6 +69,7 @@ class Target:
     config: RunConfig
     adapter: Path | None
     run: Path | None
+    asked: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if self.adapter is not None and self.config.method == "full":
@@ -112,25 +116,69 @@ class Opened:
 
 
 def find(name: str, adapter: str | None = None, **changes: Any) -> Target:
-    """Tell what `name` is. `changes` are config fields that the user gave (dtype, device, method, …)."""
+    """Tell what `name` is. `changes` are config fields that the user gave (dtype, device, method, …), in any spelling
+    that a config may have; `adapter_path` among them is the adapter."""
     path = Path(name).expanduser()
+    entries = translate({key: Entry(value, "argument") for key, value in changes.items()})
+    changes = {key: entry.value for key, entry in entries.items()}
+    asked = frozenset(changes)
+    also = changes.pop("adapter_path", None)
+    if None not in (also, adapter) and also != adapter:
+        raise UsageError(f"adapter_path is {also}, and the adapter {adapter}: give one of them")
+    adapter = adapter or also
     if (path / CONFIG).is_file():
         return _of_run(path, adapter, changes)
     if (path / ADAPTER_CONFIG).is_file():
         if adapter is not None:
             raise UsageError(f"{name} is an adapter itself: give the base model and --adapter, or only the adapter")
+        around = _run_around(path)
+        if around is not None:
+            config, _ = folder.read_config(around)
+            return Target(_changed(config, changes), path, around, asked)
         base = changes.pop("model", None) or read_adapter_config(path).get("base_model_name_or_path")
         changes = _task_of(path, changes)
         if not base:
             raise UsageError(
                 f"{path / ADAPTER_CONFIG} does not name its base model: give the base and --adapter {name}"
             )
-        return Target(load_config(model=str(base), method=changes.pop("method", "lora"), **changes), path, None)
-    folder_of_adapter = _adapter_folder(Path(adapter).expanduser()) if adapter is not None else None
+        config = load_config(model=str(base), method=changes.pop("method", "lora"), **changes)
+        return Target(config, path, None, asked)
+    folder_of_adapter = adapter_folder(Path(adapter).expanduser()) if adapter is not None else None
     if folder_of_adapter is not None:
         changes = _task_of(folder_of_adapter, changes)
     config = load_config(model=name, method=changes.pop("method", "lora"), **changes)
-    return Target(config, folder_of_adapter, None)
+    target = Target(config, folder_of_adapter, None, asked)
+    return target if folder_of_adapter is None else _held_as_trained(target, folder_of_adapter)
+
+
+def _changed(config: RunConfig, changes: dict[str, Any]) -> RunConfig:
+    """A run's config with the user's changes. Where the base is to be in 16 bits, how it was quantized is left out."""
+    if changes.get("method") in ("lora", "full"):
+        changes = {
+            name: RunConfig.model_fields[name].get_default(call_default_factory=True) for name in QUANTIZED_ALONE
+        } | changes
+    return config.replace(**changes)
+
+
+def _run_around(adapter: Path) -> Path | None:
+    """The run that an adapter's folder is, or is a checkpoint of."""
+    if (adapter / CONFIG).is_file():
+        return adapter
+    outer = adapter.resolve().parent
+    return outer if (outer / CONFIG).is_file() and adapter.resolve() in list_checkpoints(outer) else None
+
+
+def _held_as_trained(target: Target, *adapters: Path) -> Target:
+    """The base quantized as in the adapters' own runs, where these are known and agree, and the user did not say
+    otherwise."""
+    known = [folder.read_config(run)[0] for run in map(_run_around, adapters) if run is not None]
+    held = [config.pick(QuantOptions) if config.method == "qlora" else None for config in known]
+    if not held or held[0] is None or any(other != held[0] for other in held):
+        return target
+    if "method" in target.asked and target.config.method != "qlora":
+        return target
+    own = {name: value for name, value in held[0].model_dump().items() if name not in target.asked}
+    return replace(target, config=target.config.replace(method="qlora", **own))
 
 
 def _task_of(adapter: Path, changes: dict[str, Any]) -> dict[str, Any]:
@@ -145,16 +193,9 @@ def _of_run(path: Path, adapter: str | None, changes: dict[str, Any]) -> Target:
     if config.method == "full":
         if not (path / RESULT).is_file():
             raise UsageError(f"{path} is not finished, so it has no weights yet: `halfbyte resume {path}`")
-        return Target(config.replace(model=str(path.resolve()), revision=None, **changes), None, path)
-    return Target(config.replace(**changes), _adapter_folder(path), path)
-
-
-def _adapter_folder(path: Path) -> Path:
-    """A folder with PEFT's files: this one, or an unfinished run's last checkpoint."""
-    for candidate in (path, *reversed(list_checkpoints(path) if path.is_dir() else [])):
-        if (candidate / ADAPTER_CONFIG).is_file():
-            return candidate
-    raise UsageError(f"{path} has no adapter yet (no {ADAPTER_CONFIG}, and no checkpoint with one)")
+        changes = {"model": str(path.resolve()), "revision": None} | changes
+        return Target(config.replace(**changes), None, path, frozenset(changes))
+    return Target(_changed(config, changes), adapter_folder(path), path, frozenset(changes))
 
 
 def open_target(target: Target, source: ModelSource | None = None) -> Opened:
@@ -257,7 +298,7 @@ def rows_from(target: Target, data: str | None) -> Target:
             raise UsageError("no rows to evaluate on: give --data with a file")
         return target
     trained_on = target.config.data or data
-    return Target(target.config.replace(data=trained_on, eval_data=data), target.adapter, target.run)
+    return replace(target, config=target.config.replace(data=trained_on, eval_data=data))
 
 
 def read_prompts(file: Path) -> list[str]:
@@ -326,10 +367,12 @@ def merge_target(
     UsageError for a target without an adapter, and for adapters of different bases.
     """
     own = [] if target.adapter is None else [WeightedAdapter(target.adapter)]
-    summed = [*own, *(WeightedAdapter(_adapter_folder(one.folder), one.weight) for one in adapters)]
+    summed = [*own, *(WeightedAdapter(adapter_folder(one.folder), one.weight) for one in adapters)]
     if not summed:
         raise UsageError("there is nothing to merge: give a run or an adapter (a fully tuned run is a model already)")
     _require_one_base(summed)
+    if target.adapter is None:
+        target = _held_as_trained(target, *(one.folder for one in summed))
     needed = options.base == "auto" or options.requantized or data is not None
     rows, source, why = None, None, ""
     opened = open_source(target.config.model, target.config.revision)
@@ -355,7 +398,7 @@ def held_out_rows(target: Target, data: str | None, rows: int) -> tuple[HeldOut 
     UsageError where the rows cannot be read.
     """
     if data is None and target.config.data is None:
-        return None, None, ""
+        return None, None, "a model by itself has no held-out rows: give --data, or merge the run"
     found = planning.survey(rows_from(target, data).config)
     assert found.prepared is not None
     if not found.prepared.eval:

@@ -1,5 +1,6 @@
 """The folder of one run: its names, its lock, and the rules for starting in it."""
 
+import contextlib
 import shutil
 from fnmatch import fnmatch
 from pathlib import Path
@@ -26,6 +27,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lock = Lock(path / LOCK)
+        self.was_there = path.is_dir()
 
     @classmethod
     def create(cls, path: Path, overwrite: bool = False) -> Self:
@@ -61,6 +63,14 @@ class RunDirectory:
     @property
     def events(self) -> Path:
         return self.path / EVENTS
+
+    def discard(self) -> None:
+        """Remove a new run that never began: the folder is as empty as it was found, or not there."""
+        _clear(self.path)
+        self.close()
+        if not self.was_there:
+            with contextlib.suppress(OSError):  # another process began here in between
+                self.path.rmdir()
 
     def close(self) -> None:
         self.lock.release()
