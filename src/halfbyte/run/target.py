@@ -58,9 +58,9 @@ from halfbyte.train.run_directory import CONFIG, RESULT
 class Target:
     """Where a model is, before anything is loaded.
 
-        config    how to load the base (its method decides whether it is quantized) and the rows
-        adapter   a PEFT folder to put on it, or None
-        run       the run's folder, or None
+    config    how to load the base (its method decides whether it is quantized) and the rows
+    adapter   a PEFT folder to put on it, or None
+    run       the run's folder, or None
     asked     fields of the config that the user gave
 
     UsageError for an adapter with method full.
