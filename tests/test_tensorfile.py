@@ -90,9 +90,6 @@ def test_files_that_are_open_at_exit_are_closed_without_a_word(kind: str, tmp_pa
     path = tmp_path / "tensors.safetensors"
     write_file(path, [Planned.of("a", torch.zeros(3))])
     module, name = kind.rsplit(".", 1)
-    program = (
-        f"import os; from pathlib import Path; from {module} import {name}\n"
-        f"os.kept = {name}(Path({str(path)!r}))"
-    )
+    program = f"import os; from pathlib import Path; from {module} import {name}\nos.kept = {name}(Path({str(path)!r}))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stderr == ""
