@@ -121,8 +121,9 @@ def test_more_steps_ask_the_model_as_the_run_began(
     if kind == "loftq":
         changes = {"init_lora_weights": "loftq", "loftq_iter": 2, "method": "qlora"}
     if kind == "continued":
-        first = pair_config.replace(data=str(data_file), eval_split=0, output_dir=tmp_path / "first", max_steps=3)
-        first = first.replace(dpo_beta=RunConfig.model_fields["dpo_beta"].default)
+        first = pair_config.replace(
+            data=str(data_file), dpo_beta=0.1, eval_split=0, output_dir=tmp_path / "first", max_steps=3
+        )
         changes = {"adapter_path": str(run(first).path)}
     straight = run(pair_config.replace(**changes, output_dir=tmp_path / "straight")).path
     run(pair_config.replace(**changes, max_steps=3))
@@ -153,7 +154,7 @@ def test_evaluate_compares_a_continued_adapter_with_what_it_was(
     pair_config: RunConfig, data_file: Path, tmp_path: Path
 ) -> None:
     """From what the run kept, and without that from the adapter that it continued."""
-    first = pair_config.replace(data=str(data_file), eval_split=0, output_dir=tmp_path / "first")
+    first = pair_config.replace(data=str(data_file), dpo_beta=0.1, eval_split=0, output_dir=tmp_path / "first")
     path = run(pair_config.replace(adapter_path=str(run(first).path), max_steps=3)).path
     kept = json.loads((path / "result.json").read_text())
 

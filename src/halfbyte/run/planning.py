@@ -129,8 +129,8 @@ def _absolute_source(source: DataSource) -> DataSource:
 
 def make(found: Survey, rates: Rates | None = None) -> Plan | None:
     """The plan; None for an architecture whose shapes only its own code knows (the run then goes without)."""
-    check_options(found)
     check_task(found)
+    check_options(found)
     if found.spec is None:
         return None
     config, hardware = found.config, detect()
