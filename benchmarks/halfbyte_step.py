@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--optim", default="adamw")
     parser.add_argument("--supervised", type=float, default=1.0)
     parser.add_argument("--checkpointing", action="store_true")
+    parser.add_argument("--dora", action="store_true", help="train the rows' magnitudes, too")
     parser.add_argument("--gemm", action="store_true", help="measure torch's own products afterwards")
     parser.add_argument("--profile", action="store_true", help="print where the time of one more step goes")
     args = parser.parse_args()
@@ -66,7 +67,7 @@ def main() -> None:
     assert spec is not None, "the fallback has no shapes to count"
     load_seconds = time.perf_counter() - started
     _, load_peak = process_memory()
-    attach(model, LoraOptions(lora_r=args.rank, lora_alpha=args.rank))
+    attach(model, LoraOptions(lora_r=args.rank, lora_alpha=args.rank, use_dora=args.dora))
     model.checkpointing = args.checkpointing
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert len(named) == len(list(parameters(model)))
@@ -106,6 +107,7 @@ def main() -> None:
         "seq": args.seq,
         "dtype": args.dtype,
         "checkpointing": args.checkpointing,
+        "dora": args.dora,
         "seconds_per_step": median,
         "seconds": seconds[2:],
         "tokens_per_second": tokens / median,

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from halfbyte.adapters.initial import EXACT_SIDE, Shift, loftq, pissa, row_norms, top_factors
+from halfbyte.adapters.initial import EXACT_SIDE, Shift, loftq, pissa, top_factors
+from halfbyte.linear.dora import row_norms
 from halfbyte.quant import DenseWeight, QuantOptions, quantize
 
 SHAPE = (96, 160)
@@ -166,4 +167,4 @@ def test_row_norms_are_those_of_the_adapted_weight() -> None:
     a, b = torch.randn(3, SHAPE[1]), torch.randn(SHAPE[0], 3)
     for held in (DenseWeight(w), quantize(w, QuantOptions())):
         expected = (held.dequantize(torch.float32) + 0.7 * b @ a).norm(dim=1)
-        torch.testing.assert_close(row_norms(held, a, b, 0.7), expected)
+        torch.testing.assert_close(row_norms(held, (a, b, 0.7)), expected)

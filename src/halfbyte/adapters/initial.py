@@ -15,8 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from halfbyte.quant import Weight
-
 OVERSAMPLING = 8
 """Columns beyond the rank in the randomized decomposition (Halko et al. 2011, arXiv 0909.4061, section 4.2)."""
 EXACT_SIDE = 512
@@ -26,7 +24,6 @@ LOFTQ_ITERATIONS = 16
 its error is within a thousandth of the exact one's (tests/adapters/test_initial.py)."""
 _NEGLIGIBLE = 1e-7
 """Singular values below this share of the largest are rounding; their directions mean nothing."""
-_PIECE = 1 << 22  # elements of a weight that are dequantized at once
 
 
 @dataclass(frozen=True)
@@ -149,18 +146,3 @@ def _scaled(factors: tuple[Tensor, Tensor], scaling: float, rounded: torch.dtype
     """The factors of a product, so divided that scaling * B A is that product."""
     a, b = (factor / math.sqrt(scaling) for factor in factors)
     return a.to(rounded).float(), b.to(rounded).float()
-
-
-def row_norms(weight: Weight, a_RI: Tensor, b_OR: Tensor, scaling: float) -> Tensor:
-    """||W + s B A|| of every row, float32 [out]: DoRA's magnitude before the first step (arXiv 2402.09353, section 4).
-
-    In pieces, since the weight may be quantized.
-    """
-    out_features, in_features = weight.shape
-    step = max(1, _PIECE // max(1, in_features))
-    update, norms = Shift(a_RI, b_OR, scaling), []
-    for start in range(0, out_features, step):
-        stop = min(out_features, start + step)
-        piece = weight.dequantize(torch.float32, rows=slice(start, stop)).to(a_RI.device)
-        norms.append((piece.detach() + update.rows(start, stop)).norm(dim=1))
-    return torch.cat(norms)

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from halfbyte.adapters import heads, saved_modules
-from halfbyte.adapters.initial import Initial, Shift, loftq, pissa, row_norms
+from halfbyte.adapters.initial import Initial, Shift, loftq, pissa
 from halfbyte.adapters.options import ALL_LINEAR
 from halfbyte.adapters.options import LoraOptions as LoraOptions
 from halfbyte.errors import UsageError
 from halfbyte.linear import LoraAdapter, Segment, segments
+from halfbyte.linear.dora import row_norms
 from halfbyte.options import nearest
 from halfbyte.quant import Weight
 
@@ -98,7 +99,7 @@ def attach(model: nn.Module, options: LoraOptions, seed: int = 42, base: Base | 
             assert base is not None
             segment.weight = base.held(name, initial.shift.rows)
         scaling = options.scaling_of(name)
-        magnitude = row_norms(segment.weight, initial.a, initial.b, scaling) if options.use_dora else None
+        magnitude = _magnitude(segment, initial, scaling) if options.use_dora else None
         put(segment, initial, scaling, options.lora_dropout, magnitude)
     saved_modules.train(model, whole)
     heads.make_trainable(model)
@@ -126,6 +127,12 @@ def put(
         removed.requires_grad_(False)
     segment.add_module("shift", removed)
     return adapter
+
+
+def _magnitude(segment: Segment, initial: Initial, scaling: float) -> Tensor:
+    """DoRA's magnitude before the first step: the length of every row of W + s B A (arXiv 2402.09353, section 4)."""
+    device = device_of(segment)
+    return row_norms(segment.weight, (initial.a.to(device), initial.b.to(device), scaling))
 
 
 def shift_of(segment: Segment) -> Shift | None:
