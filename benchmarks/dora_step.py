@@ -20,7 +20,7 @@ from torch import nn
 
 from halfbyte.adapters import LoraOptions, attach
 from halfbyte.linear import segments
-from halfbyte.linear.dora import squared_norms
+from halfbyte.linear.dora import row_norms
 from halfbyte.models.load import load_model
 from halfbyte.models.options import ModelOptions
 from halfbyte.ops import backend
@@ -46,7 +46,7 @@ def main() -> None:
     attach(model, LoraOptions(lora_r=args.rank))
     model.checkpointing = args.checkpointing
     adapters = [(s, s.adapter) for s in segments(model).values() if s.adapter is not None]
-    magnitudes = [nn.Parameter(squared_norms(segment.weight).sqrt()) for segment, _ in adapters]
+    magnitudes = [nn.Parameter(row_norms(segment.weight)) for segment, _ in adapters]
     batch = make_batch(args.batch, args.seq, 1.0, model.spec.vocab_size)
     plain = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizers = {

@@ -34,11 +34,6 @@ def divisor(norm: Tensor) -> Tensor:
     return torch.where(norm > 0, norm, torch.ones_like(norm))
 
 
-def squared_norms(weight: Weight) -> Tensor:
-    """||W||^2 of every row, float32 [O], summed in float32 from pieces of the weight."""
-    return row_norms(weight).square()
-
-
 @torch.no_grad()
 def row_norms(weight: Weight, update: tuple[Tensor, Tensor, float] | None = None) -> Tensor:
     """||W + s B A|| of every row, float32 [O]; update: (A, B, s). Piece by piece in one buffer that is kept.
@@ -113,7 +108,7 @@ class RowNorms:
         if self._held is not None and self._held.is_of(tensors, settings):
             return self._held.norm
         if trained is not None or self._base is None or self._base[:2] != (weight, device):
-            self._base = weight, device, squared_norms(weight)
+            self._base = weight, device, row_norms(weight).square()
         cross = (times_factor(weight, a_RI, dtype) * b_OR).sum(1)
         own = ((b_OR @ (a_RI @ a_RI.t())) * b_OR).sum(1)
         # Rounding may take a row of zeros below zero.

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Base = Literal["auto", "full", "lora", "qlora"]
-BASES: tuple[Base, ...] = ("auto", "full", "lora", "qlora")
 
 
 @dataclass(frozen=True)
