@@ -1,4 +1,4 @@
-"""How far the planner's arithmetic is from what was measured: the middle it is corrected to, and the interval around it.
+"""How far the planner's arithmetic is from measurements: the middle it is corrected to, and the interval around it.
 
 `of(device)` gives the constants that ship with halfbyte: for a CPU they are fitted on `benchmarks/plan_accuracy.py`'s
 runs (docs/planner-accuracy.md says which), for a GPU nothing was measured and the interval is wide. A machine's own
