@@ -9,19 +9,22 @@ whether somebody is on it. Each job gets the way and the device that its `pick` 
                (which is how QLoRA leaves the big ones to full fine-tuning)
     fastest    the earliest end; then the cheaper or smaller device
 
-A job that would end after its deadline (at p95) is placed elsewhere, or not at all. Jobs of ours follow one another on a
-device: side by side they would share its time, so that none would end sooner and most would end later. Beside somebody
-else's work a job runs where both fit and it is the shorter one, both at half speed; else it waits for that work's end.
+A job that would end after its deadline (at p95) is placed elsewhere, or not at all. Jobs of ours follow one another on
+a device: side by side they would share its time, so that none would end sooner and most would end later. Beside
+somebody else's work a job runs where both fit and it is the shorter one, both at half speed; else it waits for that
+work's end.
 
-Deterministic and blind to the order in which jobs and devices are given: several orders of placing are tried, and the best
-whole schedule is taken: most jobs placed, then the lowest cost of those that ask for it, then the earliest last end.
+Deterministic and blind to the order in which jobs and devices are given: several orders of placing are tried, and the
+best whole schedule is taken: most jobs placed, then the lowest cost of those that ask for it, then the earliest last
+end.
 
 Units: bytes, seconds from now.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, TypeVar
 
 from halfbyte.errors import UsageError
 from halfbyte.plan.calibration import Interval
@@ -83,6 +86,9 @@ class Device:
     @property
     def free_now(self) -> int:
         return self.memory if self.free is None or self.free_from <= 0 else min(self.free, self.memory)
+
+
+Named = TypeVar("Named", Job, Device)
 
 
 @dataclass(frozen=True)
@@ -189,9 +195,9 @@ def place(jobs: Iterable[Job], devices: Iterable[Device]) -> Placement:
     return Placement(tuple(sorted(best.placed, key=lambda p: (p.start.p50, p.device, p.job))), best.impossible)
 
 
-def _by_name(things: Iterable[Job] | Iterable[Device], what: str) -> list:  # type: ignore[type-arg]
+def _by_name(things: Iterable[Named], what: str) -> list[Named]:
     found = sorted(things, key=lambda thing: thing.name)
-    for one, other in zip(found, found[1:], strict=False):
+    for one, other in pairwise(found):
         if one.name == other.name:
             raise UsageError(f"two {what} are called {one.name}: give each a name of its own")
     return found
@@ -239,7 +245,7 @@ def _schedule(jobs: Sequence[Job], devices: Sequence[Device]) -> Placement:
         priced = all(queue.device.price is not None for _, queue, _ in options)
         chosen = min(in_time, key=lambda option: _rank(job, priced, *option))
         placed.append(_placed(job, priced, options, *chosen))
-        way, queue, slot = chosen
+        _, queue, slot = chosen
         queue.ours, queue.theirs = slot.end, slot.theirs
     return Placement(tuple(placed), impossible)
 

@@ -4,8 +4,8 @@ An entry holds what the vendor states (memory, bandwidth, peak rates of dense ma
 nobody measured here and that say so: the share of those peaks that a large product reaches, and the memory that is gone
 before a run starts. A measurement of a machine (`plan.hardware.measure`) is worth more than any of it.
 
-The user's file adds machines and changes entries: of one that there is already it need name only the fields that differ,
-a price above all, since none ships.
+The user's file adds machines and changes entries: of one that there is already it need name only the fields that
+differ, a price above all, since none ships.
 
     rtx-4090:
       price: 0.34 EUR/h
@@ -32,8 +32,8 @@ from halfbyte.yamlfile import Entry, read_yaml
 
 FILE = Path(__file__).with_name("machines.yaml")
 DECODED_BYTES = 2.5
-"""Memory traffic of decoding one 4-bit weight: half a byte read, two written. What an entry's `dequantize` is assumed to
-be bound by where it states none."""
+"""Memory traffic of decoding one 4-bit weight: half a byte read, two written. It is what bounds decoding where an entry
+states no rate of its own (assumed, unmeasured)."""
 _MOST = 1e18
 
 
@@ -69,7 +69,7 @@ class Machine:
 
     @property
     def usable(self) -> int:
-        """Bytes that a run may plan with: a budget for `make_plan`. The CUDA context is a part of the run's own plan."""
+        """Bytes that a run may plan with, a budget for `make_plan`. The CUDA context is in the plan itself."""
         return max(self.memory - self.reserved, 0)
 
     @property
