@@ -87,7 +87,7 @@ class Machine:
 
     def hardware(self) -> Hardware:
         """As `plan.hardware.detect` would describe it with nothing else running."""
-        gpus = ()
+        gpus: tuple[Gpu, ...] = ()
         if self.kind == "gpu":
             gpus = (Gpu(0, self.title, self.memory, self.usable, capability="", bf16=self.bf16),)
         return Hardware(
