@@ -109,7 +109,7 @@ def _run(model: Any, encoder_decoder: bool, layout: Layout) -> Traced:
         del logits, chosen
         kept = live.bytes
         if layout.training:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
     return Traced(live.peak, kept, counts.linear, counts.other, counts.written)
 
 
@@ -194,7 +194,7 @@ class _Live(TorchDispatchMode):
     """Bytes of all storages that operators made and somebody still holds."""
 
     def __init__(self, held: set[Any], counts: _Counts) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = self.peak = 0
         self.counts = counts
         self._known: weakref.WeakSet[Any] = weakref.WeakSet(held)
