@@ -337,8 +337,8 @@ def _remarks(made: Sequence[Result]) -> str:
     kept = 100_000 * spec.num_layers * spec.hidden_size * 2
     lines.append(
         f"- llamafactory-unsloth-4bit, 100,000 tokens: 16-bit checkpoints of all layers are 100,000 x "
-        f"{spec.num_layers} x {spec.hidden_size:,} x 2 = {kept / 1e9:.1f} GB; with a layer at work beside them the run would not have "
-        "fitted the 40 GB card. So the checkpoints were offloaded, though the page does not say so."
+        f"{spec.num_layers} x {spec.hidden_size:,} x 2 = {kept / 1e9:.1f} GB; with a layer at work beside them the run "
+        "would not have fitted the 40 GB card. So the checkpoints were offloaded, though the page does not say so."
     )
     return "\n".join([*lines, ""])
 
