@@ -31,6 +31,14 @@ def test_a_verdict_by_arithmetic_is_what_its_function_computes(number: int) -> N
     assert arithmetic(number) == DECIDED[number](), REFRESH
 
 
+def test_a_verdict_does_not_depend_on_the_users_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "halfbyte").mkdir()
+    (tmp_path / "halfbyte" / "machines.yaml").write_text("rtx-3090:\n  memory: 12GB\n")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    claim_arithmetic._cards.cache_clear()
+    assert DECIDED[4]() == arithmetic(4)
+
+
 def test_arithmetic_decides_every_claim_of_its_kind_and_no_other() -> None:
     assert {c.id for c in HELD.claims if "A" in c.kinds} == set(DECIDED)
     assert all((c.by("arithmetic") is not None) == ("A" in c.kinds) for c in HELD.claims)
@@ -173,6 +181,7 @@ def test_what_the_file_ships_is_what_saving_it_writes(tmp_path: Path) -> None:
     [
         (47, "refuted", "there is no claim 47: they are 1 to 46"),
         (36, "refuted", "claim 36 is decided by arithmetic"),
+        (17, "refuted", "claim 17 cannot be tested"),
         (9, "wrong", "a claim's verdict is 'wrong', and should be one of confirmed, partly"),
     ],
 )

@@ -16,7 +16,8 @@ from functools import cache
 from halfbyte.adapters.lora import LoraOptions
 from halfbyte.models.spec import ModelSpec
 from halfbyte.plan import memory, stacks
-from halfbyte.plan.catalog import find_machine, find_model, machines, models
+from halfbyte.plan.catalog import Machine, find_model, machines, models
+from halfbyte.plan.catalog.machines import FILE as SHIPPED_MACHINES
 from halfbyte.plan.claim_file import Claims, Decision
 from halfbyte.plan.memory import Job
 from halfbyte.plan.stacks import Setup
@@ -106,13 +107,19 @@ def _adapter(name: str, rank: int, targets: str = "all-linear") -> int:
     return memory.adapter_parameters(_spec(name), Setup("lora", rank=rank, targets=targets).job())
 
 
+@cache
+def _cards() -> dict[str, Machine]:
+    """The machines that ship: a verdict does not depend on what the user added to them."""
+    return machines(SHIPPED_MACHINES)
+
+
 def _usable(machine: str) -> float:
     """GB that a run gets of a card."""
-    return find_machine(machine).usable / GB
+    return _cards()[machine].usable / GB
 
 
 def _title(machine: str) -> str:
-    return find_machine(machine).title.removeprefix("NVIDIA ").removeprefix("GeForce ")
+    return _cards()[machine].title.removeprefix("NVIDIA ").removeprefix("GeForce ")
 
 
 def _decision(
@@ -213,7 +220,7 @@ def _claim_2() -> Decision:
 
 
 def _claim_3() -> Decision:
-    room = find_machine("rtx-3070").usable
+    room = _cards()["rtx-3070"].usable
     longest = stacks.longest_context(_spec(SEVEN), stacks.find(STOCK), replace(LEAN, method="qlora"), room)
     seven = _fits(SEVEN, "qlora", "rtx-3070")
     parts = [
@@ -378,7 +385,7 @@ def _claim_28() -> Decision:
 
 
 def _claim_29() -> Decision:
-    sizes = sorted(round(m.memory / (1 << 30)) for name, m in machines().items() if name.startswith("a100"))
+    sizes = sorted(round(m.memory / (1 << 30)) for name, m in _cards().items() if name.startswith("a100"))
     shown = " and ".join(map(str, sizes))
     part = _Part(48 in sizes, "an A100 with 48 GB", f"there are {shown} GB; 48 GB are what an RTX A6000 has")
     return _decision([part], f"48 is neither {' nor '.join(map(str, sizes))}")
@@ -418,7 +425,7 @@ def _claim_32() -> Decision:
 
 
 def _claim_33() -> Decision:
-    card, tokens = find_machine("rtx-4090"), 3 * 10_000 * 512
+    card, tokens = _cards()["rtx-4090"], 3 * 10_000 * 512
     rate = card.gemm["bfloat16"] * card.reachable
     hours = {name: 6 * _spec(name).matmul_parameters() * tokens / rate / 3600 for name in (SEVEN, THIRTEEN)}
     least = (

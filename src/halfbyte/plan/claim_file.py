@@ -119,13 +119,15 @@ class Claims:
     ) -> "Claims":
         """The claims with what was measured for one: a decision by measurement, an earlier one replaced.
 
-        UsageError for a claim that only arithmetic decides (kind A), for an unknown number and for an unknown verdict.
+        UsageError for a claim that no measurement decides (of kind A or X alone), an unknown number or verdict.
         """
         found = self.find(number)
         if found.kinds == ("A",):
             raise UsageError(
                 f"claim {number} is decided by arithmetic: a measurement of small models does not change it"
             )
+        if found.kinds == ("X",):
+            raise UsageError(f"claim {number} cannot be tested: {found.test}")
         made = Decision("measurement", verdict, sentence, figure, low, high, unit, evidence=evidence)
         return self.replaced(found.with_decision(made))
 

@@ -7,6 +7,7 @@ its one constant; the others are held out. The page is made with
 Units: bytes inside; a row is compared in the unit that it was published in.
 """
 
+import re
 import statistics
 import sys
 from collections.abc import Iterable, Sequence
@@ -29,6 +30,11 @@ FULL_TO_THE_BRIM = 512
 """Tokens: a card for which less is predicted counts as one on which nothing useful fits."""
 
 
+@cache
+def _spec(model: str) -> ModelSpec:
+    return ModelSpec.from_config(find_model(model))
+
+
 @dataclass(frozen=True)
 class Row:
     """One published figure; published.yaml says what the fields are."""
@@ -49,7 +55,7 @@ class Row:
 
     @property
     def spec(self) -> ModelSpec:
-        return ModelSpec.from_config(find_model(self.model))
+        return _spec(self.model)
 
     @property
     def published_bytes(self) -> float:
@@ -204,9 +210,10 @@ Llama 3.1 70B.
 """
 
 
-def results() -> list[Result]:
+@cache
+def results() -> tuple[Result, ...]:
     """Every row with its prediction."""
-    return [predict(row) for row in rows()]
+    return tuple(predict(row) for row in rows())
 
 
 def summary(made: Iterable[Result]) -> dict[str, float]:
@@ -225,7 +232,7 @@ def page() -> str:
     used = [name for name in stacks.stacks() if name in among]
     head = HEAD.format(constants=len(used) + 1, low=low, high=high, alpaca=held["alpaca_tokens"]["value"])
     parts = [head, _summary(made, used), _rows(made), _remarks(made), _habits(used), FOOT]
-    return "\n".join(parts)
+    return re.sub(r"(\d)%", r"\1 %", "\n".join(parts))
 
 
 def _summary(made: Sequence[Result], used: Sequence[str]) -> str:
@@ -340,7 +347,33 @@ def _remarks(made: Sequence[Result]) -> str:
         f"{spec.num_layers} x {spec.hidden_size:,} x 2 = {kept / 1e9:.1f} GB; with a layer at work beside them the run "
         "would not have fitted the 40 GB card. So the checkpoints were offloaded, though the page does not say so."
     )
-    return "\n".join([*lines, ""])
+    return "\n".join([*lines, *_differences(made), ""])
+
+
+def _differences(made: Sequence[Result]) -> list[str]:
+    """Differences of two published rows, in which every constant cancels."""
+    of = {(r.row.block, r.row.name): r.row for r in made}
+
+    def difference(block: str, name: str, other: str) -> float:
+        return abs(of[block, name].published_bytes - of[block, other].published_bytes)
+
+    tutorial, steps, lines = "torchtune-lora-tutorial", "torchtune-3b", []
+    for name in ("q and v", "all layers"):
+        low, high = of[tutorial, f"{name}, r 8"], of[tutorial, f"{name}, r 64"]
+        more = stacks.trained(high.spec, high.setup) - stacks.trained(low.spec, low.setup)
+        lines.append(
+            f"- {tutorial}, {name}: rank 64 instead of 8 is {more:,} more parameters; weight, gradient and "
+            f"moments of 2 bytes each are {8 * more / 1e9:.2f} GB, and {difference(tutorial, low.name, high.name) / 1e9:.2f} GB "
+            "were published."
+        )
+    eight, before = of[steps, "+ 8-bit AdamW"], of[steps, "+ activation offloading"]
+    saved = 2 * stacks.trained(eight.spec, eight.setup) / GIB
+    lines.append(
+        f"- {steps}: moments of 8 instead of 16 bits save 2 bytes a parameter, {saved:.1f} GiB, but "
+        f"{difference(steps, eight.name, before.name) / GIB:.1f} GiB were published. What stands in their place is not "
+        "in the sources; the row is the largest error of its block."
+    )
+    return lines
 
 
 def _gib_or_gb(made: Sequence[Result]) -> str:
