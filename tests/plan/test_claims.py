@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.errors import UsageError
-from halfbyte.plan import claim_arithmetic, claims
+from halfbyte.plan import claim_arithmetic, claim_parts, claims
 from halfbyte.plan.claim_arithmetic import DECIDED
 from halfbyte.plan.claim_file import VERDICTS, Claim, Claims, Decision
 
@@ -35,7 +35,7 @@ def test_a_verdict_does_not_depend_on_the_users_machines(tmp_path: Path, monkeyp
     (tmp_path / "halfbyte").mkdir()
     (tmp_path / "halfbyte" / "machines.yaml").write_text("rtx-3090:\n  memory: 12GB\n")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    claim_arithmetic._cards.cache_clear()
+    claim_parts.cards.cache_clear()
     assert DECIDED[4]() == arithmetic(4)
 
 
@@ -120,9 +120,9 @@ def test_a_peak_of_the_page_is_the_sum_of_its_components() -> None:
     ("holding", "verdict"), [((True, True), "confirmed"), ((True, False), "partly"), ((False, False), "refuted")]
 )
 def test_a_verdict_follows_from_the_parts(holding: tuple[bool, ...], verdict: str) -> None:
-    parts = [claim_arithmetic._Part(flag, f"part {i}", "because") for i, flag in enumerate(holding)]
-    assert claim_arithmetic._decision(parts, "1 = 1").verdict == verdict
-    assert claim_arithmetic._decision(parts, "1 = 1", contradicts="It says both").verdict == "contradicts itself"
+    parts = [claim_parts.Part(flag, f"part {i}", "because") for i, flag in enumerate(holding)]
+    assert claim_parts.decision(parts, "1 = 1").verdict == verdict
+    assert claim_parts.decision(parts, "1 = 1", contradicts="It says both").verdict == "contradicts itself"
 
 
 def claim(*verdicts: tuple[str, str], kind: str = "A, M") -> Claim:

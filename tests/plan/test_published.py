@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from halfbyte.plan import published, stacks
-from halfbyte.plan.published import crossing, line_through
+from halfbyte.plan import anchors, published, stacks
+from halfbyte.plan.anchors import crossing, line_through
 
 PAGE = Path(__file__).parents[2] / "docs" / "published-memory.md"
-ROWS = published.rows()
+ROWS = anchors.rows()
 
 
 def test_the_page_is_what_the_code_makes() -> None:
@@ -62,12 +62,12 @@ def test_at_most_half_of_each_stacks_rows_calibrate_in_a_fixed_order() -> None:
 
 @pytest.mark.parametrize("name", sorted({row.stack for row in ROWS}))
 def test_a_stacks_factor_is_what_its_calibrating_rows_give(name: str) -> None:
-    fitted = published.fit(name, [row for row in ROWS if row.calibrates])
+    fitted = anchors.fit(name, [row for row in ROWS if row.calibrates])
     assert stacks.find(name).activation_factor == fitted, "write the fitted factor into stacks.yaml"
 
 
 def test_held_out_rows_are_predicted() -> None:
-    held_out = [r for r in published.results() if not r.row.calibrates]
+    held_out = [r for r in anchors.results() if not r.row.calibrates]
     errors = [abs(r.bytes_error) for r in held_out if r.bytes_error is not None]
     assert len(errors) > 27
     assert statistics.median(errors) < 0.05
@@ -75,7 +75,7 @@ def test_held_out_rows_are_predicted() -> None:
 
 
 def test_where_nothing_fitted_nothing_is_predicted_to_fit() -> None:
-    none = [r for r in published.results() if r.row.published is None]
+    none = [r for r in anchors.results() if r.row.published is None]
     assert len(none) == 2
     assert all(r.agrees for r in none)
 

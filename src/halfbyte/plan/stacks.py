@@ -12,7 +12,7 @@ what a layer keeps. Each figure here is a sum that a reader can repeat by hand:
 
 torch's counter of active bytes, and a card that is full to the brim, show the highest moment. What the driver shows is
 what the allocator reserved: blocks of the logits and of a layer are of different sizes, both stay, and the moments add
-up (a stack's habit `reserved`). One constant a stack, `activation_factor`, is fitted (`plan.published`).
+up (a stack's habit `reserved`). One constant a stack, `activation_factor`, is fitted (`plan.anchors`).
 
 Units: bytes; 1 GB = 10⁹ bytes, 1 GiB = 2³⁰ bytes. Shape letters of the habits: d hidden size, q all query heads, kv all
 key heads, i the MLP's inner size.
