@@ -157,13 +157,12 @@ def test_a_measured_verdict_is_kept_by_the_file_and_shown_on_the_page(tmp_path: 
     page = claims.page(held)
     assert "- Measurement: refuted (0.97 of a step, 0.95 to 0.99). LoRA was no faster." in page
     assert "Evidence: runs/cmp/report.json" in page
-    assert HELD.find(9).verdict == "not measured yet", "the claims given were changed"
+    assert claims.load() == HELD, "the claims given were changed"
 
 
 def test_a_measurement_stands_beside_arithmetic() -> None:
     both = HELD.with_verdict(12, "refuted", 0.1, 0.05, 0.15, "Not here either.", "r.json").find(12)
     assert [d.by for d in both.decisions] == ["arithmetic", "measurement"]
-    assert claim_arithmetic.decided(HELD).find(12) == HELD.find(12)
 
 
 def test_computing_anew_keeps_what_was_measured() -> None:
