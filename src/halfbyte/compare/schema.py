@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, StrictFloat, StrictInt, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, model_validator
 
 SCHEMA_VERSION = 1
 
@@ -19,14 +19,15 @@ Unit = Literal[
 ]  # fmt: skip
 
 
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise ValueError("a number that is not finite: write null where it is unknown")
+def _sensible(value: float) -> float:
+    if not (math.isfinite(value) and abs(value) <= 1e18):
+        raise ValueError("a number is finite and at most 1e18: write null where it is unknown")
     return value
 
 
-Number = Annotated[StrictInt | StrictFloat, AfterValidator(_finite)]
+Number = Annotated[StrictInt | StrictFloat, AfterValidator(_sensible)]
 """An integer stays one, so that what was validated is written back as it came."""
+Count = Annotated[StrictInt, Field(ge=0, le=10**18)]
 
 
 class _Part(BaseModel):
@@ -39,7 +40,7 @@ class Figure(_Part):
     mean: Number
     low: Number | None = None
     high: Number | None = None
-    n: int
+    n: Count
     values: list[Number] = []
 
 
@@ -53,7 +54,7 @@ class Range(_Part):
 class Model(_Part):
     name: str
     family: str | None = None
-    parameters: int | None = None
+    parameters: Count | None = None
     dtype: str | None = None
     quantized_source: str | None = None
     """Set where the base came from a quantized file: the sentence that says so."""
@@ -63,15 +64,15 @@ class Model(_Part):
 class Data(_Part):
     name: str
     fingerprint: str | None = None
-    rows: int | None = None
-    eval_rows: int | None = None
-    tokens: int | None = None
-    supervised_tokens: int | None = None
+    rows: Count | None = None
+    eval_rows: Count | None = None
+    tokens: Count | None = None
+    supervised_tokens: Count | None = None
 
 
 class Machine(_Part):
     processor: str | None = None
-    cores: int | None = None
+    cores: Count | None = None
     memory_bytes: Number | None = None
     gpu: str | None = None
     instruction_sets: list[str] = []
@@ -83,13 +84,13 @@ class TuneLr(_Part):
 
     grid: dict[str, list[Number]]
     chosen: dict[str, Number]
-    steps: int | None = None
+    steps: Count | None = None
 
 
 class Settings(_Part):
     seeds: list[int]
-    steps: int | None = None
-    supervised_tokens: int | None = None
+    steps: Count | None = None
+    supervised_tokens: Count | None = None
     tune_lr: TuneLr | None = None
     side_by_side: bool = False
 
@@ -133,11 +134,11 @@ class Variant(_Part):
     fields: dict[str, Any] = {}
     precision: str | None = None
     quant_type: str | None = None
-    blocksize: int | None = None
+    blocksize: Count | None = None
     double_quant: bool | None = None
     paged: bool | None = None
     optim: str | None = None
-    lora_r: int | None = None
+    lora_r: Count | None = None
     target_modules: str | list[str] | None = None
     learning_rate: Number | None = None
     hardware: list[str] = []
@@ -185,7 +186,7 @@ class Reached(_Part):
     """Of all seeds of a variant, how many came down to a loss, and after how much."""
 
     variant: str
-    reached: int
+    reached: Count
     supervised_tokens: Figure | None = None
     seconds: Figure | None = None
 
@@ -263,7 +264,9 @@ class Report(_Part):
         metrics = _unique("metric", (metric.key for metric in self.metrics))
         cells = _unique("cell", (cell.id for cell in self.cells))
         for variant in self.variants:
-            _known("metric", [*variant.figures, *([variant.against_full.metric] if variant.against_full else [])], metrics)
+            _known(
+                "metric", [*variant.figures, *([variant.against_full.metric] if variant.against_full else [])], metrics
+            )
             _known("cell", variant.cells, cells)
         _known("metric", [*self.baselines, *(c.metric for c in self.comparisons)], metrics)
         _known("metric", [pareto.quality_metric for pareto in self.pareto], metrics)

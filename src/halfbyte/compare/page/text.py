@@ -45,7 +45,10 @@ def _printable(char: str) -> str:
 
 def width(text: str, size: float) -> float:
     """About how wide `text` is at this font size: rather too wide than too narrow, in any sans-serif."""
-    ems = sum(1.0 if unicodedata.east_asian_width(char) in "WF" else 0.4 if char in " .,:;il|'!()[]" else 0.62 for char in text)
+    ems = sum(
+        1.0 if unicodedata.east_asian_width(char) in "WF" else 0.4 if char in " .,:;il|'!()[]" else 0.62
+        for char in text
+    )
     return ems * size
 
 

@@ -1,0 +1,301 @@
+"""What a method reaches: curves, convergence, the front of quality and memory, and differences with their intervals."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+from halfbyte.compare.page.document import Block, Cell, Column, Drawing, Figure, Paragraph, Section, Table
+from halfbyte.compare.page.lines import Curve, lines, thinned
+from halfbyte.compare.page.rows import Row, points
+from halfbyte.compare.page.scatter import Spot, scatter
+from halfbyte.compare.page.text import DASH, MINUS, NBSP, NOT_MEASURED, number, plain
+from halfbyte.compare.page.view import LOSS, MEMORY, Scaled, View
+from halfbyte.compare.schema import Comparison, Convergence, Metric, Pareto, Point, Reached, Variant
+from halfbyte.compare.schema import Figure as Measured
+
+_TABLE_POINTS = 8
+"""Points of a curve that its table has; report.json has them all."""
+
+
+def curves(view: View) -> Section:
+    """Held-out loss by tokens and by time, training loss by tokens."""
+    held_out = [(variant, variant.curves.eval) for variant in view.variants if variant.curves.eval]
+    train = [(variant, variant.curves.train) for variant in view.variants if variant.curves.train]
+    blocks: list[Block] = []
+    if held_out:
+        blocks.append(_loss_figure(view, "Held-out loss", held_out))
+    if train:
+        blocks.append(_loss_figure(view, "Training loss", train))
+    if not blocks:
+        blocks.append(Paragraph(f"Loss curves were {NOT_MEASURED}."))
+    elif any(point.low is not None for _, line in held_out + train for point in line):
+        blocks.insert(0, Paragraph("Lines are means over the seeds, the bands around them 95 % intervals."))
+    return Section("curves", "Loss curves", blocks)
+
+
+def _loss_figure(view: View, what: str, held: Sequence[tuple[Variant, Sequence[Point]]]) -> Figure:
+    timed = [(variant, [point for point in line if point.seconds is not None]) for variant, line in held]
+    timed = [(variant, line) for variant, line in timed if line]
+    tokens = view.scaled("supervised tokens", [line[-1].supervised_tokens for _, line in held])
+    seconds = view.scaled("seconds", [line[-1].seconds for _, line in timed])
+    ends = "; ".join(f"{variant.label} ends at {plain(line[-1].mean, 4)}" for variant, line in held) + "."
+    drawings = []
+    for title, chosen, scaled in (("supervised tokens", held, tokens), ("time", timed, seconds)):
+        if not chosen or not any(_x(point, title) for _, line in chosen for point in line):
+            continue
+        drawn = [_curve(view, variant, line, title, scaled) for variant, line in chosen]
+        axis = scaled.scale.titled(title)
+        heading = f"{what} by {title}"
+        described = f"A line for each method, named at its end. Lower is better. {ends}"
+        svgs = [lines(drawn, axis, f"{what.lower()} (lower is better)", wide) for wide in (True, False)]
+        drawings.append(Drawing(heading, described, svgs))
+    return Figure(what, drawings, _curve_table(view, what, held, tokens, seconds))
+
+
+def _x(point: Point, axis: str) -> float:
+    return point.supervised_tokens if axis == "supervised tokens" else point.seconds or 0.0
+
+
+def _curve(view: View, variant: Variant, line: Sequence[Point], axis: str, scaled: Scaled) -> Curve:
+    factor = scaled.scale.factor
+    return Curve(
+        variant.label,
+        view.mark(variant.key),
+        [(_x(point, axis) / factor, point.mean, point.low, point.high) for point in line],
+    )
+
+
+def _curve_table(
+    view: View, what: str, held: Sequence[tuple[Variant, Sequence[Point]]], tokens: Scaled, seconds: Scaled
+) -> Table:
+    most = max(len(line) for _, line in held)
+    some = (
+        f", {_TABLE_POINTS} of up to {most} points of each curve (report.json has all)" if most > _TABLE_POINTS else ""
+    )
+    columns = [Column("Method"), Column(tokens.scale.titled("Supervised tokens"), numeric=True)]
+    columns += [
+        Column(seconds.scale.titled("Time"), numeric=True),
+        Column(what, numeric=True),
+        Column("95 % interval", numeric=True),
+    ]
+    rows = []
+    for variant, line in held:
+        for i in thinned(len(line), _TABLE_POINTS):
+            point = line[i]
+            rows.append(
+                [
+                    view.name(variant),
+                    Cell(plain(point.supervised_tokens / tokens.scale.factor)),
+                    Cell(NOT_MEASURED if point.seconds is None else plain(point.seconds / seconds.scale.factor)),
+                    Cell(number(point.mean, 4)),
+                    Cell(_interval(point.low, point.high)),
+                ]
+            )
+    return Table(f"{what} along the run{some}", columns, rows)
+
+
+def _interval(low: float | None, high: float | None) -> str:
+    return DASH if low is None or high is None else f"{number(low, 4)}{NBSP}to{NBSP}{number(high, 4)}"
+
+
+def convergence(view: View) -> Section:
+    """Tokens and time to each held-out loss."""
+    title = "How fast a loss is reached"
+    if not view.report.convergence:
+        return Section("convergence", title, [Paragraph(f"When a given loss is reached was {NOT_MEASURED}.")])
+    text = "How many supervised tokens, and how much time, a method takes down to a held-out loss; a run that never gets there has no mark."
+    return Section("convergence", title, [Paragraph(text), *_unique_figures(view, view.report.convergence)])
+
+
+def _unique_figures(view: View, targets: Iterable[Convergence]) -> Iterable[Figure]:
+    seen: set[str] = set()
+    for target in targets:
+        text = plain(target.loss, 4)
+        text = repr(target.loss) if text in seen else text
+        seen.add(text)
+        yield _converged(view, target, text)
+
+
+def _converged(view: View, target: Convergence, loss: str) -> Figure:
+    seeds = len(view.report.settings.seeds)
+    tokens = view.scaled("supervised tokens", [row.supervised_tokens for row in target.rows])
+    seconds = view.scaled("seconds", [row.seconds for row in target.rows])
+    drawings = []
+    for what, scaled, figures in (
+        ("supervised tokens", tokens, [row.supervised_tokens for row in target.rows]),
+        ("time", seconds, [row.seconds for row in target.rows]),
+    ):
+        if any(figures):
+            rows = [_reached_row(view, row, at, scaled, seeds) for row, at in zip(target.rows, figures, strict=True)]
+            title = f"{scaled.scale.titled(what.capitalize())} to a held-out loss of {loss}"
+            described = (
+                "A mark for each method that reached it. Less is better. "
+                + "; ".join(f"{row.label}: {row.words}" for row in rows)
+                + "."
+            )
+            drawings.append(Drawing(title, described, [points(rows, scaled.scale.titled(what), zero=True)]))
+    columns = [Column("Method"), Column("Seeds that reached it", numeric=True)]
+    columns += [
+        Column(tokens.scale.titled("Supervised tokens"), numeric=True),
+        Column(seconds.scale.titled("Time"), numeric=True),
+    ]
+    rows_of_cells = [
+        [
+            Cell(view.label(row.variant), mark=view.mark(row.variant)),
+            Cell(f"{row.reached} of {seeds}"),
+            _reached_cell(row.supervised_tokens, row, tokens),
+            _reached_cell(row.seconds, row, seconds),
+        ]
+        for row in target.rows
+    ]
+    caption = f"To a held-out loss of {loss}"
+    return Figure(caption, drawings, Table(caption, columns, rows_of_cells))
+
+
+def _reached_row(view: View, row: Reached, figure: Measured | None, scaled: Scaled, seeds: int) -> Row:
+    label, mark = view.label(row.variant), view.mark(row.variant)
+    if figure is None:
+        return Row(label, "not reached" if not row.reached else NOT_MEASURED, mark)
+    words = scaled.text(figure.mean) + (f" ({row.reached} of {seeds} seeds)" if row.reached < seeds else "")
+    low, high = scaled.down(figure.low), scaled.down(figure.high)
+    values = [value / scaled.scale.factor for value in figure.values] if figure.n > 1 else []
+    return Row(label, words, mark, scaled.down(figure.mean), low, high, values)
+
+
+def _reached_cell(figure: Measured | None, row: Reached, scaled: Scaled) -> Cell:
+    if figure is None:
+        return Cell("not reached" if not row.reached else NOT_MEASURED)
+    return Cell(scaled.number(figure.mean), note=scaled.interval(figure.low, figure.high))
+
+
+def pareto(view: View) -> Section:
+    """Who is beaten by nobody in quality, memory and time together."""
+    title = "Quality, memory and time together"
+    figures = [_front(view, front) for front in view.report.pareto if front.points]
+    if not figures:
+        return Section("pareto", title, [Paragraph(f"Quality against memory was {NOT_MEASURED}.")])
+    text = (
+        "A filled mark is on the front: no other method is at least as good in quality, memory and time and better in one "
+        "of them. The step line is the best quality that each amount of memory buys; the time stands below the name."
+    )
+    return Section("pareto", title, [Paragraph(text), *figures])
+
+
+def _front(view: View, pareto: Pareto) -> Figure:
+    metric = view.report.metric(pareto.quality_metric)
+    quality = view.scaled(
+        metric.unit,
+        [view.report.variant(point.variant).figures.get(metric.key) or point.quality for point in pareto.points],
+    )
+    memory_metric = view.metric(MEMORY)
+    column = view.column(memory_metric) if memory_metric is not None else None
+    memory = column or view.scaled("bytes", [point.memory for point in pareto.points])
+    seconds = view.scaled("seconds", [point.seconds for point in pareto.points])
+    spots = [
+        Spot(
+            view.label(point.variant),
+            "" if point.seconds is None else seconds.text(point.seconds),
+            view.mark(point.variant),
+            point.memory / memory.scale.factor,
+            point.quality / quality.scale.factor,
+            point.on_front,
+        )
+        for point in pareto.points
+        if point.memory is not None and point.quality is not None
+    ]
+    drawings = []
+    if spots:
+        x_title = f"{memory.scale.titled('peak memory')} (less is better)"
+        y_title = f"{quality.scale.titled(metric.label)} ({metric.better} is better)"
+        on = ", ".join(view.label(point.variant) for point in pareto.points if point.on_front) or "none"
+        svgs = [scatter(spots, x_title, y_title, metric.better == "higher", wide) for wide in (True, False)]
+        drawings.append(
+            Drawing(f"{metric.label} against peak memory", f"A mark for each method. On the front: {on}.", svgs)
+        )
+    columns = [Column("Method"), Column(quality.scale.titled(metric.label), numeric=True)]
+    columns += [
+        Column(memory.scale.titled("Peak memory"), numeric=True),
+        Column(seconds.scale.titled("Time"), numeric=True),
+    ]
+    rows = [
+        [
+            Cell(view.label(point.variant), mark=view.mark(point.variant)),
+            *(
+                Cell(at.optional(value))
+                for at, value in ((quality, point.quality), (memory, point.memory), (seconds, point.seconds))
+            ),
+            Cell("yes" if point.on_front else "no"),
+        ]
+        for point in pareto.points
+    ]
+    caption = f"{metric.label} against peak memory and time"
+    return Figure(caption, drawings, Table(caption, [*columns, Column("On the front")], rows))
+
+
+def differences(view: View) -> Section:
+    """A forest plot for each metric: difference, interval, zero, and what that means in words."""
+    title = "Differences, and what could have been seen"
+    comparisons = view.report.comparisons
+    if not comparisons:
+        why = "one method only" if len(view.variants) < 2 else "too few runs of each, or none that could be paired"
+        return Section("differences", title, [Paragraph(f"No differences were computed: {why}.")])
+    text = (
+        "First minus second, with the 95 % interval of runs paired by seed. Where the interval holds zero there is no "
+        "difference found, which is not the same as none: beside it stands how large one had to be to be seen here."
+    )
+    metrics = [metric for metric in view.report.metrics if any(c.metric == metric.key for c in comparisons)]
+    return Section("differences", title, [Paragraph(text), *(_forest(view, metric) for metric in metrics)])
+
+
+def _forest(view: View, metric: Metric) -> Figure:
+    chosen = [c for c in view.report.comparisons if c.metric == metric.key]
+    base = view.scaled(metric.unit, [c.difference.mean for c in chosen])
+    scaled = Scaled(base.scale, base.scale.digits(c.difference for c in chosen))
+    rows = [
+        Row(
+            f"{view.label(c.a)} {MINUS} {view.label(c.b)}",
+            _verdict(view, c, scaled),
+            None,
+            scaled.down(c.difference.mean),
+            scaled.down(c.difference.low),
+            scaled.down(c.difference.high),
+        )
+        for c in chosen
+    ]
+    axis = f"difference in {scaled.scale.titled(metric.label)}"
+    way = "left of zero the first is better" if metric.better == "lower" else "right of zero the first is better"
+    described = (
+        "A mark for each pair over its 95 % interval. " + "; ".join(f"{row.label}: {row.words}" for row in rows) + "."
+    )
+    svgs = [points(rows, f"{axis} ({way})", wide, zero=True) for wide in (True, False)]
+    columns = [Column("First and second"), Column(scaled.scale.titled("Difference"), numeric=True)]
+    columns += [
+        Column("95 % interval", numeric=True),
+        Column("Could have been seen", numeric=True),
+        Column("Verdict"),
+        Column("Paired by"),
+        Column("In words"),
+    ]
+    cells = [[Cell(row.label), *_compared(view, c, scaled)] for row, c in zip(rows, chosen, strict=True)]
+    caption = f"Differences in {metric.label}"
+    return Figure(caption, [Drawing(caption, described, svgs)], Table(caption, columns, cells))
+
+
+def _compared(view: View, c: Comparison, scaled: Scaled) -> list[Cell]:
+    interval = scaled.interval(c.difference.low, c.difference.high) or DASH
+    detectable = DASH if c.detectable is None else scaled.number(c.detectable)
+    texts = [scaled.number(c.difference.mean), interval, detectable, _winner(view, c), c.paired_by, c.sentence]
+    return [Cell(text) for text in texts]
+
+
+def _winner(view: View, c: Comparison) -> str:
+    if c.verdict == "no difference found":
+        return c.verdict
+    return f"{view.label(c.a if c.verdict == 'a better' else c.b)} is better"
+
+
+def _verdict(view: View, c: Comparison, scaled: Scaled) -> str:
+    """A row's words: who is better by how much, or that none was found and how large one had to be."""
+    if c.verdict != "no difference found":
+        return f"{_winner(view, c)} by {scaled.text(abs(c.difference.mean))}"
+    if c.detectable is None:
+        return "no difference found"
+    return f"no difference found; a difference of {scaled.text(c.detectable)} could have been detected"

@@ -1,0 +1,111 @@
+"""Quality against memory: a mark for each variant, its name and time beside it, and the front as a step line."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from halfbyte.compare.page.document import Svg
+from halfbyte.compare.page.svg import NARROW, SIZE, SMALL, WIDE, Axis, Canvas
+from halfbyte.compare.page.text import fitted, width
+
+_LINE = 14.0
+Box = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Spot:
+    """`x` is better when it is less. `filled`: nothing beats it in all that counts."""
+
+    label: str
+    note: str
+    mark: int
+    x: float
+    y: float
+    filled: bool
+
+
+def scatter(spots: Sequence[Spot], x_title: str, y_title: str, higher_is_better: bool, wide: bool) -> Svg:
+    total, height = (WIDE, 340.0) if wide else (NARROW, 300.0)
+    y_axis = Axis((spot.y for spot in spots), height - 38, 30, 5, 0.16)
+    left = max(width(y_axis.label(tick), SMALL) for tick in y_axis.ticks or [0.0]) + 8
+    x_axis = Axis((spot.x for spot in spots), left, total - 12, 6 if wide else 4, 0.14)
+    canvas = Canvas(total)
+    for tick in y_axis.ticks:
+        canvas.line(left, y_axis.at(tick), total - 12, y_axis.at(tick), "grid")
+        canvas.text(left - 6, y_axis.at(tick) + 4, y_axis.label(tick), "tick", "end")
+    for tick in x_axis.ticks:
+        canvas.line(x_axis.at(tick), y_axis.start, x_axis.at(tick), y_axis.start + 4, "axis")
+        canvas.text(x_axis.at(tick), y_axis.start + 16, x_axis.label(tick), "tick", "middle")
+    canvas.line(left, y_axis.start, total - 12, y_axis.start, "axis")
+    canvas.text(0, 12, fitted(y_title, SMALL, total), "tick")
+    canvas.text(total - 12, y_axis.start + 32, fitted(x_title, SMALL, total - 12), "tick", "end")
+    best = front([(spot.x, spot.y) for spot in spots], higher_is_better)
+    if len(best) > 1:
+        canvas.path(_steps([(x_axis.at(x), y_axis.at(y)) for x, y in best], total - 12), "front")
+    taken: list[Box] = [_around(x_axis.at(spot.x), y_axis.at(spot.y)) for spot in spots]
+    for spot in spots:
+        canvas.mark(x_axis.at(spot.x), y_axis.at(spot.y), spot.mark, "mark" if spot.filled else "mark hollow", 5.5)
+    for spot in spots:
+        _label(canvas, spot, x_axis.at(spot.x), y_axis.at(spot.y), taken, (left, 16, total, y_axis.start))
+    return canvas.svg(height)
+
+
+def front(points: Sequence[tuple[float, float]], higher_is_better: bool) -> list[tuple[float, float]]:
+    """Points of which none has less x and a better y, by x."""
+    sign = -1.0 if higher_is_better else 1.0
+    out: list[tuple[float, float]] = []
+    for x, y in sorted(points, key=lambda point: (point[0], sign * point[1])):
+        if not out or sign * y < sign * out[-1][1]:
+            out.append((x, y))
+    return out
+
+
+def _steps(places: Sequence[tuple[float, float]], right: float) -> list[tuple[float, float]]:
+    out = [places[0]]
+    for x, y in places[1:]:
+        out += [(x, out[-1][1]), (x, y)]
+    return [*out, (right, out[-1][1])]
+
+
+def _around(x: float, y: float) -> Box:
+    return x - 7, y - 7, x + 7, y + 7
+
+
+def _label(canvas: Canvas, spot: Spot, x: float, y: float, taken: list[Box], area: Box) -> None:
+    """Name and note where they cover the least: right, left, above or below the mark, near or a little further."""
+    room = min(190.0, (area[2] - area[0]) * 0.45)
+    name, note = fitted(spot.label, SIZE, room), fitted(spot.note, SMALL, room)
+    across, down = max(width(name, SIZE), width(note, SMALL)), _LINE * (2 if note else 1)
+    places = [
+        box
+        for gap in (10.0, 22.0)
+        for box in (
+            (x + gap, y - down / 2, x + gap + across, y + down / 2),
+            (x - gap - across, y - down / 2, x - gap, y + down / 2),
+            (x - across / 2, y - gap - down, x + across / 2, y - gap),
+            (x - across / 2, y + gap, x + across / 2, y + gap + down),
+            (x + gap, y - gap - down, x + gap + across, y - gap),
+            (x + gap, y + gap, x + gap + across, y + gap + down),
+            (x - gap - across, y - gap - down, x - gap, y - gap),
+            (x - gap - across, y + gap, x - gap, y + gap + down),
+        )
+    ]
+    best = min(places, key=lambda box: sum(_overlap(box, other) for other in taken) + 3 * _outside(box, area))
+    best = _moved_into(best, area)
+    taken.append(best)
+    canvas.text(best[0], best[1] + 11, name, "label")
+    if note:
+        canvas.text(best[0], best[1] + 11 + _LINE, note, "tick")
+
+
+def _overlap(a: Box, b: Box) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _outside(box: Box, area: Box) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1]) - _overlap(box, area)
+
+
+def _moved_into(box: Box, area: Box) -> Box:
+    dx = max(area[0] - box[0], 0.0) - max(box[2] - area[2], 0.0)
+    dy = max(area[1] - box[1], 0.0) - max(box[3] - area[3], 0.0)
+    return box[0] + dx, box[1] + dy, box[2] + dx, box[3] + dy
