@@ -2,8 +2,8 @@
 
     Report.model_validate(data)       unknown keys, wrong types, NaN and names that nothing defines are refused
 
-Numbers are plain JSON: bytes, seconds and shares (0.5 is 50 %) in their base unit. None is "unknown", and so is a key of
-`figures` or `predicted` that is left out. Variants and metrics are named by their `key` everywhere.
+Numbers are plain JSON: bytes, seconds and shares (0.5 is 50 %) in their base unit. None is "unknown", and so is a key
+of `figures` or `predicted` that is left out. Variants and metrics are named by their `key` everywhere.
 """
 
 import math
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, model_validator
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 
 Unit = Literal[
     "bytes", "seconds", "tokens/s", "loss", "share", "count", "money", "joules", "supervised tokens"

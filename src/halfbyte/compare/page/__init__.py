@@ -1,1 +1,1 @@
-"""A report's pages. What they say is a `document.Document`, made once; HTML and Markdown are two ways to write it down."""
+"""A report's pages: what they say, a `document.Document` that is made once, and two ways to write it down."""

@@ -1,6 +1,6 @@
 """Report to document: which sections there are, in the order in which somebody decides."""
 
-from halfbyte.compare.page import costs, overview, quality, record
+from halfbyte.compare.page import costs, curves, overview, quality, record
 from halfbyte.compare.page.document import Document
 from halfbyte.compare.page.view import View
 from halfbyte.compare.schema import Report
@@ -13,7 +13,7 @@ def document(report: Report) -> Document:
         overview.side_by_side(view),
         costs.memory(view),
         costs.speed(view),
-        quality.curves(view),
+        curves.curves(view),
         quality.convergence(view),
         quality.pareto(view),
         quality.differences(view),

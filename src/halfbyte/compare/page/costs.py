@@ -1,13 +1,14 @@
 """What a method takes: memory by component, speed, and what the plan had said about both."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from halfbyte.compare.page.document import Block, Cell, Column, Drawing, Figure, Key, Paragraph, Section, Table
-from halfbyte.compare.page.rows import Row, points, stacks
+from halfbyte.compare.page.rows import Row, points, stacks, told
 from halfbyte.compare.page.text import DASH, NBSP, NOT_MEASURED, number
 from halfbyte.compare.page.view import MEMORY, SECONDS, SPEED, STEP, Scaled, View
-from halfbyte.compare.schema import Metric, Range, Variant
 from halfbyte.compare.schema import Figure as Measured
+from halfbyte.compare.schema import Metric, Range, Variant
 
 _PARTS = 8
 """Components that a bar shows apart; the smallest of more are drawn as one."""
@@ -25,7 +26,7 @@ def memory(view: View) -> Section:
     title = f"peak memory, {scaled.scale.suffix}"
     drawing = Drawing(
         "Memory at the peak, by component",
-        f"One bar for each method, its components stacked; a line marks the measured peak. {_words(rows)}",
+        f"One bar for each method, its components stacked; a line marks the measured peak. {told(rows)}",
         [stacks(rows, title, wide=True), stacks(rows, title)],
     )
     legend = [Key(f"k{i}", chr(ord("A") + i), text) for i, text in enumerate(_legend(names))]
@@ -56,15 +57,7 @@ def _stack(view: View, variant: Variant, names: Sequence[str], scaled: Scaled) -
     if len(sizes) > _PARTS:
         sizes = [*sizes[: _PARTS - 1], sum(sizes[_PARTS - 1 :])]
     row = _row(view, variant, variant.figures.get(MEMORY), scaled)
-    return Row(
-        row.label,
-        row.words,
-        row.mark,
-        row.value,
-        row.low,
-        row.high,
-        parts=[part for part in enumerate(sizes) if part[1]],
-    )
+    return replace(row, parts=[part for part in enumerate(sizes) if part[1]])
 
 
 def _row(view: View, variant: Variant, figure: Measured | None, scaled: Scaled) -> Row:
@@ -72,14 +65,9 @@ def _row(view: View, variant: Variant, figure: Measured | None, scaled: Scaled) 
     if figure is None:
         return Row(variant.label, NOT_MEASURED, mark)
     interval = scaled.interval(figure.low, figure.high)
-    words = scaled.text(figure.mean) + (f" ({interval})" if interval else "")
-    low, high = scaled.down(figure.low), scaled.down(figure.high)
+    low, high, words = scaled.down(figure.low), scaled.down(figure.high), scaled.number(figure.mean)
     seeds = [value / scaled.scale.factor for value in figure.values] if figure.n > 1 else []
-    return Row(variant.label, words, mark, scaled.down(figure.mean), low, high, seeds)
-
-
-def _words(rows: Sequence[Row]) -> str:
-    return "; ".join(f"{row.label}: {row.words}" for row in rows) + "."
+    return Row(variant.label, words, mark, scaled.down(figure.mean), low, high, seeds, more=interval)
 
 
 def _memory_table(view: View, names: Sequence[str], scaled: Scaled) -> Table:
@@ -100,7 +88,7 @@ def speed(view: View) -> Section:
     """Small charts of everything that takes time or money, and their table."""
     metrics = view.measured([SPEED, STEP, SECONDS, "warmup_seconds", "energy_joules", "cost"])
     if not metrics:
-        return Section("speed", "Speed", [Paragraph(f"Speed was {NOT_MEASURED}.")])
+        return Section("speed", "Speed and cost", [Paragraph(f"Speed was {NOT_MEASURED}.")])
     drawings = [_small(view, metric) for metric in metrics]
     columns = [Column("Method")]
     columns += [Column(view.column(metric).scale.titled(metric.label), numeric=True) for metric in metrics]
@@ -112,14 +100,14 @@ def speed(view: View) -> Section:
     if len(view.report.settings.seeds) == 1:
         text = "One seed: the marks are single runs, and nothing says how far another would be from them."
     figure = Figure("Speed and what it costs", drawings, Table("Speed and what it costs", columns, rows))
-    return Section("speed", "Speed", [Paragraph(text), figure])
+    return Section("speed", "Speed and cost", [Paragraph(text), figure])
 
 
 def _small(view: View, metric: Metric) -> Drawing:
     scaled = view.column(metric)
     rows = [_row(view, variant, variant.figures.get(metric.key), scaled) for variant in view.variants]
     title = scaled.scale.titled(metric.label)
-    described = f"A mark for each method. {metric.better.capitalize()} is better. {_words(rows)}"
+    described = f"A mark for each method. {metric.better.capitalize()} is better. {told(rows)}"
     return Drawing(f"{title} ({metric.better} is better)", described, [points(rows, title, zero=True)])
 
 
@@ -139,7 +127,9 @@ def predicted(view: View) -> Section:
         scaled = view.scaled(unit, [*ends, *(figure.mean for figure in figures if figure)])  # type: ignore[arg-type]
         title = scaled.scale.titled(label)
         rows = [_band(view, *row, scaled) for row in zip(view.variants, ranges, figures, strict=True)]
-        described = f"A band from the expected value to the one that holds 19 times of 20, and the measured mean. {_words(rows)}"
+        described = (
+            f"A band from the expected value to the one that holds 19 times of 20, and the measured mean. {told(rows)}"
+        )
         drawings.append(Drawing(f"{title}: predicted and measured", described, [points(rows, title)]))
         suffix = f", {scaled.scale.suffix}"
         columns += [
@@ -151,13 +141,15 @@ def predicted(view: View) -> Section:
             row += _compared(at, figure, scaled)
     if not drawings:
         return Section("predicted", "Predicted and measured", [*blocks, Paragraph("Nothing was predicted.")])
-    table = Table("Predicted and measured", columns, cells)
+    caption = "Peak memory and time, predicted and measured"
+    table = Table(caption, columns, cells)
     blocks.append(
         Paragraph(
-            "Bands run from the plan's expected value to the one that it gives as holding 19 times of 20; marks are what was measured."
+            "Bands run from the plan's expected value to the one that it gives as holding 19 times of 20; "
+            "marks are what was measured."
         )
     )
-    blocks.append(Figure("Predicted and measured", drawings, table))
+    blocks.append(Figure(caption, drawings, table))
     return Section("predicted", "Predicted and measured", blocks)
 
 
@@ -166,7 +158,8 @@ def _plan(view: View) -> str:
     if plan is None or plan.seconds is None:
         return ""
     scaled = view.scaled("seconds", [plan.seconds.p50, plan.seconds.p95])
-    text = f"Before the first run the plan for all of them said {scaled.text(plan.seconds.p50)}, at most {scaled.text(plan.seconds.p95)}"
+    expected, most = scaled.text(plan.seconds.p50), scaled.text(plan.seconds.p95)
+    text = f"Before the first run, the plan for all of them said {expected}, at most {most}"
     if plan.cost is not None:
         text += f", and a cost of {number(plan.cost.amount, 2)}{NBSP}{plan.cost.currency}"
     return text + "."
@@ -177,10 +170,8 @@ def _band(view: View, variant: Variant, at: Range | None, figure: Measured | Non
     band = None if at is None else (at.p50 / factor, max(at.p95, at.p50) / factor)
     if figure is None:
         return Row(variant.label, NOT_MEASURED, mark, band=band)
-    words = scaled.text(figure.mean)
-    if at is not None:
-        words += f", expected {scaled.number(at.p50)}"
-    return Row(variant.label, words, mark, figure.mean / factor, band=band)
+    more = "" if at is None else f"expected {scaled.number(at.p50)}"
+    return Row(variant.label, scaled.number(figure.mean), mark, figure.mean / factor, band=band, more=more)
 
 
 def _compared(at: Range | None, figure: Measured | None, scaled: Scaled) -> list[Cell]:

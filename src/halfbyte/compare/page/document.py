@@ -22,6 +22,8 @@ class Cell:
 class Column:
     heading: str
     numeric: bool = False
+    wide: bool = False
+    """Holds sentences or lists: wants room."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Bullets:
 class Facts:
     """Names and what they are, as in a list of the machine's properties."""
 
+    title: str
     items: Sequence[tuple[str, str]]
 
 
@@ -61,7 +64,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Drawing:
-    """An SVG in one or two widths. `svgs` are the inner parts of (width, height, markup); two: for a page and for a phone."""
+    """An image and its text. Two `svgs` are the same drawn for a page and for a phone; one is small enough for both."""
 
     title: str
     description: str

@@ -1,4 +1,4 @@
-"""A document as one HTML file: style, script and drawings are in it, and its security policy lets nothing else be loaded.
+"""A document as one HTML file: style, script and drawings are in it, and its policy lets nothing else be loaded.
 
 It is read with the eyes, with a screen reader and on paper: drawings are images with a title and a description, their
 tables are folded in below them and unfolded for printing, and tables that are wider than the page scroll by themselves.
@@ -6,6 +6,7 @@ tables are folded in below them and unfolded for printing, and tables that are w
 
 import base64
 import hashlib
+from collections.abc import Sequence
 from functools import cache
 from html import escape
 from importlib import resources
@@ -14,6 +15,8 @@ from itertools import count
 from halfbyte.compare.page import document as doc
 from halfbyte.compare.page.svg import colour, shape
 from halfbyte.compare.page.text import clean, clean_lines
+
+_LONG_WORD = 24
 
 
 def page(document: doc.Document) -> str:
@@ -45,7 +48,9 @@ class _Writer:
 
     def page(self, document: doc.Document) -> str:
         style, script = _asset("report.css"), _asset("report.js")
-        policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:; base-uri 'none'; form-action 'none'"
+        allowed = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; img-src data:"
+        policy = f"{allowed}; base-uri 'none'; form-action 'none'"
+        sources = "report.json beside this page has the same data for programs, report.md for terminals."
         title = _text(document.title)
         links = "".join(f'<li><a href="#{section.id}">{_text(section.title)}</a></li>' for section in document.sections)
         facts = "".join(f"<li>{_text(fact)}</li>" for fact in document.facts)
@@ -72,7 +77,7 @@ class _Writer:
 <nav aria-label="Sections"><ul>{links}</ul></nav>
 {body}
 </main>
-<footer><p>Made {_text(document.created)}. report.json beside this page has the same data for programs, report.md for terminals.</p></footer>
+<footer><p>Made {_text(document.created)}. {sources}</p></footer>
 <script>{script}</script>
 </body>
 </html>
@@ -94,7 +99,7 @@ class _Writer:
                 pairs = "".join(
                     f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in block.items
                 )
-                return f"<dl>{pairs}</dl>"
+                return f"<h3>{_text(block.title)}</h3>\n<dl>{pairs}</dl>"
             case doc.Command():
                 return f"<h3>{_text(block.label)}</h3>\n<pre><code>{escape(clean_lines(block.text))}</code></pre>"
             case doc.Table():
@@ -104,7 +109,9 @@ class _Writer:
 
     def _table(self, table: doc.Table) -> str:
         name = self._id()
-        heads = "".join(f'<th scope="col"{_numeric(column)}>{_text(column.heading)}</th>' for column in table.columns)
+        heads = "".join(
+            f'<th scope="col"{_style(column, True)}>{_text(column.heading)}</th>' for column in table.columns
+        )
         rows = "\n".join(f"<tr>{self._row(table, row)}</tr>" for row in table.rows)
         return (
             f'<div class="scroll" role="region" aria-labelledby="{name}" tabindex="0"><table>\n'
@@ -112,29 +119,26 @@ class _Writer:
             f"<thead><tr>{heads}</tr></thead>\n<tbody>\n{rows}\n</tbody>\n</table></div>"
         )
 
-    def _row(self, table: doc.Table, row: "doc.Sequence[doc.Cell]") -> str:
+    def _row(self, table: doc.Table, row: Sequence[doc.Cell]) -> str:
         out = []
         for i, (column, cell) in enumerate(zip(table.columns, row, strict=True)):
             mark = "" if cell.mark is None else _key(f'<path class="mark {colour(cell.mark)}" d="{shape(cell.mark)}"/>')
             note = f" <small>{_text(cell.note)}</small>" if cell.note else ""
-            start, end = ('<th scope="row">', "</th>") if i == 0 else (f"<td{_numeric(column)}>", "</td>")
+            start, end = ('<th scope="row">', "</th>") if i == 0 else (f"<td{_style(column)}>", "</td>")
             out.append(f"{start}{mark}{_text(cell.text)}{note}{end}")
         return "".join(out)
 
     def _figure(self, figure: doc.Figure) -> str:
-        only = len(figure.drawings) == 1 and figure.drawings[0].title == figure.caption
-        drawings = "\n".join(self._drawing(drawing, titled=not only) for drawing in figure.drawings)
-        small = all(len(drawing.svgs) == 1 for drawing in figure.drawings)
-        keys = "".join(
-            f'<li>{_key(f"""<rect class="part {key.style}" x="-8" y="-8" width="16" height="16"/><text class="letter {key.style}" y="4" text-anchor="middle">{key.letter}</text>""")}'
-            f"{_text(key.text)}</li>"
-            for key in figure.legend
-        )
+        only = len(figure.drawings) == 1
+        large = [self._drawing(drawing, titled=not only) for drawing in figure.drawings if len(drawing.svgs) > 1]
+        small = [self._drawing(drawing, titled=not only) for drawing in figure.drawings if len(drawing.svgs) == 1]
+        drawings = "\n".join([*large, *(['<div class="panels">', *small, "</div>"] if small else [])])
+        keys = "".join(f"<li>{_swatch(key)}{_text(key.text)}</li>" for key in figure.legend)
         legend = f'<ul class="legend">{keys}</ul>\n' if keys else ""
         return (
-            f'<figure>\n<figcaption>{_text(figure.caption)}</figcaption>\n<div class="{"panels" if small else "drawings"}">\n'
-            f"{drawings}\n</div>\n{legend}"
-            f"<details><summary>As a table: {_text(figure.table.caption)}</summary>\n{self._table(figure.table)}\n</details>\n</figure>"
+            f"<figure>\n<figcaption>{_text(figure.caption)}</figcaption>\n{drawings}\n{legend}"
+            f"<details><summary>As a table: {_text(figure.table.caption)}</summary>\n"
+            f"{self._table(figure.table)}\n</details>\n</figure>"
         )
 
     def _drawing(self, drawing: doc.Drawing, titled: bool) -> str:
@@ -146,16 +150,24 @@ class _Writer:
     def _svg(self, drawing: doc.Drawing, svg: doc.Svg, style: str) -> str:
         title, description = self._id(), self._id()
         return (
-            f'<svg class="chart {style}" viewBox="0 0 {svg.width:g} {svg.height:g}" role="img" aria-labelledby="{title} {description}">'
-            f'<title id="{title}">{_text(drawing.title)}</title><desc id="{description}">{_text(drawing.description)}</desc>'
-            f"{svg.body}</svg>"
+            f'<svg class="{f"chart {style}".strip()}" viewBox="0 0 {svg.width:g} {svg.height:g}" role="img" '
+            f'aria-labelledby="{title} {description}"><title id="{title}">{_text(drawing.title)}</title>'
+            f'<desc id="{description}">{_text(drawing.description)}</desc>{svg.body}</svg>'
         )
 
 
-def _numeric(column: doc.Column) -> str:
-    return ' class="number"' if column.numeric else ""
+def _style(column: doc.Column, heading: bool = False) -> str:
+    """Classes of a column's cells: digits below each other, room for sentences, names that may be broken."""
+    long = heading and max((len(word) for word in column.heading.split()), default=0) > _LONG_WORD
+    said = [name for name, on in (("number", column.numeric), ("wide", column.wide), ("long", long)) if on]
+    return f' class="{" ".join(said)}"' if said else ""
 
 
 def _key(shapes: str) -> str:
     """A mark or a swatch within text."""
     return f'<svg class="key" viewBox="-9 -9 18 18" aria-hidden="true">{shapes}</svg>'
+
+
+def _swatch(key: doc.Key) -> str:
+    square = f'<rect class="part {key.style}" x="-8" y="-8" width="16" height="16"/>'
+    return _key(f'{square}<text class="letter {key.style}" y="4" text-anchor="middle">{key.letter}</text>')

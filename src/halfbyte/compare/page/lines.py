@@ -38,7 +38,7 @@ def lines(curves: Sequence[Curve], x_title: str, y_title: str, wide: bool) -> Sv
     ys = [y for _, points in drawn for _, *values in points for y in values if y is not None]
     y_axis = Axis(ys, height - 38, 26, 6 if wide else 5, 0.04)
     left = max(width(y_axis.label(tick), SMALL) for tick in y_axis.ticks or [0.0]) + 8
-    x_axis = Axis((x for _, points in drawn for x, *_ in points), left, total - room, 6 if wide else 3, 0.02)
+    x_axis = Axis((x for _, points in drawn for x, *_ in points), left, total - room, 6 if wide else 4, 0.02)
     canvas = Canvas(total)
     _frame(canvas, x_axis, y_axis, x_title, y_title)
     for curve, points in drawn:

@@ -5,6 +5,7 @@ from becoming markup.
 """
 
 import re
+from collections.abc import Sequence
 
 from halfbyte.compare.page import document as doc
 from halfbyte.compare.page.text import clean, clean_lines
@@ -48,7 +49,8 @@ def _block(block: doc.Block) -> str:
             said = "**Warning:** " if block.warning else ""
             return "\n".join(f"- {said}{_text(item) if said else _line(item)}" for item in block.items)
         case doc.Facts():
-            return "\n".join(f"- {_text(name)}: {_text(value)}" for name, value in block.items)
+            facts = "\n".join(f"- {_text(name)}: {_text(value)}" for name, value in block.items)
+            return f"### {_text(block.title)}\n\n{facts}"
         case doc.Command():
             return f"### {_text(block.label)}\n\n{_fenced(clean_lines(block.text))}"
         case doc.Table():
@@ -75,7 +77,7 @@ def _table(table: doc.Table) -> str:
     return "\n".join([f"**{_text(table.caption)}**", "", lines[0], f"|{rule}|", *lines[1:]])
 
 
-def _row(row: list[str], widths: list[int], columns: "doc.Sequence[doc.Column]") -> str:
+def _row(row: list[str], widths: list[int], columns: Sequence[doc.Column]) -> str:
     cells = (
         text.rjust(size) if column.numeric else text.ljust(size)
         for text, size, column in zip(row, widths, columns, strict=True)

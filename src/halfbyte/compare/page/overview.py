@@ -34,7 +34,7 @@ def side_by_side(view: View) -> Section:
     everything = _everything(view)
     if everything is not None:
         blocks.append(everything)
-    return Section("methods", "The methods side by side", blocks)
+    return Section("methods", "Methods", blocks)
 
 
 def _choice(view: View) -> Table:
@@ -44,7 +44,7 @@ def _choice(view: View) -> Table:
     columns += [Column(view.column(metric).scale.titled(metric.label), numeric=True) for metric in measured]
     full = any(variant.against_full for variant in view.variants)
     columns += [Column("Quality against full, %", numeric=True)] if full else []
-    columns += [Column(name) for name in ("Hardware it fits", "Paged optimizer", "Double quantization")]
+    columns += [Column("Hardware it fits", wide=True), Column("Paged optimizer"), Column("Double quantization")]
     rows = []
     for variant in view.variants:
         row = [view.name(variant), _precision(variant)]
@@ -78,7 +78,8 @@ def _how_to_read(view: View) -> str:
         text += "Figures are means over the seeds; below each stands its 95 % interval. "
     metric = next((variant.against_full.metric for variant in view.variants if variant.against_full), None)
     if metric is not None:
-        text += f"Quality against full is the {view.report.metric(metric).label} as a share of what full fine-tuning reached. "
+        label = view.report.metric(metric).label
+        text += f"Quality against full is {label} as a share of what full fine-tuning reached. "
     return text + "What is not there was not measured, and is said so."
 
 

@@ -1,107 +1,25 @@
-"""What a method reaches: curves, convergence, the front of quality and memory, and differences with their intervals."""
+"""What a method reaches: convergence, the front of quality and memory, and differences with their intervals."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
-from halfbyte.compare.page.document import Block, Cell, Column, Drawing, Figure, Paragraph, Section, Table
-from halfbyte.compare.page.lines import Curve, lines, thinned
-from halfbyte.compare.page.rows import Row, points
+from halfbyte.compare.page.document import Cell, Column, Drawing, Figure, Paragraph, Section, Table
+from halfbyte.compare.page.rows import Row, points, told
 from halfbyte.compare.page.scatter import Spot, scatter
-from halfbyte.compare.page.text import DASH, MINUS, NBSP, NOT_MEASURED, number, plain
-from halfbyte.compare.page.view import LOSS, MEMORY, Scaled, View
-from halfbyte.compare.schema import Comparison, Convergence, Metric, Pareto, Point, Reached, Variant
+from halfbyte.compare.page.text import DASH, MINUS, NOT_MEASURED, Scale, plain
+from halfbyte.compare.page.view import MEMORY, Scaled, View
+from halfbyte.compare.schema import Comparison, Convergence, Metric, Pareto, Reached
 from halfbyte.compare.schema import Figure as Measured
-
-_TABLE_POINTS = 8
-"""Points of a curve that its table has; report.json has them all."""
-
-
-def curves(view: View) -> Section:
-    """Held-out loss by tokens and by time, training loss by tokens."""
-    held_out = [(variant, variant.curves.eval) for variant in view.variants if variant.curves.eval]
-    train = [(variant, variant.curves.train) for variant in view.variants if variant.curves.train]
-    blocks: list[Block] = []
-    if held_out:
-        blocks.append(_loss_figure(view, "Held-out loss", held_out))
-    if train:
-        blocks.append(_loss_figure(view, "Training loss", train))
-    if not blocks:
-        blocks.append(Paragraph(f"Loss curves were {NOT_MEASURED}."))
-    elif any(point.low is not None for _, line in held_out + train for point in line):
-        blocks.insert(0, Paragraph("Lines are means over the seeds, the bands around them 95 % intervals."))
-    return Section("curves", "Loss curves", blocks)
-
-
-def _loss_figure(view: View, what: str, held: Sequence[tuple[Variant, Sequence[Point]]]) -> Figure:
-    timed = [(variant, [point for point in line if point.seconds is not None]) for variant, line in held]
-    timed = [(variant, line) for variant, line in timed if line]
-    tokens = view.scaled("supervised tokens", [line[-1].supervised_tokens for _, line in held])
-    seconds = view.scaled("seconds", [line[-1].seconds for _, line in timed])
-    ends = "; ".join(f"{variant.label} ends at {plain(line[-1].mean, 4)}" for variant, line in held) + "."
-    drawings = []
-    for title, chosen, scaled in (("supervised tokens", held, tokens), ("time", timed, seconds)):
-        if not chosen or not any(_x(point, title) for _, line in chosen for point in line):
-            continue
-        drawn = [_curve(view, variant, line, title, scaled) for variant, line in chosen]
-        axis = scaled.scale.titled(title)
-        heading = f"{what} by {title}"
-        described = f"A line for each method, named at its end. Lower is better. {ends}"
-        svgs = [lines(drawn, axis, f"{what.lower()} (lower is better)", wide) for wide in (True, False)]
-        drawings.append(Drawing(heading, described, svgs))
-    return Figure(what, drawings, _curve_table(view, what, held, tokens, seconds))
-
-
-def _x(point: Point, axis: str) -> float:
-    return point.supervised_tokens if axis == "supervised tokens" else point.seconds or 0.0
-
-
-def _curve(view: View, variant: Variant, line: Sequence[Point], axis: str, scaled: Scaled) -> Curve:
-    factor = scaled.scale.factor
-    return Curve(
-        variant.label,
-        view.mark(variant.key),
-        [(_x(point, axis) / factor, point.mean, point.low, point.high) for point in line],
-    )
-
-
-def _curve_table(
-    view: View, what: str, held: Sequence[tuple[Variant, Sequence[Point]]], tokens: Scaled, seconds: Scaled
-) -> Table:
-    most = max(len(line) for _, line in held)
-    some = (
-        f", {_TABLE_POINTS} of up to {most} points of each curve (report.json has all)" if most > _TABLE_POINTS else ""
-    )
-    columns = [Column("Method"), Column(tokens.scale.titled("Supervised tokens"), numeric=True)]
-    columns += [
-        Column(seconds.scale.titled("Time"), numeric=True),
-        Column(what, numeric=True),
-        Column("95 % interval", numeric=True),
-    ]
-    rows = []
-    for variant, line in held:
-        for i in thinned(len(line), _TABLE_POINTS):
-            point = line[i]
-            rows.append(
-                [
-                    view.name(variant),
-                    Cell(plain(point.supervised_tokens / tokens.scale.factor)),
-                    Cell(NOT_MEASURED if point.seconds is None else plain(point.seconds / seconds.scale.factor)),
-                    Cell(number(point.mean, 4)),
-                    Cell(_interval(point.low, point.high)),
-                ]
-            )
-    return Table(f"{what} along the run{some}", columns, rows)
-
-
-def _interval(low: float | None, high: float | None) -> str:
-    return DASH if low is None or high is None else f"{number(low, 4)}{NBSP}to{NBSP}{number(high, 4)}"
 
 
 def convergence(view: View) -> Section:
     """Tokens and time to each held-out loss."""
-    title = "How fast a loss is reached"
+    title = "Convergence"
     if not view.report.convergence:
         return Section("convergence", title, [Paragraph(f"When a given loss is reached was {NOT_MEASURED}.")])
-    text = "How many supervised tokens, and how much time, a method takes down to a held-out loss; a run that never gets there has no mark."
+    text = (
+        "How many supervised tokens, and how much time, a method takes down to a held-out loss. A method that never "
+        "gets there has no mark."
+    )
     return Section("convergence", title, [Paragraph(text), *_unique_figures(view, view.report.convergence)])
 
 
@@ -168,13 +86,13 @@ def _reached_cell(figure: Measured | None, row: Reached, scaled: Scaled) -> Cell
 
 def pareto(view: View) -> Section:
     """Who is beaten by nobody in quality, memory and time together."""
-    title = "Quality, memory and time together"
+    title = "Quality against memory and time"
     figures = [_front(view, front) for front in view.report.pareto if front.points]
     if not figures:
         return Section("pareto", title, [Paragraph(f"Quality against memory was {NOT_MEASURED}.")])
     text = (
-        "A filled mark is on the front: no other method is at least as good in quality, memory and time and better in one "
-        "of them. The step line is the best quality that each amount of memory buys; the time stands below the name."
+        "A filled mark is on the front: no other method is at least as good in quality, memory and time and better in "
+        "one of them. The step line is the best quality that each amount of memory buys; the time is below the name."
     )
     return Section("pareto", title, [Paragraph(text), *figures])
 
@@ -232,7 +150,7 @@ def _front(view: View, pareto: Pareto) -> Figure:
 
 def differences(view: View) -> Section:
     """A forest plot for each metric: difference, interval, zero, and what that means in words."""
-    title = "Differences, and what could have been seen"
+    title = "Differences"
     comparisons = view.report.comparisons
     if not comparisons:
         why = "one method only" if len(view.variants) < 2 else "too few runs of each, or none that could be paired"
@@ -247,8 +165,10 @@ def differences(view: View) -> Section:
 
 def _forest(view: View, metric: Metric) -> Figure:
     chosen = [c for c in view.report.comparisons if c.metric == metric.key]
-    base = view.scaled(metric.unit, [c.difference.mean for c in chosen])
-    scaled = Scaled(base.scale, base.scale.digits(c.difference for c in chosen))
+    scale = view.scaled(metric.unit, [c.difference.mean for c in chosen]).scale
+    if metric.unit == "share":
+        scale = Scale("percentage points", 0.01)
+    scaled = Scaled(scale, scale.digits(c.difference for c in chosen))
     rows = [
         Row(
             f"{view.label(c.a)} {MINUS} {view.label(c.b)}",
@@ -262,9 +182,7 @@ def _forest(view: View, metric: Metric) -> Figure:
     ]
     axis = f"difference in {scaled.scale.titled(metric.label)}"
     way = "left of zero the first is better" if metric.better == "lower" else "right of zero the first is better"
-    described = (
-        "A mark for each pair over its 95 % interval. " + "; ".join(f"{row.label}: {row.words}" for row in rows) + "."
-    )
+    described = "A mark for each pair over its 95 % interval. " + told(rows)
     svgs = [points(rows, f"{axis} ({way})", wide, zero=True) for wide in (True, False)]
     columns = [Column("First and second"), Column(scaled.scale.titled("Difference"), numeric=True)]
     columns += [
@@ -272,7 +190,7 @@ def _forest(view: View, metric: Metric) -> Figure:
         Column("Could have been seen", numeric=True),
         Column("Verdict"),
         Column("Paired by"),
-        Column("In words"),
+        Column("In words", wide=True),
     ]
     cells = [[Cell(row.label), *_compared(view, c, scaled)] for row, c in zip(rows, chosen, strict=True)]
     caption = f"Differences in {metric.label}"

@@ -12,7 +12,7 @@ def cells(view: View) -> Section:
     """Every run: whose it is, how it ended, where it came from."""
     runs = view.report.cells
     if not runs:
-        return Section("runs", "The runs", [Paragraph("No runs are recorded.")])
+        return Section("runs", "Runs", [Paragraph("No runs are recorded.")])
     done = sum(cell.status == "done" for cell in runs)
     text = f"{done} of {len(runs)} runs are done."
     elsewhere = sum(cell.origin != "this comparison" for cell in runs)
@@ -20,7 +20,7 @@ def cells(view: View) -> Section:
         text += f" {elsewhere} of them came from elsewhere, as the column says."
     scaled = view.scaled("seconds", [cell.seconds for cell in runs])
     columns = [Column("Run"), Column("Method"), Column("Seed", numeric=True), Column("Status"), Column("Comes from")]
-    columns += [Column(scaled.scale.titled("Time"), numeric=True), Column("Where it is, and what it said")]
+    columns += [Column(scaled.scale.titled("Time"), numeric=True), Column("Where it is, and what it said", wide=True)]
     rows = [
         [
             Cell(cell.id),
@@ -33,7 +33,7 @@ def cells(view: View) -> Section:
         ]
         for cell in runs
     ]
-    return Section("runs", "The runs", [Paragraph(text), Table("The runs", columns, rows)])
+    return Section("runs", "Runs", [Paragraph(text), Table("The runs", columns, rows)])
 
 
 def commands(view: View) -> Section:
@@ -45,22 +45,24 @@ def commands(view: View) -> Section:
     others = [command for command in report.commands if command not in shown]
     if others:
         blocks.append(Command("The other commands", "\n".join(clean_lines(command) for command in others)))
-    return Section("commands", "Exact commands", blocks)
+    return Section("commands", "Commands", blocks)
 
 
 def conditions(view: View) -> Section:
     """Model, data, machine, versions, settings."""
     report = view.report
     blocks: list[Block] = [
-        Facts(_settings(report)),
+        Facts("Settings", _settings(report)),
         *_learning_rates(view),
         *_data(report),
-        Facts(_model(report)),
-        Facts(_machine(report)),
+        Facts("Model", _model(report)),
+        Facts("Machine", _machine(report)),
     ]
     if report.versions:
-        blocks.append(Facts([(name, version or "not installed") for name, version in report.versions.items()]))
-    return Section("conditions", "What it was measured on", blocks)
+        blocks.append(
+            Facts("Versions", [(name, version or "not installed") for name, version in report.versions.items()])
+        )
+    return Section("conditions", "Conditions", blocks)
 
 
 def _known(value: float | str | None) -> str:

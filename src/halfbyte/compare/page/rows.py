@@ -13,7 +13,8 @@ from halfbyte.compare.page.text import fitted, width, wrapped
 
 @dataclass(frozen=True)
 class Row:
-    """In the chart's unit. `words` say what the row shows; `band` is a range drawn behind it; `parts` are stacked."""
+    """In the chart's unit. `words` say what the row shows and `more` how sure it is; `band` is a range drawn behind it,
+    `parts` are stacked."""
 
     label: str
     words: str
@@ -24,15 +25,29 @@ class Row:
     seeds: Sequence[float] = ()
     band: tuple[float, float] | None = None
     parts: Sequence[tuple[int, float]] = ()
+    more: str = ""
 
     def extent(self) -> list[float]:
         ends = [self.value, self.low, self.high, *self.seeds, *(self.band or ())]
         return [end for end in ends if end is not None] + ([sum(size for _, size in self.parts)] if self.parts else [])
 
+    def told(self) -> str:
+        """The row in words."""
+        return f"{self.label}: {self.words}" + (f" ({self.more})" if self.more else "")
+
+
+def told(rows: Sequence[Row]) -> str:
+    """A chart in words, for who does not see it."""
+    return "; ".join(row.told() for row in rows) + "."
+
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where things stand: the plot's edges, a row's height, its middle and its text's place."""
+    """The plot's edges, a row's height, where in it the marks are, and the room for words.
+
+    On a page words have a column of their own. On a phone they end the name's line where all rows' fit there, else they
+    are up to three lines below it.
+    """
 
     width: float
     left: float
@@ -41,14 +56,22 @@ class _Layout:
     middle: float
     wide: bool
     words: float
+    below: bool
 
     @classmethod
     def of(cls, rows: Sequence[Row], wide: bool) -> "_Layout":
-        if not wide:
-            return cls(NARROW, 10, NARROW - 10, 50, 33, False, 0)
-        label = min(max((width(row.label, SIZE) for row in rows), default=0) + 34, 220)
-        words = min(max((width(row.words, SIZE) for row in rows), default=0) + 18, 290)
-        return cls(WIDE, label, WIDE - words, 34, 17, True, words - 18)
+        if wide:
+            label = min(max((width(row.label, SIZE) for row in rows), default=0) + 34, 220)
+            words = min(max((_said(row) for row in rows), default=0) + 24, 290)
+            return cls(WIDE, label, WIDE - words, 34, 17, True, words - 18, False)
+        below = any(width(row.label, SIZE) + width(row.words, SIZE) > NARROW - 34 for row in rows)
+        lines = max((len(wrapped(row.words, SIZE, NARROW, 3)) for row in rows), default=0) if below else 0
+        text = 22 + 15 * lines
+        return cls(NARROW, 8, NARROW - 8, text + 30, text + 13, False, NARROW, below)
+
+
+def _said(row: Row) -> float:
+    return width(row.words, SIZE) + (8 + width(row.more, SMALL) if row.more else 0)
 
 
 def points(rows: Sequence[Row], axis_title: str, wide: bool = False, zero: bool = False) -> Svg:
@@ -62,49 +85,51 @@ def stacks(rows: Sequence[Row], axis_title: str, wide: bool = False) -> Svg:
 
 
 def _chart(
-    rows: Sequence[Row], axis_title: str, wide: bool, zero: bool, draw: "Callable[[Canvas, Axis, Row, float], None]"
+    rows: Sequence[Row], axis_title: str, wide: bool, zero: bool, draw: Callable[[Canvas, Axis, Row, float], None]
 ) -> Svg:
     place = _Layout.of(rows, wide)
     canvas = Canvas(place.width)
     extent = [end for row in rows for end in row.extent()] + ([0.0] if zero else [])
     axis = Axis(extent, place.left, place.right, 5 if wide else 4)
     bottom = 6 + place.height * len(rows)
-    for tick in axis.ticks:
-        x = axis.at(tick)
-        canvas.line(x, 4, x, bottom, "zero" if zero and abs(tick) < 1e-12 else "grid")
-        _inside(canvas, x, bottom + 15, axis.label(tick))
-    canvas.text(place.right, bottom + 31, fitted(axis_title, SMALL, place.width - 20), "tick", "end")
     for i, row in enumerate(rows):
         top = 6 + i * place.height
+        reach = (top, top + place.height) if wide else (top + place.middle - 13, top + place.middle + 13)
+        for tick in axis.ticks:
+            style = "zero" if zero and abs(tick) < 1e-9 * (axis.high - axis.low) else "grid"
+            canvas.line(axis.at(tick), reach[0], axis.at(tick), reach[1], style)
         _name(canvas, place, row, top)
         draw(canvas, axis, row, top + place.middle)
-    return canvas.svg(bottom + 38)
-
-
-def _inside(canvas: Canvas, x: float, y: float, label: str) -> None:
-    """A tick's label, centred unless it would be cut at the edge."""
-    half = width(label, SMALL) / 2
-    canvas.text(min(max(x, half), canvas.width - half), y, label, "tick", "middle")
+    for tick in axis.ticks:
+        half = width(axis.label(tick), SMALL) / 2
+        x = min(max(axis.at(tick), half), canvas.width - half)
+        canvas.text(x, bottom + 15, axis.label(tick), "tick", "middle")
+    titles = wrapped(axis_title, SMALL, place.width - 16, 2)
+    for i, line in enumerate(titles):
+        canvas.text(place.right, bottom + 31 + 14 * i, line, "tick", "end")
+    return canvas.svg(bottom + 24 + 14 * len(titles))
 
 
 def _name(canvas: Canvas, place: _Layout, row: Row, top: float) -> None:
     """The row's mark, name and words."""
     indent = 16.0 if row.mark is not None else 0.0
-    if place.wide:
-        y = top + place.middle
-        if row.mark is not None:
-            canvas.mark(7, y, row.mark, "mark", 4.5)
-        canvas.text(indent, y + 4, fitted(row.label, SIZE, place.left - indent - 14), "label")
-        lines = wrapped(row.words, SIZE, place.words, 2)
-        for i, line in enumerate(lines):
-            canvas.text(place.right + 18, y + 4 + (i - (len(lines) - 1) / 2) * 14.5, line)
-        return
-    words = fitted(row.words, SIZE, place.width * 0.62)
-    room = place.width - width(words, SIZE) - indent - 8
+    y = top + place.middle if place.wide else top + 11
     if row.mark is not None:
-        canvas.mark(7, top + 11, row.mark, "mark", 4.5)
+        canvas.mark(7, y, row.mark, "mark", 4.5)
+    if place.wide:
+        canvas.text(indent, y + 4, fitted(row.label, SIZE, place.left - indent - 14), "label")
+        lines = [row.words] if row.more else wrapped(row.words, SIZE, place.words, 2)
+        for i, line in enumerate(lines):
+            canvas.text(place.right + 18, y + 4 + (i - (len(lines) - 1) / 2) * 14.5, line, more=row.more)
+        return
+    room = place.width - indent - (0 if place.below else width(row.words, SIZE) + 8)
     canvas.text(indent, top + 15, fitted(row.label, SIZE, room), "label")
-    canvas.text(place.width, top + 15, words, "", "end")
+    if not place.below:
+        fits = indent + width(row.label, SIZE) + _said(row) + 8 <= place.width
+        canvas.text(place.width, top + 15, row.words, "", "end", more=row.more if fits else "")
+        return
+    for i, line in enumerate(wrapped(row.words, SIZE, place.width, 3)):
+        canvas.text(0, top + 31 + 15 * i, line)
 
 
 def _draw_point(canvas: Canvas, axis: Axis, row: Row, y: float) -> None:

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from halfbyte.compare.page.document import Svg
 from halfbyte.compare.page.svg import NARROW, SIZE, SMALL, WIDE, Axis, Canvas
 from halfbyte.compare.page.text import fitted, width
 
 _LINE = 14.0
+Place = tuple[float, float]
 Box = tuple[float, float, float, float]
 
 
@@ -39,9 +41,11 @@ def scatter(spots: Sequence[Spot], x_title: str, y_title: str, higher_is_better:
     canvas.text(0, 12, fitted(y_title, SMALL, total), "tick")
     canvas.text(total - 12, y_axis.start + 32, fitted(x_title, SMALL, total - 12), "tick", "end")
     best = front([(spot.x, spot.y) for spot in spots], higher_is_better)
-    if len(best) > 1:
-        canvas.path(_steps([(x_axis.at(x), y_axis.at(y)) for x, y in best], total - 12), "front")
-    taken: list[Box] = [_around(x_axis.at(spot.x), y_axis.at(spot.y)) for spot in spots]
+    steps = _steps([(x_axis.at(x), y_axis.at(y)) for x, y in best], total - 12) if len(best) > 1 else []
+    if steps:
+        canvas.path(steps, "front")
+    taken = [_around((x_axis.at(spot.x), y_axis.at(spot.y)), 7) for spot in spots]
+    taken += [_around(place, 3, to) for place, to in pairwise(steps)]
     for spot in spots:
         canvas.mark(x_axis.at(spot.x), y_axis.at(spot.y), spot.mark, "mark" if spot.filled else "mark hollow", 5.5)
     for spot in spots:
@@ -66,8 +70,10 @@ def _steps(places: Sequence[tuple[float, float]], right: float) -> list[tuple[fl
     return [*out, (right, out[-1][1])]
 
 
-def _around(x: float, y: float) -> Box:
-    return x - 7, y - 7, x + 7, y + 7
+def _around(start: Place, reach: float, end: Place | None = None) -> Box:
+    """What a mark, or a line across or down, covers."""
+    (x1, x2), (y1, y2) = (sorted(pair) for pair in zip(start, end or start, strict=True))
+    return x1 - reach, y1 - reach, x2 + reach, y2 + reach
 
 
 def _label(canvas: Canvas, spot: Spot, x: float, y: float, taken: list[Box], area: Box) -> None:

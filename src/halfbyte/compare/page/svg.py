@@ -56,10 +56,12 @@ class Canvas:
     def svg(self, height: float) -> Svg:
         return Svg(self.width, math.ceil(height), "".join(self.parts))
 
-    def text(self, x: float, y: float, text: str, style: str = "", anchor: str = "start") -> None:
+    def text(self, x: float, y: float, text: str, style: str = "", anchor: str = "start", more: str = "") -> None:
+        """A line of text; `more` stands softer after it."""
         attributes = f' class="{style}"' if style else ""
         attributes += f' text-anchor="{anchor}"' if anchor != "start" else ""
-        self.parts.append(f'<text x="{n(x)}" y="{n(y)}"{attributes}>{escape(clean(text))}</text>')
+        tail = f' <tspan class="tick" dx="4">{escape(clean(more))}</tspan>' if more else ""
+        self.parts.append(f'<text x="{n(x)}" y="{n(y)}"{attributes}>{escape(clean(text))}{tail}</text>')
 
     def line(self, x1: float, y1: float, x2: float, y2: float, style: str) -> None:
         self.parts.append(f'<path class="{style}" d="M{n(x1)} {n(y1)}L{n(x2)} {n(y2)}"/>')

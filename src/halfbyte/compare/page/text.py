@@ -1,7 +1,7 @@
 """Numbers and names as the pages print them.
 
-    scale = scale_for("bytes", [2.1e9, 0.8e9])       Scale("GB", 1e9): one unit for a whole column, so that it can be read down
-    scale.digits(figures)                            decimals for them all: two digits of a typical interval's half
+    scale = scale_for("bytes", [2.1e9, 0.8e9])       Scale("GB", 1e9): one unit for a whole column
+    scale.digits(figures)                            decimals for all: two digits of an interval's half
     number(2.1, 2), clean(name), width(name, 13)
 
 1 GB is 10⁹ bytes. Thousands are parted by narrow no-break spaces; the minus is a minus.
@@ -21,10 +21,11 @@ _TO = f"{NBSP}to{NBSP}"
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _JOINERS = "\u200d\u200c"  # format characters that words and emoji are spelled with
 
-_BYTES = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("bytes", 1.0))
-_SECONDS = (("h", 3600.0), ("min", 60.0), ("s", 1.0), ("ms", 1e-3))
-_COUNT = (("million", 1e6), ("", 1.0))
-_JOULES = (("MJ", 1e6), ("kJ", 1e3), ("J", 1.0))
+_BYTES = (("GB", 1e9, 0.5), ("MB", 1e6, 0.5), ("kB", 1e3, 0.5), ("bytes", 1.0, 0.0))
+_SECONDS = (("h", 3600.0, 2.0), ("min", 60.0, 2.0), ("s", 1.0, 0.5), ("ms", 1e-3, 0.0))
+_COUNT = (("million", 1e6, 1.0), ("", 1.0, 0.0))
+_JOULES = (("MJ", 1e6, 1.0), ("kJ", 1e3, 1.0), ("J", 1.0, 0.0))
+"""Units by size: name, how many of the base unit, and how much of it there has to be for it to read well."""
 
 
 def clean(text: str) -> str:
@@ -89,13 +90,14 @@ def significant(value: float, digits: int = 3) -> int:
 
 
 def plain(value: float, digits: int = 3) -> str:
-    """One number by itself: integers whole, others with so many digits."""
+    """One number by itself: integers whole, others with at most so many digits."""
     if isinstance(value, int) or (float(value).is_integer() and abs(value) < 1e15):
         return number(value, 0)
     if abs(value) < 1e-3 or abs(value) >= 1e12:
         mantissa, exponent = f"{value:.{digits - 1}e}".split("e")
         return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}".replace("-", MINUS, 1 if value < 0 else 0)
-    return number(value, max(significant(value, digits), 0))
+    text = number(value, max(significant(value, digits), 0))
+    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Scale:
         return f"{label}, {self.suffix}" if self.suffix else label
 
     def digits(self, values: Iterable[Figure | Interval | float | None]) -> int:
-        """Decimals for a column of these: two digits of the typical interval's half, else three of the typical value."""
+        """Decimals for a column: two digits of the typical interval's half, else three of the typical value."""
         known = [value for value in values if value is not None]
         halves = [half for value in known if (half := _half(value) / self.factor) > 0]
         if halves:
@@ -130,8 +132,8 @@ class Scale:
         return self.number(value, digits) + unit
 
     def interval(self, low: float | None, high: float | None, decimals: int) -> str:
-        """ "1.2 to 1.4", or nothing where there is no interval."""
-        if low is None or high is None:
+        """ "1.2 to 1.4", or nothing where there is no interval or all values are the same."""
+        if low is None or high is None or low == high:
             return ""
         return f"{self.number(low, decimals)}{_TO}{self.number(high, decimals)}"
 
@@ -155,21 +157,18 @@ def scale_for(unit: Unit, values: Iterable[float], currency: str = "") -> Scale:
     sizes = [abs(value) for value in values if value]
     typical = math.sqrt(min(sizes)) * math.sqrt(max(sizes)) if sizes else 0.0
     if unit == "bytes":
-        return _largest(_BYTES, typical, 0.5)
+        return _largest(_BYTES, typical)
     if unit == "seconds":
-        return _largest(_SECONDS, typical, 2.0) if typical else Scale("s")
+        return _largest(_SECONDS, typical) if typical else Scale("s")
     if unit == "joules":
-        return _largest(_JOULES, typical, 1.0)
+        return _largest(_JOULES, typical)
     if unit in ("count", "supervised tokens"):
-        return _largest(_COUNT, min(sizes, default=0.0), 1.0)
+        return _largest(_COUNT, min(sizes, default=0.0))
     if unit == "share":
         return Scale("%", 0.01)
     return {"tokens/s": Scale("tokens/s"), "money": Scale(clean(currency)), "loss": Scale("")}[unit]
 
 
-def _largest(steps: Sequence[tuple[str, float]], typical: float, at_least: float) -> Scale:
-    """The largest step of which there is `at_least` that much, else the smallest but for nothing at all."""
-    for suffix, factor in steps:
-        if typical >= at_least * factor:
-            return Scale(suffix, factor)
-    return Scale(*steps[-1])
+def _largest(steps: Sequence[tuple[str, float, float]], typical: float) -> Scale:
+    """The largest unit of which there is enough."""
+    return next(Scale(suffix, factor) for suffix, factor, enough in steps if typical >= enough * factor)

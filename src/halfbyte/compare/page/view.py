@@ -1,4 +1,4 @@
-"""What several sections ask of a report: names, marks, and columns of figures in one unit with one number of decimals."""
+"""What several sections ask of a report: names, marks, and columns of figures in one unit and precision."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -90,6 +90,6 @@ class View:
         interval = scaled.interval(figure.low, figure.high)
         if figure.n != asked and interval:
             return f"{interval}; {figure.n} of {asked} seeds"
-        if not interval and asked > 1:
+        if figure.n != asked:
             return f"{figure.n} of {asked} seeds"
         return interval
