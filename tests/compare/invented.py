@@ -60,7 +60,10 @@ def _components(memory: float, trained: int, quantized: bool) -> dict[str, float
     parts = {"base weights": weights, "adapters": 0.0 if full else trained * 4.0}
     parts |= {"gradients": trained * (2.0 if full else 4.0), "optimizer state": trained * 8.0}
     rest = memory - sum(parts.values()) - 0.21e9
-    return {name: float(round(size)) for name, size in (parts | {"activations": max(rest, 0.1e9), "process": 0.21e9}).items()}
+    return {
+        name: float(round(size))
+        for name, size in (parts | {"activations": max(rest, 0.1e9), "process": 0.21e9}).items()
+    }
 
 
 def _variant(key: str, seeds: int, rng: random.Random) -> dict[str, Any]:
@@ -68,23 +71,41 @@ def _variant(key: str, seeds: int, rng: random.Random) -> dict[str, Any]:
     bits = quant is not None
     seconds = TOKENS * 1.9 / rate
     means = {
-        "eval_loss": (loss, 0.006), "accuracy": (accuracy, 0.003), "peak_memory_bytes": (memory, 0.004),
-        "tokens_per_second": (float(rate), 0.012), "step_seconds": (1900 / rate, 0.012), "seconds": (seconds, 0.01),
-        "warmup_seconds": (4.1 if bits else 3.2, 0.06), "trainable_parameters": (trained, 0), "energy_joules": (seconds * 41, 0.02),
-        "adapter_bytes": (trained * (2 if key == "full" else 4), 0), "checkpoint_bytes": (trained * 12, 0), "cost": (seconds * 4e-5, 0.01),
-    }  # fmt: skip
+        "eval_loss": (loss, 0.006),
+        "accuracy": (accuracy, 0.003),
+        "peak_memory_bytes": (memory, 0.004),
+        "tokens_per_second": (float(rate), 0.012),
+        "step_seconds": (1900 / rate, 0.012),
+        "seconds": (seconds, 0.01),
+        "warmup_seconds": (4.1 if bits else 3.2, 0.06),
+        "trainable_parameters": (trained, 0),
+        "energy_joules": (seconds * 41, 0.02),
+        "adapter_bytes": (trained * (2 if key == "full" else 4), 0),
+        "checkpoint_bytes": (trained * 12, 0),
+        "cost": (seconds * 4e-5, 0.01),
+    }
     if key != "full":
         means["merge_loss"] = (0.0004 if bits else 0.00002, 0.3)
     return {
-        "key": key, "label": label, "method_name": method, "fields": {"method": method}, "precision": precision,
-        "quant_type": quant, "blocksize": 64 if bits else None, "double_quant": bits or None, "paged": False, "optim": "adamw",
-        "lora_r": None if key == "full" else 16, "target_modules": None if key == "full" else "all-linear",
+        "key": key,
+        "label": label,
+        "method_name": method,
+        "fields": {"method": method},
+        "precision": precision,
+        "quant_type": quant,
+        "blocksize": 64 if bits else None,
+        "double_quant": bits or None,
+        "paged": False,
+        "optim": "adamw",
+        "lora_r": None if key == "full" else 16,
+        "target_modules": None if key == "full" else "all-linear",
         "learning_rate": 2e-5 if key == "full" else 2e-4,
-        "hardware": ["gtx-1650", "rtx-3060", "laptop-8gb"] if bits else ["rtx-3060", "laptop-8gb"] if key == "lora" else ["rtx-3060"],
-        "command": f"halfbyte train -m gemma-3-270m.gguf -d sst2 --method {key} --seed 0 --max-steps 1200 -o REPORT/cells/{key}-0",
+        "hardware": ["rtx-3060", *(["laptop-8gb"] if key != "full" else []), *(["gtx-1650"] if bits else [])],
+        "command": f"halfbyte train -m gemma-3-270m.gguf -d sst2 --method {key} --seed 0 -o REPORT/cells/{key}-0",
         "figures": {name: figure(mean, spread, rng, seeds) for name, (mean, spread) in means.items()},
-        "against_full": None if key == "full" else {"metric": "accuracy", "share": figure(accuracy / 0.921, 0.003, rng, seeds)},
-        "components": _components(memory, trained, bits), "peak_phase": "backward",
+        "against_full": {"metric": "accuracy", "share": figure(accuracy / 0.921, 0.003, rng, seeds)},
+        "components": _components(memory, trained, bits),
+        "peak_phase": "backward",
         "predicted": {
             "peak_memory_bytes": {"p50": memory * 0.97, "p95": memory * 1.06},
             "seconds": {"p50": seconds * 1.04, "p95": seconds * 1.22},
@@ -95,18 +116,23 @@ def _variant(key: str, seeds: int, rng: random.Random) -> dict[str, Any]:
         },
         "cells": [f"{key}-{seed}" for seed in SEEDS[:seeds]],
         "notes": ["two iterations of LoftQ before the first step"] if key == "loftq" else [],
-    }  # fmt: skip
+    }
 
 
-def _comparison(a: str, b: str, metric: str, mean: float, half: float, better: str) -> dict[str, Any]:
+def comparison(a: str, b: str, metric: str, mean: float, half: float, better: str) -> dict[str, Any]:
     found = abs(mean) > half
     first = (mean < 0) == (better == "lower")
     verdict = ("a better" if first else "b better") if found else "no difference found"
     return {
-        "a": a, "b": b, "metric": metric, "difference": {"mean": mean, "low": mean - half, "high": mean + half},
-        "detectable": half * 1.4, "verdict": verdict, "paired_by": "seed and row" if metric == "accuracy" else "seed",
+        "a": a,
+        "b": b,
+        "metric": metric,
+        "difference": {"mean": mean, "low": mean - half, "high": mean + half},
+        "detectable": half * 1.4,
+        "verdict": verdict,
+        "paired_by": "seed and row" if metric == "accuracy" else "seed",
         "sentence": f"{a} against {b} in {metric}: {verdict}.",
-    }  # fmt: skip
+    }
 
 
 def five(seeds: int = 3) -> dict[str, Any]:
@@ -114,20 +140,25 @@ def five(seeds: int = 3) -> dict[str, Any]:
     rng = random.Random(7)
     variants = [_variant(key, seeds, rng) for key in _METHODS]
     report = one_seed_base(seeds)
-    report["metrics"] = [dict(zip(("key", "label", "better", "unit", "quality"), metric, strict=True)) for metric in _METRICS]
+    report["metrics"] = [
+        dict(zip(("key", "label", "better", "unit", "quality"), metric, strict=True)) for metric in _METRICS
+    ]
     report["variants"] = variants
-    report["baselines"] = {"accuracy": {"base": 0.534, "majority": 0.509}, "eval_loss": {"base": 1.31, "majority": None}}
+    report["baselines"] = {
+        "accuracy": {"base": 0.534, "majority": 0.509},
+        "eval_loss": {"base": 1.31, "majority": None},
+    }
     by = {variant["key"]: variant["figures"] for variant in variants}
     if seeds > 1:
         report["comparisons"] = [
-            _comparison("qlora", "lora", "eval_loss", 0.009, 0.0061, "lower"),
-            _comparison("loftq", "qlora", "eval_loss", -0.0068, 0.0075, "lower"),
-            _comparison("qdora", "qlora", "eval_loss", -0.0031, 0.0082, "lower"),
-            _comparison("lora", "full", "eval_loss", 0.0142, 0.0079, "lower"),
-            _comparison("qlora", "lora", "accuracy", -0.004, 0.0105, "higher"),
-            _comparison("lora", "full", "accuracy", -0.009, 0.0098, "higher"),
-            _comparison("qlora", "lora", "peak_memory_bytes", -0.41e9, 0.012e9, "lower"),
-            _comparison("qlora", "lora", "tokens_per_second", -35.0, 21.0, "higher"),
+            comparison("qlora", "lora", "eval_loss", 0.009, 0.0061, "lower"),
+            comparison("loftq", "qlora", "eval_loss", -0.0068, 0.0075, "lower"),
+            comparison("qdora", "qlora", "eval_loss", -0.0031, 0.0082, "lower"),
+            comparison("lora", "full", "eval_loss", 0.0142, 0.0079, "lower"),
+            comparison("qlora", "lora", "accuracy", -0.004, 0.0105, "higher"),
+            comparison("lora", "full", "accuracy", -0.009, 0.0098, "higher"),
+            comparison("qlora", "lora", "peak_memory_bytes", -0.41e9, 0.012e9, "lower"),
+            comparison("qlora", "lora", "tokens_per_second", -35.0, 21.0, "higher"),
         ]
     report["convergence"] = [
         {
@@ -136,67 +167,119 @@ def five(seeds: int = 3) -> dict[str, Any]:
                 {
                     "variant": key,
                     "reached": 0 if loss < 0.32 and key == "qlora" else seeds,
-                    "supervised_tokens": None if loss < 0.32 and key == "qlora" else figure(tokens * (1 + 0.05 * i), 0.03, rng, seeds),
-                    "seconds": None if loss < 0.32 and key == "qlora" else figure(tokens * 1.9 / _METHODS[key][5], 0.03, rng, seeds),
+                    "supervised_tokens": None
+                    if loss < 0.32 and key == "qlora"
+                    else figure(tokens * (1 + 0.05 * i), 0.03, rng, seeds),
+                    "seconds": None
+                    if loss < 0.32 and key == "qlora"
+                    else figure(tokens * 1.9 / _METHODS[key][5], 0.03, rng, seeds),
                 }
                 for i, key in enumerate(_METHODS)
             ],
         }
         for loss, tokens in ((0.5, 180_000.0), (0.319, 410_000.0))
     ]
+    report["convergence"][1]["rows"][2] = {"variant": "qlora", "reached": 0, "supervised_tokens": None, "seconds": None}
     report["pareto"] = [
         {
             "quality_metric": metric,
             "points": [
                 {
-                    "variant": key, "quality": by[key][metric]["mean"], "memory": by[key]["peak_memory_bytes"]["mean"],
-                    "seconds": by[key]["seconds"]["mean"], "on_front": key != "qdora",
+                    "variant": key,
+                    "quality": by[key][metric]["mean"],
+                    "memory": by[key]["peak_memory_bytes"]["mean"],
+                    "seconds": by[key]["seconds"]["mean"],
+                    "on_front": key != "qdora",
                 }
                 for key in _METHODS
             ],
         }
         for metric in ("accuracy", "eval_loss")
-    ]  # fmt: skip
+    ]
     report["plan"] = {"seconds": {"p50": 11_900.0, "p95": 14_300.0}, "cost": {"amount": 0.48, "currency": "EUR"}}
     report["cells"] = [
         {
-            "id": f"{key}-{seed}", "variant": key, "seed": seed, "path": f"cells/{key}-{seed}", "status": "done",
-            "origin": "another machine: workshop" if key == "full" else "an earlier run" if (key, seed) == ("lora", 0) else "this comparison",
-            "seconds": TOKENS * 1.9 / _METHODS[key][5], "message": None,
+            "id": f"{key}-{seed}",
+            "variant": key,
+            "seed": seed,
+            "path": f"cells/{key}-{seed}",
+            "status": "done",
+            "origin": "another machine: workshop" if key == "full" else "this comparison",
+            "seconds": TOKENS * 1.9 / _METHODS[key][5],
+            "message": None,
         }
         for key in _METHODS
         for seed in SEEDS[:seeds]
-    ]  # fmt: skip
+    ]
+    report["cells"][seeds]["origin"] = "an earlier run"
     report["commands"] = [variant["command"] for variant in variants]
     report["notes"] = ["Memory is the process's peak resident set, as the operating system counts it."]
-    report["warnings"] = ["full-0 to full-2 ran on another machine: their speed and time are not compared with the others'."]
+    report["warnings"] = ["full ran on another machine: its speed is not compared with the others'."]
     return report
 
 
 def one_seed_base(seeds: int = 1) -> dict[str, Any]:
     """A report in which nothing was compared yet: what is left when all that may be empty is."""
     return {
-        "schema_version": 1, "created": "2026-01-01T12:00:00+00:00", "title": "Invented: Gemma 3 270M on SST-2",
-        "command": "halfbyte compare -m gemma-3-270m.gguf -d sst2 --methods full,lora,qlora,qdora,loftq --seeds 3 -o REPORT",
-        "sentence": "Use QLoRA here: it needs 1.21 GB where LoRA needs 1.62 GB, and costs 3 % of LoRA's speed; no difference "
-        "in accuracy was found, and one of 1.5 percentage points could have been seen.",
+        "schema_version": 1,
+        "created": "2026-01-01T12:00:00+00:00",
+        "title": "Invented: Gemma 3 270M on SST-2",
+        "command": "halfbyte compare -m gemma-3-270m.gguf -d sst2 --methods full,lora,qlora,qdora,loftq -o REPORT",
+        "sentence": "Use QLoRA here: it needs 1.21 GB where LoRA needs 1.62 GB, and costs 3 % of LoRA's speed; no "
+        "difference in accuracy was found, and one of 1.5 percentage points could have been seen.",
         "model": {
-            "name": "gemma-3-270m", "family": "gemma3", "parameters": 268_098_176, "dtype": "bfloat16", "fingerprint": "sha256:5f2a…c41d",
+            "name": "gemma-3-270m",
+            "family": "gemma3",
+            "parameters": 268_098_176,
+            "dtype": "bfloat16",
+            "fingerprint": "sha256:5f2a…c41d",
             "quantized_source": "Q4_K_M GGUF: the 16-bit weights were quantized once already",
         },
-        "data": [{"name": "sst2", "fingerprint": "sha256:90b1…77e0", "rows": 4000, "eval_rows": 500, "tokens": 912_000, "supervised_tokens": TOKENS}],
+        "data": [
+            {
+                "name": "sst2",
+                "fingerprint": "sha256:90b1…77e0",
+                "rows": 4000,
+                "eval_rows": 500,
+                "tokens": 912_000,
+                "supervised_tokens": TOKENS,
+            }
+        ],
         "machine": {
-            "processor": "Example Processor 9000", "cores": 8, "memory_bytes": 33_500_000_000, "gpu": None,
-            "instruction_sets": ["AVX2", "AVX-512", "AMX"], "system": "Linux 6.1",
+            "processor": "Example Processor 9000",
+            "cores": 8,
+            "memory_bytes": 33_500_000_000,
+            "gpu": None,
+            "instruction_sets": ["AVX2", "AVX-512", "AMX"],
+            "system": "Linux 6.1",
         },
-        "versions": {"halfbyte": "0.1.0", "python": "3.11.2", "torch": "2.13.0", "transformers": "5.23.0", "bitsandbytes": None},
+        "versions": {
+            "halfbyte": "0.1.0",
+            "python": "3.11.2",
+            "torch": "2.13.0",
+            "transformers": "5.23.0",
+            "bitsandbytes": None,
+        },
         "settings": {
-            "seeds": SEEDS[:seeds], "steps": 1200, "supervised_tokens": TOKENS, "side_by_side": False,
+            "seeds": SEEDS[:seeds],
+            "steps": 1200,
+            "supervised_tokens": TOKENS,
+            "side_by_side": False,
             "tune_lr": {
                 "grid": {"full": [1e-5, 2e-5, 4e-5], "lora": [1e-4, 2e-4, 4e-4], "qlora": [1e-4, 2e-4, 4e-4]},
-                "chosen": {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4}, "steps": 200,
+                "chosen": {"full": 2e-5, "lora": 2e-4, "qlora": 2e-4},
+                "steps": 200,
             },
         },
-        "metrics": [], "variants": [], "baselines": {}, "comparisons": [], "convergence": [], "pareto": [], "plan": None,
-        "cells": [], "commands": [], "notes": [], "warnings": [],
-    }  # fmt: skip
+        "metrics": [],
+        "variants": [],
+        "baselines": {},
+        "comparisons": [],
+        "convergence": [],
+        "pareto": [],
+        "plan": None,
+        "cells": [],
+        "commands": [],
+        "notes": [],
+        "warnings": [],
+    }

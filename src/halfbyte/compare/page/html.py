@@ -129,6 +129,8 @@ class _Writer:
         return "".join(out)
 
     def _figure(self, figure: doc.Figure) -> str:
+        if not figure.drawings:
+            return self._table(figure.table)
         only = len(figure.drawings) == 1
         large = [self._drawing(drawing, titled=not only) for drawing in figure.drawings if len(drawing.svgs) > 1]
         small = [self._drawing(drawing, titled=not only) for drawing in figure.drawings if len(drawing.svgs) == 1]

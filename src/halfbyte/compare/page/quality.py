@@ -7,7 +7,7 @@ from halfbyte.compare.page.rows import Row, points, told
 from halfbyte.compare.page.scatter import Spot, scatter
 from halfbyte.compare.page.text import DASH, MINUS, NOT_MEASURED, Scale, plain
 from halfbyte.compare.page.view import MEMORY, Scaled, View
-from halfbyte.compare.schema import Comparison, Convergence, Metric, Pareto, Reached
+from halfbyte.compare.schema import Comparison, Convergence, Metric, Pareto, Reached, Unit
 from halfbyte.compare.schema import Figure as Measured
 
 
@@ -34,53 +34,43 @@ def _unique_figures(view: View, targets: Iterable[Convergence]) -> Iterable[Figu
 
 def _converged(view: View, target: Convergence, loss: str) -> Figure:
     seeds = len(view.report.settings.seeds)
-    tokens = view.scaled("supervised tokens", [row.supervised_tokens for row in target.rows])
-    seconds = view.scaled("seconds", [row.seconds for row in target.rows])
-    drawings = []
-    for what, scaled, figures in (
-        ("supervised tokens", tokens, [row.supervised_tokens for row in target.rows]),
-        ("time", seconds, [row.seconds for row in target.rows]),
-    ):
-        if any(figures):
-            rows = [_reached_row(view, row, at, scaled, seeds) for row, at in zip(target.rows, figures, strict=True)]
-            title = f"{scaled.scale.titled(what.capitalize())} to a held-out loss of {loss}"
-            described = (
-                "A mark for each method that reached it. Less is better. "
-                + "; ".join(f"{row.label}: {row.words}" for row in rows)
-                + "."
-            )
-            drawings.append(Drawing(title, described, [points(rows, scaled.scale.titled(what), zero=True)]))
+    caption = f"To a held-out loss of {loss}"
     columns = [Column("Method"), Column("Seeds that reached it", numeric=True)]
-    columns += [
-        Column(tokens.scale.titled("Supervised tokens"), numeric=True),
-        Column(seconds.scale.titled("Time"), numeric=True),
-    ]
-    rows_of_cells = [
-        [
-            Cell(view.label(row.variant), mark=view.mark(row.variant)),
-            Cell(f"{row.reached} of {seeds}"),
-            _reached_cell(row.supervised_tokens, row, tokens),
-            _reached_cell(row.seconds, row, seconds),
-        ]
+    cells = [
+        [Cell(view.label(row.variant), mark=view.mark(row.variant)), Cell(f"{row.reached} of {seeds}")]
         for row in target.rows
     ]
-    caption = f"To a held-out loss of {loss}"
-    return Figure(caption, drawings, Table(caption, columns, rows_of_cells))
+    drawings = []
+    measured: tuple[tuple[str, Unit, list[Measured | None]], ...] = (
+        ("Supervised tokens", "supervised tokens", [row.supervised_tokens for row in target.rows]),
+        ("Time", "seconds", [row.seconds for row in target.rows]),
+    )
+    for name, unit, figures in measured:
+        scaled = view.scaled(unit, figures)
+        title = scaled.scale.titled(name)
+        columns.append(Column(title, numeric=True))
+        for cell, row, figure in zip(cells, target.rows, figures, strict=True):
+            cell.append(_reached_cell(figure, row, scaled))
+        if any(figures):
+            rows = [_reached_row(view, row, at, scaled, seeds) for row, at in zip(target.rows, figures, strict=True)]
+            described = f"To a held-out loss of {loss}: a mark for each method that reached it. {told(rows)}"
+            drawings.append(Drawing(f"{title} (less is better)", described, [points(rows, title, zero=True)]))
+    return Figure(caption, drawings, Table(caption, columns, cells))
 
 
 def _reached_row(view: View, row: Reached, figure: Measured | None, scaled: Scaled, seeds: int) -> Row:
     label, mark = view.label(row.variant), view.mark(row.variant)
     if figure is None:
-        return Row(label, "not reached" if not row.reached else NOT_MEASURED, mark)
-    words = scaled.text(figure.mean) + (f" ({row.reached} of {seeds} seeds)" if row.reached < seeds else "")
+        return Row(label, NOT_MEASURED if row.reached else "not reached", mark)
+    more = f"{row.reached} of {seeds} seeds" if row.reached < seeds else scaled.interval(figure.low, figure.high)
     low, high = scaled.down(figure.low), scaled.down(figure.high)
     values = [value / scaled.scale.factor for value in figure.values] if figure.n > 1 else []
-    return Row(label, words, mark, scaled.down(figure.mean), low, high, values)
+    return Row(label, scaled.number(figure.mean), mark, scaled.down(figure.mean), low, high, values, more=more)
 
 
 def _reached_cell(figure: Measured | None, row: Reached, scaled: Scaled) -> Cell:
     if figure is None:
-        return Cell("not reached" if not row.reached else NOT_MEASURED)
+        return Cell(NOT_MEASURED if row.reached else "not reached")
     return Cell(scaled.number(figure.mean), note=scaled.interval(figure.low, figure.high))
 
 

@@ -83,7 +83,7 @@ def _label(canvas: Canvas, spot: Spot, x: float, y: float, taken: list[Box], are
     across, down = max(width(name, SIZE), width(note, SMALL)), _LINE * (2 if note else 1)
     places = [
         box
-        for gap in (10.0, 22.0)
+        for gap in (10.0, 20.0, 32.0, 46.0)
         for box in (
             (x + gap, y - down / 2, x + gap + across, y + down / 2),
             (x - gap - across, y - down / 2, x - gap, y + down / 2),
@@ -95,8 +95,8 @@ def _label(canvas: Canvas, spot: Spot, x: float, y: float, taken: list[Box], are
             (x - gap - across, y + gap, x - gap, y + gap + down),
         )
     ]
-    best = min(places, key=lambda box: sum(_overlap(box, other) for other in taken) + 3 * _outside(box, area))
-    best = _moved_into(best, area)
+    inside = [_moved_into(box, area) for box in places]
+    best = min(inside, key=lambda box: sum(_overlap(box, other) for other in taken))
     taken.append(best)
     canvas.text(best[0], best[1] + 11, name, "label")
     if note:
@@ -105,10 +105,6 @@ def _label(canvas: Canvas, spot: Spot, x: float, y: float, taken: list[Box], are
 
 def _overlap(a: Box, b: Box) -> float:
     return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def _outside(box: Box, area: Box) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1]) - _overlap(box, area)
 
 
 def _moved_into(box: Box, area: Box) -> Box:
