@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from tests.compare.invented import five, one_seed_base
+from tests.compare.invented import comparison, five, one_seed_base
 
 NASTY = (
     "<script>alert(1)</script> \"quoted\" 'single' | pipe `tick` *star* _low_ &amp; \u202ereversed\x00\ud800 "
