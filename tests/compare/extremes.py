@@ -25,8 +25,8 @@ def nasty() -> dict[str, Any]:
         variant["command"] = f"halfbyte train {NASTY}\n```\n# not a heading"
     for metric in report["metrics"]:
         metric["label"] = f"{metric['key']} {NASTY}"
-    for comparison in report["comparisons"]:
-        comparison["sentence"] = NASTY
+    for compared in report["comparisons"]:
+        compared["sentence"] = NASTY
     for cell in report["cells"]:
         cell |= {"path": NASTY, "origin": f"another machine: {NASTY}", "message": NASTY}
     report["cells"][0]["status"], report["cells"][1]["status"] = "failed", "missing"

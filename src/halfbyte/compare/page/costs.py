@@ -32,7 +32,7 @@ def memory(view: View) -> Section:
     legend = [Key(f"k{i}", chr(ord("A") + i), text) for i, text in enumerate(_legend(names))]
     text = (
         "The bars are the components at the moment of the peak; the line with the arrow is what the operating system "
-        "counted as the process's largest resident set, with its interval over the seeds."
+        "counted as the process's largest resident set."
     )
     figure = Figure("Memory at the peak, by component", [drawing], _memory_table(view, names, scaled), legend)
     return Section("memory", "Memory", [Paragraph(text), figure])

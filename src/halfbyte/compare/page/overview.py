@@ -11,7 +11,8 @@ def facts(view: View) -> list[str]:
     report = view.report
     seeds, settings = len(report.settings.seeds), report.settings
     out = [report.model.name, ", ".join(data.name for data in report.data)]
-    out.append("one seed: no intervals" if seeds == 1 else f"{seeds} seeds, 95 % intervals over them")
+    if seeds:
+        out.append("one seed: no intervals" if seeds == 1 else f"{seeds} seeds, 95 % intervals over them")
     if settings.supervised_tokens is not None:
         out.append(f"{plain(settings.supervised_tokens)} supervised tokens a run")
     out.append("learning rates searched for each method" if settings.tune_lr else "learning rates not searched")

@@ -82,7 +82,7 @@ def pareto(view: View) -> Section:
         return Section("pareto", title, [Paragraph(f"Quality against memory was {NOT_MEASURED}.")])
     text = (
         "A filled mark is on the front: no other method is at least as good in quality, memory and time and better in "
-        "one of them. The step line is the best quality that each amount of memory buys; the time is below the name."
+        "one of them. The step line is the best quality that each amount of memory buys; the time is beside or below the name."
     )
     return Section("pareto", title, [Paragraph(text), *figures])
 
@@ -143,7 +143,11 @@ def differences(view: View) -> Section:
     title = "Differences"
     comparisons = view.report.comparisons
     if not comparisons:
-        why = "one method only" if len(view.variants) < 2 else "too few runs of each, or none that could be paired"
+        why = (
+            "there are not two methods"
+            if len(view.variants) < 2
+            else "too few runs of each, or none that could be paired"
+        )
         return Section("differences", title, [Paragraph(f"No differences were computed: {why}.")])
     text = (
         "First minus second, with the 95 % interval of runs paired by seed. Where the interval holds zero there is no "
