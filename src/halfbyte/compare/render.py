@@ -29,5 +29,5 @@ def rendered(report: Mapping[str, Any]) -> dict[str, str]:
     """The pages by their file's name."""
     checked = Report.model_validate(report)
     document = contents.document(checked)
-    data = json.dumps(checked.model_dump(mode="json"), indent=1, allow_nan=False)
+    data = json.dumps(checked.model_dump(), indent=1, allow_nan=False)
     return {"report.html": html.page(document), "report.md": markdown.page(document), "report.json": data + "\n"}

@@ -82,7 +82,7 @@ def pareto(view: View) -> Section:
         return Section("pareto", title, [Paragraph(f"Quality against memory was {NOT_MEASURED}.")])
     text = (
         "A filled mark is on the front: no other method is at least as good in quality, memory and time and better in "
-        "one of them. The step line is the best quality that each amount of memory buys; the time is beside or below the name."
+        "one of them. The step line is the best quality that each amount of memory buys. With each name is its time."
     )
     return Section("pareto", title, [Paragraph(text), *figures])
 

@@ -8,6 +8,7 @@
 """
 
 import math
+import re
 import statistics
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ NOT_MEASURED = "not measured"
 THIN, NBSP, MINUS, DASH = "\u202f", "\u00a0", "\u2212", "\u2013"
 _TO = f"{NBSP}to{NBSP}"
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+_BREAKS = re.compile("[\t\n\v\f\r\x1c-\x1f\x85\u2028\u2029]+")
 _JOINERS = "\u200d\u200c"  # format characters that words and emoji are spelled with
 
 _BYTES = (("GB", 1e9, 0.5), ("MB", 1e6, 0.5), ("kB", 1e3, 0.5), ("bytes", 1.0, 0.0))
@@ -31,8 +33,9 @@ _JOULES = (("MJ", 1e6, 1.0), ("kJ", 1e3, 1.0), ("J", 1.0, 0.0))
 def clean(text: str) -> str:
     """`text` without what cannot be printed (control characters, half surrogates, reversals of direction); tabs and
     ends of lines become spaces."""
-    spaced = " ".join(text.split()) if not text.isprintable() else text
-    return "".join(_printable(char) for char in spaced)
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(_printable(char) for char in _BREAKS.sub(" ", text))
 
 
 def clean_lines(text: str) -> str:
