@@ -104,7 +104,7 @@ def _chart(
         half = width(axis.label(tick), SMALL) / 2
         x = min(max(axis.at(tick), half), canvas.width - half)
         canvas.text(x, bottom + 15, axis.label(tick), "tick", "middle")
-    titles = wrapped(axis_title, SMALL, place.width - 16, 2)
+    titles = wrapped(axis_title, SMALL, place.right, 2)
     for i, line in enumerate(titles):
         canvas.text(place.right, bottom + 31 + 14 * i, line, "tick", "end")
     return canvas.svg(bottom + 24 + 14 * len(titles))

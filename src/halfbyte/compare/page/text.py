@@ -13,6 +13,8 @@ import statistics
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate, takewhile
 
 from halfbyte.compare.schema import Figure, Interval, Unit
 
@@ -49,20 +51,25 @@ def _printable(char: str) -> str:
 
 def width(text: str, size: float) -> float:
     """About how wide `text` is at this font size: rather too wide than too narrow, in any sans-serif."""
-    ems = sum(
-        1.0 if unicodedata.east_asian_width(char) in "WF" else 0.4 if char in " .,:;il|'!()[]" else 0.62
-        for char in text
-    )
-    return ems * size
+    return sum(map(_ems, text)) * size
+
+
+@cache
+def _ems(char: str) -> float:
+    if char in " .,:;il|'!()[]jtfrI":
+        return 0.42
+    if char in "mwMW%@—…" or ord(char) > 0x2E7F or unicodedata.east_asian_width(char) in "WF":
+        return 1.05
+    return 0.8 if char.isupper() else 0.66
 
 
 def fitted(text: str, size: float, room: float) -> str:
     """`text`, cut with an ellipsis where it is wider than `room`."""
-    if width(text, size) <= room:
+    if len(text) * 1.05 * size <= room or width(text, size) <= room:
         return text
-    while text and width(text + "…", size) > room:
-        text = text[:-1]
-    return text.rstrip() + "…"
+    reach = accumulate(_ems(char) * size for char in text)
+    kept = sum(1 for _ in takewhile(lambda end: end + width("…", size) <= room, reach))
+    return text[:kept].rstrip() + "…"
 
 
 def wrapped(text: str, size: float, room: float, lines: int) -> list[str]:
