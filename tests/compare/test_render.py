@@ -74,7 +74,7 @@ def test_figures_carry_their_intervals_and_their_units() -> None:
     figure |= {"mean": 1.23462e9, "low": 1.22262e9, "high": 1.24662e9}
     files = rendered(report)
     assert "Peak memory, GB" in files["report.html"]
-    assert re.search(r"QLoRA +\|.* 1\.235 \(1\.223\u00a0to\u00a01\.247\) \|", files["report.md"])
+    assert re.search(r"QLoRA +\|.* 1\.235 \(1\.223 to 1\.247\) \|", files["report.md"])
 
 
 def test_no_difference_is_said_with_what_could_have_been_seen() -> None:

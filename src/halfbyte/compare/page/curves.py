@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from halfbyte.compare.page.document import Block, Cell, Column, Drawing, Figure, Paragraph, Section, Svg, Table
 from halfbyte.compare.page.lines import Curve, lines, thinned
-from halfbyte.compare.page.text import DASH, NBSP, NOT_MEASURED, number, plain
+from halfbyte.compare.page.text import DASH, NOT_MEASURED, number, plain
 from halfbyte.compare.page.view import Scaled, View
 from halfbyte.compare.schema import Point, Variant
 
@@ -89,4 +89,4 @@ def _table(view: View, what: str, held: Held, tokens: Scaled, seconds: Scaled) -
 def _interval(point: Point) -> str:
     if point.low is None or point.high is None:
         return DASH
-    return f"{number(point.low, 4)}{NBSP}to{NBSP}{number(point.high, 4)}"
+    return f"{number(point.low, 4)} to {number(point.high, 4)}"

@@ -110,7 +110,7 @@ class _Writer:
     def _table(self, table: doc.Table) -> str:
         name = self._id()
         heads = "".join(
-            f'<th scope="col"{_style(column, True)}>{_text(column.heading)}</th>' for column in table.columns
+            f'<th scope="col"{_style(column, column.heading)}>{_text(column.heading)}</th>' for column in table.columns
         )
         rows = "\n".join(f"<tr>{self._row(table, row)}</tr>" for row in table.rows)
         return (
@@ -124,7 +124,8 @@ class _Writer:
         for i, (column, cell) in enumerate(zip(table.columns, row, strict=True)):
             mark = "" if cell.mark is None else _key(f'<path class="mark {colour(cell.mark)}" d="{shape(cell.mark)}"/>')
             note = f" <small>{_text(cell.note)}</small>" if cell.note else ""
-            start, end = ('<th scope="row">', "</th>") if i == 0 else (f"<td{_style(column)}>", "</td>")
+            style = _style(column, f"{cell.text} {cell.note}", marked=cell.mark is not None)
+            start, end = (f'<th scope="row"{style}>', "</th>") if i == 0 else (f"<td{style}>", "</td>")
             out.append(f"{start}{mark}{_text(cell.text)}{note}{end}")
         return "".join(out)
 
@@ -158,10 +159,11 @@ class _Writer:
         )
 
 
-def _style(column: doc.Column, heading: bool = False) -> str:
-    """Classes of a column's cells: digits below each other, room for sentences, names that may be broken."""
-    long = heading and max((len(word) for word in column.heading.split()), default=0) > _LONG_WORD
-    said = [name for name, on in (("number", column.numeric), ("wide", column.wide), ("long", long)) if on]
+def _style(column: doc.Column, text: str, marked: bool = False) -> str:
+    """Classes of a cell: digits below each other, room for sentences or a mark, a name that has to be broken."""
+    long = max(map(len, text.split()), default=0) > _LONG_WORD
+    all_of = (("number", column.numeric), ("wide", column.wide), ("long", long), ("marked", marked))
+    said = [name for name, on in all_of if on]
     return f' class="{" ".join(said)}"' if said else ""
 
 

@@ -63,7 +63,9 @@ class _Layout:
         if wide:
             label = min(max((width(row.label, SIZE) for row in rows), default=0) + 34, 220)
             words = min(max((_said(row) for row in rows), default=0) + 24, 290)
-            return cls(WIDE, label, WIDE - words, 34, 17, True, words - 18, False)
+            lines = max((len(wrapped(row.words, SIZE, words - 18, 3)) for row in rows), default=0)
+            height = max(34, 15 * lines + 6)
+            return cls(WIDE, label, WIDE - words, height, height / 2, True, words - 18, False)
         below = any(width(row.label, SIZE) + width(row.words, SIZE) > NARROW - 34 for row in rows)
         lines = max((len(wrapped(row.words, SIZE, NARROW, 3)) for row in rows), default=0) if below else 0
         text = 22 + 15 * lines
@@ -118,7 +120,7 @@ def _name(canvas: Canvas, place: _Layout, row: Row, top: float) -> None:
         canvas.mark(7, y, row.mark, "mark", 4.5)
     if place.wide:
         canvas.text(indent, y + 4, fitted(row.label, SIZE, place.left - indent - 14), "label")
-        lines = [row.words] if row.more else wrapped(row.words, SIZE, place.words, 2)
+        lines = [row.words] if row.more else wrapped(row.words, SIZE, place.words, 3)
         for i, line in enumerate(lines):
             canvas.text(place.right + 18, y + 4 + (i - (len(lines) - 1) / 2) * 14.5, line, more=row.more)
         return

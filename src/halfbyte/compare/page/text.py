@@ -20,7 +20,6 @@ from halfbyte.compare.schema import Figure, Interval, Unit
 
 NOT_MEASURED = "not measured"
 THIN, NBSP, MINUS, DASH = "\u202f", "\u00a0", "\u2212", "\u2013"
-_TO = f"{NBSP}to{NBSP}"
 _UNPRINTABLE = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 _BREAKS = re.compile("[\t\n\v\f\r\x1c-\x1f\x85\u2028\u2029]+")
 _JOINERS = "\u200d\u200c"  # format characters that words and emoji are spelled with
@@ -145,7 +144,7 @@ class Scale:
         """ "1.2 to 1.4", or nothing where there is no interval or all values are the same."""
         if low is None or high is None or low == high:
             return ""
-        return f"{self.number(low, decimals)}{_TO}{self.number(high, decimals)}"
+        return f"{self.number(low, decimals)} to {self.number(high, decimals)}"
 
 
 def _clamped(decimals: int) -> int:
