@@ -1,4 +1,1 @@
-"""`halfbyte compare`: several methods, several seeds, one report.
-
-`schema.Report` is what a comparison found out; `render.write_report` makes the pages from it.
-"""
+"""Several methods, several seeds, one report: `halfbyte compare`."""
