@@ -25,7 +25,7 @@ _METRICS = [
     ("checkpoint_bytes", "Checkpoint", "lower", "bytes", False),
     ("merge_loss", "Loss lost by merging", "lower", "loss", False),
     ("energy_joules", "Energy", "lower", "joules", False),
-    ("cost", "Cost", "lower", "money", False),
+    ("cost", "cost of a run (EUR)", "lower", "money", False),
 ]
 TOKENS = 480_000
 

@@ -1,4 +1,4 @@
-"""A comparison's report, written: report.html, report.md and report.json, all three or none new.
+"""A comparison's report, written: report.html, report.md and report.json.
 
 `compare.schema` says what goes in; `compare.page` what the pages say and how they are written down.
 """
@@ -16,8 +16,9 @@ from halfbyte.files import new_files
 def write_report(report: Mapping[str, Any], folder: Path) -> None:
     """Check `report` against `schema.Report` and write its pages into `folder`. Same data, same bytes.
 
-    Raises pydantic's ValidationError where it is not such a report, before anything is written, and `HalfbyteError`
-    where the disk refuses.
+    Each file is whole or not there; a process killed between them leaves new ones beside old ones. Raises pydantic's
+    ValidationError where it is not such a report, before anything is written, and `HalfbyteError` where the disk
+    refuses.
     """
     files = rendered(report)
     with new_files(folder) as part:

@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 from halfbyte.compare.page.document import Block, Cell, Column, Drawing, Figure, Key, Paragraph, Section, Table
 from halfbyte.compare.page.rows import Row, points, stacks, told
 from halfbyte.compare.page.text import DASH, NBSP, NOT_MEASURED, number
 from halfbyte.compare.page.view import MEMORY, SECONDS, SPEED, STEP, Scaled, View
 from halfbyte.compare.schema import Figure as Measured
-from halfbyte.compare.schema import Metric, Range, Variant
+from halfbyte.compare.schema import Metric, Range, Unit, Variant
 
+_Predicted = tuple[Literal["peak_memory_bytes", "seconds"], Unit, str]
+_PREDICTED: tuple[_Predicted, ...] = (("peak_memory_bytes", "bytes", "Peak memory"), ("seconds", "seconds", "Time"))
 _PARTS = 8
 """Components that a bar shows apart; the smallest of more are drawn as one."""
 
@@ -31,8 +34,8 @@ def memory(view: View) -> Section:
     )
     legend = [Key(f"k{i}", chr(ord("A") + i), text) for i, text in enumerate(_legend(names))]
     text = (
-        "The bars are the components at the moment of the peak; the line with the arrow is what the operating system "
-        "counted as the process's largest resident set."
+        "Bars are the components at the moment of the peak, as the plan counts them. The line with the arrow is what "
+        "was measured: the process's largest resident set, as the operating system counts it."
     )
     figure = Figure("Memory at the peak, by component", [drawing], _memory_table(view, names, scaled), legend)
     return Section("memory", "Memory", [Paragraph(text), figure])
@@ -118,13 +121,13 @@ def predicted(view: View) -> Section:
     if said:
         blocks.append(Paragraph(said))
     drawings, columns, cells = [], [Column("Method")], [[view.name(variant)] for variant in view.variants]
-    for key, unit, label in ((MEMORY, "bytes", "Peak memory"), (SECONDS, "seconds", "Time")):
-        ranges = [variant.predicted.get(key) for variant in view.variants]  # type: ignore[call-overload]
+    for key, unit, label in _PREDICTED:
+        ranges = [variant.predicted.get(key) for variant in view.variants]
         if not any(ranges):
             continue
         figures = [variant.figures.get(key) for variant in view.variants]
         ends = [end for at in ranges if at is not None for end in (at.p50, at.p95)]
-        scaled = view.scaled(unit, [*ends, *(figure.mean for figure in figures if figure)])  # type: ignore[arg-type]
+        scaled = view.scaled(unit, [*ends, *(figure.mean for figure in figures if figure)])
         title = scaled.scale.titled(label)
         rows = [_band(view, *row, scaled) for row in zip(view.variants, ranges, figures, strict=True)]
         described = (

@@ -40,7 +40,7 @@ def _figure(view: View, what: str, held: Held) -> Figure:
 
     def drawn(chosen: Held, x: Callable[[Point], float], scaled: Scaled, axis: str, wide: bool) -> Svg:
         drawn = [_curve(view, variant, line, x, scaled) for variant, line in chosen]
-        return lines(drawn, scaled.scale.titled(axis), f"{what.lower()} (lower is better)", wide)
+        return lines(drawn, scaled.scale.titled(axis), f"{what} (lower is better)", wide)
 
     svgs = [drawn(held, _tokens, tokens, "supervised tokens", wide) for wide in (True, False)]
     drawings = [Drawing(f"{what} by supervised tokens", described, svgs)]

@@ -58,7 +58,8 @@ def _choice(view: View) -> Table:
 
 
 def _precision(variant: Variant) -> Cell:
-    parts = [variant.quant_type, f"blocks of {variant.blocksize}" if variant.blocksize else None]
+    named = None if variant.precision == variant.quant_type else variant.quant_type
+    parts = [named, f"blocks of {variant.blocksize}" if variant.blocksize else None]
     return Cell(variant.precision or "not known", note=", ".join(part for part in parts if part))
 
 
@@ -79,9 +80,14 @@ def _how_to_read(view: View) -> str:
         text += "Figures are means over the seeds; below each stands its 95 % interval. "
     metric = next((variant.against_full.metric for variant in view.variants if variant.against_full), None)
     if metric is not None:
-        label = view.report.metric(metric).label
-        text += f"Quality against full is {label} as a share of what full fine-tuning reached. "
+        text += f"Quality against full: {_share_of_full(view.report.metric(metric))}. "
     return text + "What is not there was not measured, and is said so."
+
+
+def _share_of_full(metric: Metric) -> str:
+    if metric.better == "higher":
+        return f"{metric.label} as a share of full fine-tuning's"
+    return f"of what full fine-tuning took off the untrained model's {metric.label}, the share that the method took off"
 
 
 def _everything(view: View) -> Table | None:

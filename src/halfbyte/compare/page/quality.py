@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from halfbyte.compare.page.document import Cell, Column, Drawing, Figure, Paragraph, Section, Table
 from halfbyte.compare.page.rows import Row, points, told
 from halfbyte.compare.page.scatter import Spot, scatter
-from halfbyte.compare.page.text import DASH, MINUS, NOT_MEASURED, Scale, plain
+from halfbyte.compare.page.text import DASH, MINUS, NOT_MEASURED, Scale, capital, plain
 from halfbyte.compare.page.view import MEMORY, Scaled, View
 from halfbyte.compare.schema import Comparison, Convergence, Metric, Pareto, Reached, Unit
 from halfbyte.compare.schema import Figure as Measured
@@ -116,7 +116,9 @@ def _front(view: View, pareto: Pareto) -> Figure:
         on = ", ".join(view.label(point.variant) for point in pareto.points if point.on_front) or "none"
         svgs = [scatter(spots, x_title, y_title, metric.better == "higher", wide) for wide in (True, False)]
         drawings.append(
-            Drawing(f"{metric.label} against peak memory", f"A mark for each method. On the front: {on}.", svgs)
+            Drawing(
+                f"{capital(metric.label)} against peak memory", f"A mark for each method. On the front: {on}.", svgs
+            )
         )
     columns = [Column("Method"), Column(quality.scale.titled(metric.label), numeric=True)]
     columns += [
@@ -134,7 +136,7 @@ def _front(view: View, pareto: Pareto) -> Figure:
         ]
         for point in pareto.points
     ]
-    caption = f"{metric.label} against peak memory and time"
+    caption = f"{capital(metric.label)} against peak memory and time"
     return Figure(caption, drawings, Table(caption, [*columns, Column("On the front")], rows))
 
 
@@ -143,15 +145,12 @@ def differences(view: View) -> Section:
     title = "Differences"
     comparisons = view.report.comparisons
     if not comparisons:
-        why = (
-            "there are not two methods"
-            if len(view.variants) < 2
-            else "too few runs of each, or none that could be paired"
-        )
+        why = "there are not two methods" if len(view.variants) < 2 else "too few runs, or none to pair"
         return Section("differences", title, [Paragraph(f"No differences were computed: {why}.")])
     text = (
-        "First minus second, with the 95 % interval of runs paired by seed. Where the interval holds zero there is no "
-        "difference found, which is not the same as none: beside it stands how large one had to be to be seen here."
+        "First minus second, with the 95 % interval over pairs of runs with the same seed. Where the "
+        "interval holds zero there is no difference found, which is not the same as none: beside it stands how large "
+        "one had to be to be seen here."
     )
     metrics = [metric for metric in view.report.metrics if any(c.metric == metric.key for c in comparisons)]
     return Section("differences", title, [Paragraph(text), *(_forest(view, metric) for metric in metrics)])
@@ -174,7 +173,7 @@ def _forest(view: View, metric: Metric) -> Figure:
         )
         for c in chosen
     ]
-    axis = f"difference in {scaled.scale.titled(metric.label)}"
+    axis = scaled.scale.titled(f"difference in {metric.label}")
     way = "left of zero the first is better" if metric.better == "lower" else "right of zero the first is better"
     described = "A mark for each pair over its 95 % interval. " + told(rows)
     svgs = [points(rows, f"{axis} ({way})", wide, zero=True) for wide in (True, False)]

@@ -109,6 +109,12 @@ def plain(value: float, digits: int = 3) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+def capital(text: str) -> str:
+    """`text` as a heading begins: with a capital, unless its first word has one elsewhere (mAP)."""
+    first = text.split(" ")[0]
+    return text[:1].upper() + text[1:] if first.islower() else text
+
+
 @dataclass(frozen=True)
 class Scale:
     """A unit to print in: its name ("" for none), and how many of the base unit it is."""
@@ -117,8 +123,9 @@ class Scale:
     factor: float = 1.0
 
     def titled(self, label: str) -> str:
-        """A column's heading, with the unit."""
-        return f"{label}, {self.suffix}" if self.suffix else label
+        """A heading, with the unit unless the label has it already."""
+        said = f"({self.suffix})" in label or (self.suffix == "tokens/s" and "tokens" in label.lower())
+        return capital(label) if said or not self.suffix else f"{capital(label)}, {self.suffix}"
 
     def digits(self, values: Iterable[Figure | Interval | float | None]) -> int:
         """Decimals for a column: two digits of the typical interval's half, else three of the typical value."""
