@@ -19,7 +19,13 @@ def cells(view: View) -> Section:
     if elsewhere:
         text += f" {elsewhere} of them came from elsewhere, as the column says."
     scaled = view.scaled("seconds", [cell.seconds for cell in runs])
-    columns = [Column("Run"), Column("Method"), Column("Seed", numeric=True), Column("Status"), Column("Comes from")]
+    columns = [
+        Column("Run"),
+        Column("Method"),
+        Column("Seed", numeric=True),
+        Column("Status"),
+        Column("Comes from", wide=True),
+    ]
     columns += [Column(scaled.scale.titled("Time"), numeric=True), Column("Where it is, and what it said", wide=True)]
     rows = [
         [
