@@ -72,7 +72,12 @@ def _open_layout(candidate: Candidate, data: DataShape) -> Iterator[Step]:
     rows = request.batches[0][0] * request.batches[0][1]
     freed = replace(request, batches=((1, rows),))
     if request.checkpointing is False:
-        yield replace(candidate, request=replace(request, checkpointing=True)), data, {"gradient_checkpointing": True}, ""
+        yield (
+            replace(candidate, request=replace(request, checkpointing=True)),
+            data,
+            {"gradient_checkpointing": True},
+            "",
+        )
     if request.batches[-1][0] > 1 and not _by_layer(candidate):
         fields = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows}
         yield replace(candidate, request=freed), data, fields, "the same update"
@@ -133,10 +138,13 @@ def _together(candidate: Candidate, data: DataShape) -> Iterator[Step]:
         if candidate.request.batches[-1][0] > 1:
             freed |= {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows}
     if lean.request.checkpointing is False:
-        lean, freed = replace(lean, request=replace(lean.request, checkpointing=True)), {
-            **freed,
-            "gradient_checkpointing": True,
-        }
+        lean, freed = (
+            replace(lean, request=replace(lean.request, checkpointing=True)),
+            {
+                **freed,
+                "gradient_checkpointing": True,
+            },
+        )
     for length in LENGTHS:
         if length < data.longest:
             yield lean, data.cut(length), {**freed, "max_seq_length": length}, ""
