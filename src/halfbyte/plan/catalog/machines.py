@@ -47,7 +47,8 @@ class Machine:
     reserved        bytes of it that no run gets: driver, display or desktop (assumed, unmeasured)
     bandwidth       bytes a second, the vendor's peak
     gemm            peak FLOP/s of dense products by dtype (bfloat16, float16, float32), without sparsity
-    reachable       share of `gemm` and `bandwidth` that large operations reach (assumed, unmeasured)
+    reachable       share of `gemm` that a large product reaches (assumed, unmeasured)
+    reachable_bandwidth   share of `bandwidth` that a long copy reaches (assumed, unmeasured)
     dequantize      4-bit weights decoded a second; None: as memory traffic allows (DECODED_BYTES)
     price           None where the user entered none
     cores           of a processor; of a GPU's host nothing is known: 0
@@ -61,6 +62,7 @@ class Machine:
     bandwidth: float
     gemm: Mapping[str, float]
     reachable: float
+    reachable_bandwidth: float = 0.8
     reserved: int = 0
     dequantize: float | None = None
     price: Price | None = None
@@ -85,7 +87,7 @@ class Machine:
 
     def hardware(self) -> Hardware:
         """As `plan.hardware.detect` would describe it with nothing else running."""
-        gpus = ()
+        gpus: tuple[Gpu, ...] = ()
         if self.kind == "gpu":
             gpus = (Gpu(0, self.title, self.memory, self.usable, capability="", bf16=self.bf16),)
         return Hardware(
@@ -101,7 +103,7 @@ class Machine:
 
     def rates(self) -> Rates:
         """As `plan.hardware.measure` would give them, taken from the vendor's peaks and the assumed share of them."""
-        bandwidth = self.bandwidth * self.reachable
+        bandwidth = self.bandwidth * self.reachable_bandwidth
         return Rates(
             device=self.device,
             gemm={dtype: rate * self.reachable for dtype, rate in self.gemm.items()},
@@ -129,12 +131,12 @@ class _Fields(BaseModel):
     reserved: Size = Field(0, ge=0)
     bandwidth: float = Field(gt=0, lt=_MOST)
     gemm: _Gemm
-    reachable: float = Field(0.7, gt=0, le=1)
+    reachable: float = Field(0.5, gt=0, le=1)
+    reachable_bandwidth: float = Field(0.8, gt=0, le=1)
     dequantize: float | None = Field(None, gt=0, lt=_MOST)
     price: Price | None = None
     cores: int = Field(0, ge=0, le=100_000)
     bf16: bool = True
-    source: str = ""
 
     @field_validator("price", mode="before")
     @classmethod
@@ -207,6 +209,7 @@ def _machine(name: str, entry: Entry, base: Mapping[str, Any]) -> Machine:
         bandwidth=fields.bandwidth,
         gemm=MappingProxyType({k: v for k, v in fields.gemm.model_dump().items() if v is not None}),
         reachable=fields.reachable,
+        reachable_bandwidth=fields.reachable_bandwidth,
         reserved=fields.reserved,
         dequantize=fields.dequantize,
         price=fields.price,
