@@ -112,15 +112,15 @@ def test_the_layout_shrinks_before_it_gives_up() -> None:
 
 
 def test_an_evaluation_reads_fewer_rows_at_once_where_it_is_the_peak() -> None:
-    """Sixteen rows of 64 tokens take little in training; 4,096 tokens at once in an evaluation take more."""
+    """A row of 64 tokens takes little in training; 4,096 tokens at once in an evaluation take more."""
     short = replace(DATA, longest=64, tokens=50_000, spread=5)
-    roomy = plan(budget=8_000_000_000, method="qlora", data=short, checkpointing=True).chosen
+    roomy = plan(budget=8_000_000_000, method="qlora", data=short, batches=((1, 16),)).chosen
     assert (roomy.peak_phase, roomy.job.eval_batch_tokens) == ("evaluate", 4096)
-    tight = plan(budget=roomy.peak_p95 - 1, method="qlora", data=short, checkpointing=True).chosen
+    tight = plan(budget=roomy.peak_p95 - 1, method="qlora", data=short, batches=((1, 16),)).chosen
     assert tight.peak_p95 < roomy.peak_p95
     assert tight.batch == roomy.batch, "training is as it was"
     assert 256 <= tight.job.eval_batch_tokens < 4096
-    fixed = plan(budget=roomy.peak_p95 - 1, method="qlora", data=short, checkpointing=True, eval_tokens=4096).chosen
+    fixed = plan(budget=roomy.peak_p95 - 1, method="qlora", data=short, batches=((1, 16),), eval_tokens=4096).chosen
     assert fixed.job.eval_batch_tokens == 4096
     least = plan(budget=1, method="qlora").chosen
     assert 600 < least.job.eval_batch_tokens <= 2 * 600, "a row of 600 tokens is never cut"
