@@ -128,7 +128,7 @@ def test_the_way_through(halfbyte: Run, model_folder: Path, data_file: Path, mon
 def test_plan_and_doctor(halfbyte: Run, model_folder: Path, data_file: Path) -> None:
     text = halfbyte("plan", "--model", model_folder, "--data", data_file)
     assert text.code == 0
-    assert "* qlora" in text.out
+    assert "* lora" in text.out
     made = halfbyte("plan", "--model", model_folder, "--json").json
     assert made["data"]["assumed"]
     assert "are assumed" in halfbyte("plan", "--model", model_folder).out
