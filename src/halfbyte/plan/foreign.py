@@ -121,13 +121,15 @@ def loading_bytes(shape: ForeignSpec, job: Job) -> int:
 
 
 def workspace_bytes(shape: ForeignSpec, job: Job, batch: tuple[int, int, int]) -> int:
-    """Scratch between calls: packed tokens and panels of the native linears, else the largest weight decoded."""
+    """Scratch between calls: packed tokens and panels of the native linears, else the largest weight decoded; and the
+    adapters' factors once more, as they are computed with."""
     size, linears = DTYPE_BYTES[job.dtype], shape.linears()
+    factors = memory.trainable_bytes(_as_spec(shape), job)
     if job.native_linears:
         widest = max((linear.in_features for linear in linears), default=0)
         tokens = min(batch[0] * max(batch[1:]), 2048)
-        return tokens * widest * size + memory.THREAD_PANELS * torch.get_num_threads()
-    return max((linear.parameters for linear in linears if job.is_coded(linear.name)), default=0) * size
+        return factors + tokens * widest * size + memory.THREAD_PANELS * torch.get_num_threads()
+    return factors + max((linear.parameters for linear in linears if job.is_coded(linear.name)), default=0) * size
 
 
 def activation_bytes(
