@@ -162,10 +162,14 @@ def test_room_is_more_where_the_budget_was_not_stated() -> None:
     assert "9.00 GB of the 10.00 GB that are free now" in found.reason
 
 
-def test_lora_that_must_recompute_gives_way() -> None:
+def test_lora_that_pays_with_time_gives_way() -> None:
     found = choose(CASE, [offer("lora", 5, recomputed=True), QLORA])
     assert found is not None
     assert (found.name, "recompute" in found.reason) == ("qlora", True)
+    slow = choose(CASE, [offer("lora", 5, hours=1.4), QLORA])
+    assert slow is not None
+    assert (slow.name, "40% slower in the smaller batches that it needs" in slow.reason) == ("qlora", True)
+    assert choose(CASE, [offer("lora", 5, hours=1.2), QLORA]).name == "lora"  # type: ignore[union-attr]
     both = choose(CASE, [offer("lora", 5, recomputed=True), offer("qlora", 3, recomputed=True)])
     assert both is not None
     assert both.name == "lora", "where both recompute, 16 bits are still the better base"
