@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ from halfbyte.models.source import ModelSource
 from halfbyte.optim.options import OptimOptions
 from halfbyte.plan.recommend import check_fits
 from halfbyte.quant.options import QuantOptions
-from halfbyte.run import folder, outputs, planning, preference, tasks
+from halfbyte.run import folder, learning, outputs, planning, preference, tasks
 from halfbyte.run.config import RunConfig, to_yaml
 from halfbyte.run.continued import with_adapter
 from halfbyte.run.planning import Survey
@@ -208,10 +208,11 @@ def _train(directory: RunDirectory, config: RunConfig, record: Event, found: Sur
         _complete_reference(directory.path, config, found, on_event)
     loaded = load(config, found.source, tasks.head_of(config, prepared))
     trainable, attached = make_trainable(loaded, config, begun)
+    loading = clock() - started
     on_event(
         {
             "event": "loaded",
-            "seconds": clock() - started,
+            "seconds": loading,
             "trainable_parameters": attached.trainable_parameters,
             "total_parameters": attached.total_parameters,
             "formats": dict(Counter(s.weight.format for s in segments(loaded.model).values()).most_common()),
@@ -227,6 +228,7 @@ def _train(directory: RunDirectory, config: RunConfig, record: Event, found: Sur
         feed = feed_of(config, prepared)
         model, plan, reference = preference.paired(directory.path, config, loaded, prepared, plan, feed, on_event)
     sinks = open_sinks(config.report_to, directory.path, config.model_dump(mode="json"))
+    plan = replace(plan, **learning.outlook(directory.path, config, prepared))
     before = clock()
     try:
         trained = train(model, plan, directory, [on_event, *sinks])
@@ -238,8 +240,10 @@ def _train(directory: RunDirectory, config: RunConfig, record: Event, found: Sur
         scores = None if reference is None else preference.scores(config, loaded, prepared, reference)
     else:
         scores = _scores(config, loaded, prepared, base)
-    beside = (before - started) + (clock() - after)
+    beside = {"load": loading, "evaluate": (before - started - loading) + (clock() - after)}
     result = outputs.write(directory.path, config, record, found, loaded, trained, scores, beside)
+    if (problem := learning.remember(directory.path, config, found, result)) is not None:
+        on_event({"event": "warning", "step": trained.step, "message": problem})
     on_event({"event": "finished", "path": directory.path, "result": result})
     return RunResult(directory.path, config, result)
 

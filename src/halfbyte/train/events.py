@@ -2,7 +2,9 @@
 
 Everything that shows a run reads this file. Every line has `event` and `time` (seconds since 1970); the events are
 
-    start       schema_version, step (0), total_steps, steps_per_epoch, total_tokens (or null), pid, ...
+    start       schema_version, step (0), total_steps, steps_per_epoch, total_tokens (or null), pid, ...; for the time
+                left predicted ({"seconds": {phase: seconds}, "probed"}, or null), eval_every (0: never, null: at the
+                end), save_steps, save_minutes, final_evaluations (after the last step)
     resume      the same with the checkpoint's step; dropped_events
     step        step, seconds, tokens, supervised_tokens, loss, learning_rate, grad_norm, memory_bytes,
                 peak_memory_bytes

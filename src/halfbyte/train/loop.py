@@ -145,6 +145,7 @@ class Session:
             trainable_parameters=sum(p.numel() for p in self.plan.trainable.values()),
             pid=self.run.lock.owner.pid if self.run.lock.owner else None,
             environment=self.environment,
+            **self.plan.outlook(),
         )
         for problem in problems:
             self.warn(problem)

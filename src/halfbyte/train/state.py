@@ -47,6 +47,8 @@ class TrainPlan:
     device              where batches are moved to
     loss_scaling        scale the loss against fp16's small range
     figures             what else is known of the update that was just computed, for `step` events: means over its terms
+    predicted           {"seconds": {phase: seconds}, "probed": bool} of the whole run, for the time left
+    final_evaluations   passes over the held-out rows that follow the training, for the time left
     """
 
     options: TrainOptions
@@ -63,6 +65,8 @@ class TrainPlan:
     device: torch.device = CPU
     loss_scaling: bool = False
     figures: Callable[[], Mapping[str, float]] | None = None
+    predicted: Mapping[str, Any] | None = None
+    final_evaluations: int = 0
 
     def __post_init__(self) -> None:
         if not self.trainable:
@@ -81,6 +85,17 @@ class TrainPlan:
             return False
         every = self.options.eval_steps or self.steps_per_epoch
         return step >= self.total_steps or (every is not None and step % every == 0)
+
+    def outlook(self) -> dict[str, object]:
+        """What `start` and `resume` tell of the time to come (`train.time_left`). `eval_every`: 0 never, None at the end."""
+        options = self.options
+        return {
+            "predicted": self.predicted,
+            "eval_every": (options.eval_steps or self.steps_per_epoch) if self.evaluate is not None else 0,
+            "save_steps": options.save_steps,
+            "save_minutes": options.save_minutes,
+            "final_evaluations": self.final_evaluations,
+        }
 
 
 @dataclass
