@@ -77,7 +77,7 @@ def test_switched_off_nothing_is_written_or_read(file: Path, monkeypatch: pytest
     assert not file.exists()
 
 
-# -- a file that cannot be used: a sentence, never an exception ------------------------------------------------------------
+# -- a file that cannot be used: a sentence, never an exception -------------------------------------------------------
 
 
 def refused(words: str) -> None:
@@ -90,7 +90,9 @@ def refused(words: str) -> None:
     assert history.accuracy("m1", "cpu")["runs"] == 0
 
 
-@pytest.mark.parametrize("content", [b"this is no database, but it is longer than a header of one is " * 40, b"\0" * 5000])
+@pytest.mark.parametrize(
+    "content", [b"this is no database, but it is longer than a header of one is " * 40, b"\0" * 5000]
+)
 def test_a_damaged_file_is_left_alone(file: Path, content: bytes) -> None:
     file.parent.mkdir(parents=True)
     file.write_bytes(content)
@@ -184,7 +186,7 @@ def test_a_read_only_file_is_read(file: Path) -> None:
     try:
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     finally:
-        for folder in (Path("."), Path("data"), Path("data/halfbyte")):
+        for folder in (Path(), Path("data"), Path("data/halfbyte")):
             (file.parents[2] / folder).chmod(0o755)
     assert found.stdout.startswith("1 this run is not in the history"), found.stdout + found.stderr
 
@@ -232,7 +234,7 @@ def test_old_rows_make_room(file: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [run.steps for run in history.runs()] == [8, 7, 6, 5, 4]
 
 
-# -- what the runs change ------------------------------------------------------------------------------------------------
+# -- what the runs change --------------------------------------------------------------------------------------------
 
 SHIPPED = calibration.of("cpu")
 

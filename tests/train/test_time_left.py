@@ -84,7 +84,7 @@ def test_on_a_noisy_machine_neither_once_its_changes_of_speed_are_taken_out(path
     assert max(errors(at_one_speed(read(path)))) <= 0.2
 
 
-# -- simulated runs -----------------------------------------------------------------------------------------------------
+# -- simulated runs --------------------------------------------------------------------------------------------------
 
 Seconds = Callable[[int, float], float]
 """(step, its seconds on a quiet machine) -> the seconds that it takes."""
@@ -104,7 +104,9 @@ def simulate(
     """A run at 1,000 tokens a second, whatever `slowed` does to it."""
     total = len(tokens)
     plan = {"eval_every": eval_every, "save_steps": save_steps, "save_minutes": None, "predicted": predicted}
-    log: Log = [{"event": "start", "time": 0.0, "step": 0, "total_steps": total, "total_tokens": sum(tokens), "tokens": 0}]
+    log: Log = [
+        {"event": "start", "time": 0.0, "step": 0, "total_steps": total, "total_tokens": sum(tokens), "tokens": 0}
+    ]
     log[0] |= {"final_evaluations": final_evaluations} | plan
     now, window, counted = 0.0, 0.0, 0
     for step, count in enumerate(tokens, start=1):
@@ -157,8 +159,8 @@ def test_what_is_slow_again_and_again_is_expected_again() -> None:
 
 
 def test_a_machine_that_is_half_as_fast_for_a_while() -> None:
-    """Nobody knows how long that will last: when as much has been done since as before, the estimate is right again, and
-    never is it further off than the machine's speed was."""
+    """Nobody knows how long that will last: when as much has been done since as before, the estimate is right again,
+    and never is it further off than the machine's speed was."""
     log = simulate(rows(400), lambda step, seconds: seconds * (2 if 100 < step <= 140 else 1))
     over = next(event["time"] for event in log if event.get("step") == 220)
     for time, said, was in replay(log):
@@ -177,10 +179,16 @@ def test_a_lasting_change_is_followed() -> None:
 
 def test_evaluations_checkpoints_and_the_end_are_counted_at_their_own_price() -> None:
     """Half of the run's time is not training, and most of it is late."""
-    shape: dict[str, Any] = {"eval_every": 100, "evaluation": 40.0, "save_steps": 100, "save": 5.0, "final_evaluations": 2}
+    shape: dict[str, Any] = {
+        "eval_every": 100,
+        "evaluation": 40.0,
+        "save_steps": 100,
+        "save": 5.0,
+        "final_evaluations": 2,
+    }
     log = simulate(rows(300), **shape, predicted={"seconds": {"train": 300.0, "evaluate": 200.0}, "probed": True})
     assert max(errors(log)) <= 0.2
-    measured = [event for event in simulate(rows(300), **shape)]
+    measured = simulate(rows(300), **shape)
     found = {time: (said, was) for time, said, was in replay(measured)}
     after_the_first = next(event["time"] for event in measured if event["event"] == "checkpoint")
     assert all(abs(said - was) <= 0.1 * max(was, 10) for time, (said, was) in found.items() if time >= after_the_first)
@@ -210,7 +218,9 @@ def test_a_resumed_run_counts_from_where_it_goes_on() -> None:
     whole = simulate(tokens, eval_every=100, evaluation=10.0)
     done, first = sum(tokens[:250]), next(event["time"] for event in whole if event.get("step") == 250)
     resumed = [whole[0] | {"event": "resume", "step": 250, "tokens": done}]
-    resumed += [e | {"time": e["time"] - first} for e in whole[1:] if e.get("step", 400) > 250 or e["event"] == "finished"]
+    resumed += [
+        e | {"time": e["time"] - first} for e in whole[1:] if e.get("step", 400) > 250 or e["event"] == "finished"
+    ]
     assert max(errors(resumed)) <= 0.2
     left = TimeLeft()  # a reader who saw the first part too, and steps that were lost
     for event in [event for event in whole if event.get("step", 400) <= 270] + resumed:

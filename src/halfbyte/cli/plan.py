@@ -16,6 +16,9 @@ app = typer.Typer(add_completion=False)
 def plan(
     flags: dict[str, Any],
     config: Annotated[Path | None, typer.Argument(help="A YAML config; flags win over it.")] = None,
+    accuracy: Annotated[
+        bool, typer.Option("--accuracy", help="How good past predictions were on this machine.")
+    ] = False,
     json: screen.JsonFlag = False,
 ) -> None:
     """Which methods fit on this machine, their peak memory and time, and which one to use and why. Reads no weights.
@@ -24,6 +27,14 @@ def plan(
     """
     from halfbyte.run.config import load_config
     from halfbyte.run.planning import plan_of
+
+    if accuracy:
+        from halfbyte.cli.accuracy import show
+        from halfbyte.run.learning import accuracy_here
+
+        found = accuracy_here()
+        screen.print_json(found) if json else show(found)
+        return
 
     made = plan_of(load_config(config, flags))
     if json:

@@ -330,7 +330,9 @@ def _worst(found: Sequence[Run], what: str) -> dict[str, Any] | None:
     if not pairs:
         return None
     error, run = max(pairs, key=lambda pair: pair[0])
-    said, was = (run.said_bytes_p50, run.measured_bytes) if what == "memory" else (_said_seconds(run), run.measured_seconds)
+    said, was = (
+        (run.said_bytes_p50, run.measured_bytes) if what == "memory" else (_said_seconds(run), run.measured_seconds)
+    )
     names = ("finished", "method_name", "family", "parameters", "rows_at_once", "longest")
     return {name: getattr(run, name) for name in names} | {"error": round(error, 4), "predicted": said, "measured": was}
 

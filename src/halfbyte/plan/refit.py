@@ -9,7 +9,7 @@ one that was resumed, nothing about memory. What other work on the machine distu
 `CLIP` robust deviations (1.4826 MAD) from the median is moved to there. Too much memory is no outlier: nothing but the
 run itself causes it.
 
-**The middle.** With n runs whose logarithms have the median m, and the shipped constant s, which counts as `PRIOR` runs:
+**The middle.** With n runs whose logarithms have the median m, and the shipped constant s counting as `PRIOR` runs:
 
     scale = exp((PRIOR ln s + n m) / (PRIOR + n)),   held within SCALE_BOUNDS of s
 

@@ -1,7 +1,8 @@
 """A run's figures for what learns from them: the time left while it goes on, the machine's history once it is over.
 
-    outlook(path, config, prepared)          fields of the training plan that the time left is made from
-    remember(path, config, found, result)    plan.json and result.json as a row of `plan.history`
+outlook(path, config, prepared)          fields of the training plan that the time left is made from
+remember(path, config, found, result)    plan.json and result.json as a row of `plan.history`
+accuracy_here()                          what the rows of this machine say of the predictions
 """
 
 import json
@@ -49,8 +50,7 @@ def predicted(plan: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def remember(path: Path, config: RunConfig, found: Survey, result: Mapping[str, Any]) -> str | None:
-    """Keep what was predicted and what happened. Returns what to warn of; never raises, and a run without a plan or with
-    the history switched off leaves nothing."""
+    """Keep what was predicted and what happened; nothing of a run without a plan. Returns what to warn of, never raises."""
     if not history.enabled():
         return None
     try:
@@ -58,6 +58,12 @@ def remember(path: Path, config: RunConfig, found: Survey, result: Mapping[str, 
     except (KeyError, TypeError, ValueError, OSError) as error:
         return f"this run is not in the history: its plan.json is not as it was written ({type(error).__name__})"
     return history.keep(run) if run is not None else None
+
+
+def accuracy_here() -> dict[str, Any]:
+    """How good the predictions were on this machine: `halfbyte plan --accuracy`."""
+    hardware = detect()
+    return history.accuracy(machine_key(hardware), hardware.device)
 
 
 def row(path: Path, config: RunConfig, found: Survey, result: Mapping[str, Any]) -> history.Run | None:

@@ -87,7 +87,7 @@ class TrainPlan:
         return step >= self.total_steps or (every is not None and step % every == 0)
 
     def outlook(self) -> dict[str, object]:
-        """What `start` and `resume` tell of the time to come (`train.time_left`). `eval_every`: 0 never, None at the end."""
+        """What `start` and `resume` tell of the time to come (`train.events`), for the time left."""
         options = self.options
         return {
             "predicted": self.predicted,

@@ -33,7 +33,7 @@ HALF_LIFE = 1 / 4
 PREDICTION_ERROR, PROBED_ERROR = 0.5, 0.12
 """Standard deviations of ln(measured / predicted): before a probe and after (`plan.calibration`)."""
 SCATTER_GUESS, GUESS_WEIGHT = 0.15, 5
-"""Of the prices of updates: their standard deviation, as logarithms, before there are any, and how many that counts as."""
+"""Standard deviation of ln(price of an update) before there are any, and how many updates that guess counts as."""
 FIRST_SCATTER = 0.5
 """The first update alone."""
 PLANNED_AT_END = 2
