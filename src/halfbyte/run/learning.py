@@ -50,7 +50,7 @@ def predicted(plan: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def remember(path: Path, config: RunConfig, found: Survey, result: Mapping[str, Any]) -> str | None:
-    """Keep what was predicted and what happened; nothing of a run without a plan. Returns what to warn of, never raises."""
+    """Keep what was predicted and what happened, if anything was. Returns what to warn of; never raises."""
     if not history.enabled():
         return None
     try:
