@@ -1,4 +1,4 @@
-"""A run kept within its memory: what stands is read, what a micro-batch takes beside it is learnt, and where the next one
+"""A run kept within its memory: what stands is read, what a micro-batch takes beside it is learnt. Where the next one
 would not fit, or an allocation fails, the run goes on in a layout that takes less instead of dying.
 
     Layout      the steps below what the plan chose: smaller micro-batches, then recomputed activations, and for
@@ -90,6 +90,9 @@ class Layout:
         return f"evaluation goes in chunks of 1/{2**self.evaluation_halvings} of the planned ones"
 
 
+AS_PLANNED = Layout()
+
+
 class Needs:
     """What some kind of work took beside what stands, by its tokens."""
 
@@ -140,6 +143,7 @@ class Budget:
 
     limit     bytes that the run may take (the process, or on a GPU torch's part of the card); None: what there is
     kind      what is being done, for whom it is that must take less where an allocation fails
+    standing  what is held when nothing is computed, as last measured; reached: what the last work went up to
     """
 
     def __init__(self, limit: int | None, device: torch.device) -> None:
@@ -150,6 +154,7 @@ class Budget:
         self._begun: _Begun | None = None
         self._half_way = 0
         self.standing = 0
+        self.reached = 0
         self.tidy()
 
     # -- reading ----------------------------------------------------------------------------------------------------
@@ -214,7 +219,7 @@ class Budget:
         now, peak = self.memory()
         # A peak that did not move says only that this one was not the largest.
         reached = peak if peak > begun.peak else max(self._half_way, now)
-        taken = max(0, reached - self.standing)
+        self.reached, taken = reached, max(0, reached - self.standing)
         self.needs[begun.kind].learn(begun.tokens, taken)
         level = self._levels.get(begun.kind)
         if level is None or begun.tokens >= level.tokens:

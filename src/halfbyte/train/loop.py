@@ -29,7 +29,7 @@ from halfbyte.optim.adamw import AdamW, clip_factor
 from halfbyte.optim.schedule import learning_rate_at
 from halfbyte.tensorfile import layout_of, part_of
 from halfbyte.train import checkpoint
-from halfbyte.train.budget import FAILURES, Budget, Layout, OutOfMemory, Watched, is_shortage, reason_of
+from halfbyte.train.budget import AS_PLANNED, FAILURES, Budget, Layout, OutOfMemory, Watched, is_shortage, reason_of
 from halfbyte.train.events import SCHEMA_VERSION, EventLog, Listener, drop_after
 from halfbyte.train.memory import process_memory
 from halfbyte.train.run_directory import RunDirectory
@@ -53,7 +53,8 @@ def train(model: Model, plan: TrainPlan, run: RunDirectory, listeners: Iterable[
     """Train until `plan.total_steps` (or no gain for `early_stopping_patience` evaluations); see the module.
 
     Raises Interrupted after SIGINT or SIGTERM with everything saved, NonFinite with the rows that broke the numbers,
-    DoesNotFit if the disk cannot hold the checkpoints, or memory not even the smallest layout. The random state of torch is as before afterwards.
+    DoesNotFit if the disk cannot hold the checkpoints, or memory not even the smallest layout. The random state of torch
+    is as before afterwards.
     """
     options, optim = plan.options, plan.optim
     with contextlib.ExitStack() as stack:
@@ -173,7 +174,7 @@ class Session:
             before, now = saved["identity"].get(key), self.plan.identity.get(key)
             if before != now:
                 raise UsageError(f"{found.path} was trained with another {key} ({before}, now {now}): not the same run")
-        _load_trainable(self.plan, found)
+        load_trainable(self.plan, found)
         optimizer.load_state_dict(found.optimizer)
         self.state = TrainState.from_json(saved["train"])
         self.saved_step, self.last_checkpoint = self.state.step, found.path
@@ -194,7 +195,7 @@ class Session:
     def _lay_out(self, layout: Layout) -> None:
         """Go on in a layout that takes less than the planned one (or, on resume, took less already)."""
         self.state.layout = layout
-        if layout != Layout() and self.planned.lowered is not None:
+        if layout != AS_PLANNED and self.planned.lowered is not None:
             self.plan = self.planned.lowered(self.planned, layout)
 
     def step_down(self, error: BaseException, optimizer: AdamW, budget: Budget) -> None:
@@ -342,7 +343,7 @@ class Session:
             self.warn(f"{found}; the last weights are kept: load_best_model_at_end takes the best")
             return
         try:
-            _load_trainable(self.plan, checkpoint.load(checkpoint.folder_of(self.run.path, best)))
+            load_trainable(self.plan, checkpoint.load(checkpoint.folder_of(self.run.path, best)))
         except checkpoint.Damaged as error:
             self.warn(f"{found}, but its checkpoint cannot be used and the last weights are kept: {error}")
             return
@@ -367,13 +368,14 @@ class Session:
             best_eval_loss=state.best_eval_loss,
             peak_memory_bytes=peak,
             checkpoint=self.last_checkpoint,
+            layout=state.layout,
         )
         fields = {key: value for key, value in result.to_json().items() if key != "step"}
         self.emit("end", **fields, **({"message": message} if message else {}))
         return result
 
 
-def _load_trainable(plan: TrainPlan, found: checkpoint.Checkpoint) -> None:
+def load_trainable(plan: TrainPlan, found: checkpoint.Checkpoint) -> None:
     """Copy a checkpoint's tensors into the parameters; another set or shape of tensors is not this run."""
     mine, theirs = plan.trainable, found.trainable
     different = sorted(mine.keys() ^ theirs.keys())

@@ -16,7 +16,7 @@ from halfbyte.batch import Batch
 from halfbyte.errors import UsageError
 from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.options import OptimOptions
-from halfbyte.train.budget import Budget, Layout
+from halfbyte.train.budget import AS_PLANNED, Budget, Layout
 from halfbyte.train.options import TrainOptions
 from halfbyte.train.update import LossScale, Model, Update
 
@@ -71,7 +71,7 @@ class TrainPlan:
     figures: Callable[[], Mapping[str, float]] | None = None
     memory: int | None = None
     lowered: "Callable[[TrainPlan, Layout], TrainPlan] | None" = None
-    lowest: Layout = Layout()
+    lowest: Layout = AS_PLANNED
     rehearse: "Callable[[Stage], Mapping[str, object]] | None" = None
 
     def __post_init__(self) -> None:
@@ -141,7 +141,7 @@ class TrainState:
     evaluations_without_gain: int = 0
     loss_scale: float = 1.0
     loss_scale_good_updates: int = 0
-    layout: Layout = Layout()
+    layout: Layout = AS_PLANNED
 
     def add(self, update: Update, seconds: float, figures: Mapping[str, float]) -> None:
         """Count one update; `figures` are further means over its terms."""
@@ -212,6 +212,7 @@ class TrainResult:
     train_loss          mean over the supervised tokens (or pairs) of the whole run; final_loss: of the last update
     eval_loss           of the last evaluation
     checkpoint          the last one
+    layout              what was lowered for want of memory
     """
 
     status: str
@@ -229,6 +230,7 @@ class TrainResult:
     best_eval_loss: float | None
     peak_memory_bytes: int
     checkpoint: Path | None
+    layout: Layout = AS_PLANNED
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"checkpoint": self.checkpoint.name if self.checkpoint else None}
