@@ -27,7 +27,7 @@ import torch
 
 from halfbyte.data import Example, plan_micro_batches
 from halfbyte.errors import HalfbyteError
-from halfbyte.plan.memory import EVALUATION_TOKENS, Job
+from halfbyte.plan.memory import Job
 from halfbyte.plan.recommend import Plan
 from halfbyte.plan.time import Counts, Probed
 from halfbyte.run.config import RunConfig
@@ -220,7 +220,7 @@ def is_due(config: RunConfig, plan: Plan | None) -> bool:
 
 def evaluation_share(job: Job) -> float:
     """The part of all evaluating that one batch is."""
-    return min(1.0, EVALUATION_TOKENS / max(job.eval_tokens, 1))
+    return min(1.0, job.eval_batch_tokens / max(job.eval_tokens, 1))
 
 
 @contextmanager

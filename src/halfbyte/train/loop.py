@@ -53,8 +53,8 @@ def train(model: Model, plan: TrainPlan, run: RunDirectory, listeners: Iterable[
     """Train until `plan.total_steps` (or no gain for `early_stopping_patience` evaluations); see the module.
 
     Raises Interrupted after SIGINT or SIGTERM with everything saved, NonFinite with the rows that broke the numbers,
-    DoesNotFit if the disk cannot hold the checkpoints, or memory not even the smallest layout. The random state of torch
-    is as before afterwards.
+    DoesNotFit if the disk cannot hold the checkpoints, or memory not even the smallest layout. The random state of
+    torch is as before afterwards.
     """
     options, optim = plan.options, plan.optim
     with contextlib.ExitStack() as stack:
