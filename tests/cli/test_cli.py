@@ -12,7 +12,7 @@ from halfbyte.cli import VERBS, load
 from halfbyte.run.config import RunConfig
 from tests.cli.conftest import Run
 
-SMALL = ("--dtype", "float32", "--lora-r", "4", "--max-steps", "3", "--lr", "1e-2", "--eval-split", "0.1")
+SMALL = ("--method", "qlora", "--dtype", "float32", "--lora-r", "4", "--max-steps", "3", "--lr", "1e-2", "--eval-split", "0.1")
 
 
 def verbs() -> list[tuple[str, ...]]:

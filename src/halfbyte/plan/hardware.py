@@ -115,6 +115,11 @@ def detect() -> Hardware:
     )
 
 
+def memory_available() -> int:
+    """Bytes that are free now, limits of containers applied."""
+    return min([psutil.virtual_memory().available, *(max(most - used, 0) for _, most, used in _cgroup_memory())])
+
+
 def usable_cores(root: Path = Path("/")) -> int:
     """Cores that this process may use: its affinity, and a control group's CPU quota rounded up."""
     affinity = getattr(os, "sched_getaffinity", None)

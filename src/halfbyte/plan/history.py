@@ -46,7 +46,7 @@ class _Unusable(Exception):
 
 @dataclass(frozen=True)
 class Run:
-    """One row. `predicted` is the arithmetic before any calibration, `said` what the user was told (p50, p95).
+    """One row. `predicted` is the arithmetic before any calibration and any probe, `said` what plan.json told at last.
 
     machine             `hardware.machine_key`: processor, cores, threads, GPU, torch version, backend
     arithmetic          of which formulas `predicted` is (`arithmetic_version`)
@@ -293,15 +293,11 @@ def _shown_path() -> str | None:
         return None
 
 
-def _said_seconds(run: Run) -> float:
-    return run.probed_seconds or run.said_seconds_p50
-
-
 def _error(run: Run, what: str) -> float | None:
     """The error of one run; None where it says nothing about this."""
     if what == "memory":
         return abs(run.said_bytes_p50 / run.measured_bytes - 1) if run.tells_memory else None
-    return abs(_said_seconds(run) / run.measured_seconds - 1) if run.tells_time else None
+    return abs(run.said_seconds_p50 / run.measured_seconds - 1) if run.tells_time else None
 
 
 def _errors(found: Sequence[Run]) -> dict[str, Any]:
@@ -331,7 +327,7 @@ def _worst(found: Sequence[Run], what: str) -> dict[str, Any] | None:
         return None
     error, run = max(pairs, key=lambda pair: pair[0])
     said, was = (
-        (run.said_bytes_p50, run.measured_bytes) if what == "memory" else (_said_seconds(run), run.measured_seconds)
+        (run.said_bytes_p50, run.measured_bytes) if what == "memory" else (run.said_seconds_p50, run.measured_seconds)
     )
     names = ("finished", "method_name", "family", "parameters", "rows_at_once", "longest")
     return {name: getattr(run, name) for name in names} | {"error": round(error, 4), "predicted": said, "measured": was}
@@ -352,12 +348,22 @@ def first_of_process() -> bool:
 
 def phases_of(plan: Mapping[str, Any], result: Mapping[str, Any]) -> dict[str, Any]:
     """Predicted and measured figures by phase, out of plan.json and result.json."""
-    probe = plan.get("probed") or {}
-    return {
-        "predicted": {"bytes": plan.get("memory_by_phase", {}), "seconds": plan.get("seconds_by_phase", {})},
-        "probed": {"seconds": probe.get("seconds_by_phase", {})},
+    first = plan.get("before_probe", plan)
+    found: dict[str, Any] = {
+        "predicted": {
+            "bytes": middles(plan.get("memory_by_phase", {})),
+            "seconds": middles(first.get("seconds_by_phase", {})),
+        },
         "measured": {
             "bytes": {"run": result.get("peak_memory_bytes")},
             "seconds": result.get("seconds_by_phase", {}),
         },
     }
+    if plan.get("probed"):
+        found["probed"] = {"seconds": middles(plan.get("seconds_by_phase", {}))}
+    return found
+
+
+def middles(intervals: Mapping[str, Any]) -> dict[str, float]:
+    """The p50 of each interval of a plan."""
+    return {name: float(value["p50"]) for name, value in intervals.items()}

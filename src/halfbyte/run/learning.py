@@ -42,11 +42,10 @@ def final_evaluations(config: RunConfig, prepared: Prepared) -> int:
 
 def predicted(plan: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Seconds by phase as plan.json has them, after the probe where there was one."""
-    if plan is None or "seconds_by_phase" not in plan:
+    if plan is None:
         return None
-    probe = plan.get("probed") or {}
-    seconds = probe.get("seconds_by_phase") or plan["seconds_by_phase"]
-    return {"seconds": dict(seconds), "probed": bool(probe)}
+    seconds = history.middles(plan.get("seconds_by_phase", {}))
+    return {"seconds": seconds, "probed": bool(plan.get("probed"))} if seconds else None
 
 
 def remember(path: Path, config: RunConfig, found: Survey, result: Mapping[str, Any]) -> str | None:
@@ -72,10 +71,9 @@ def row(path: Path, config: RunConfig, found: Survey, result: Mapping[str, Any])
     if plan is None or found.spec is None:
         return None
     events = read_events(path / EVENTS)
-    calibration = plan.get("calibration") or {}
+    constants = plan["calibration"]
     memory, seconds = plan["peak_memory_bytes"], plan["seconds"]
-    probe = plan.get("probed") or {}
-    probed = sum(probe["seconds_by_phase"].values()) if "seconds_by_phase" in probe else None
+    first_seconds = plan["before_probe"]["seconds"] if plan["probed"] else seconds
     on_gpu = config.device == "cuda"
     reached = max((event.get("device_memory_bytes") or 0 for event in events), default=0)
     return history.Run(
@@ -98,14 +96,14 @@ def row(path: Path, config: RunConfig, found: Survey, result: Mapping[str, Any])
         checkpointing=bool(config.gradient_checkpointing),
         steps=result["step"],
         tokens=result["tokens"],
-        predicted_bytes=memory["p50"] / calibration.get("memory_scale", 1.0),
+        predicted_bytes=memory["p50"] / constants["memory_scale"],
         said_bytes_p50=memory["p50"],
         said_bytes_p95=memory["p95"],
         measured_bytes=reached if on_gpu else result["peak_memory_bytes"],
-        predicted_seconds=seconds["p50"] / calibration.get("time_scale", 1.0),
+        predicted_seconds=first_seconds["p50"] / constants["time_scale"],
         said_seconds_p50=seconds["p50"],
         said_seconds_p95=seconds["p95"],
-        probed_seconds=probed,
+        probed_seconds=seconds["p50"] if plan["probed"] else None,
         measured_seconds=result["seconds"],
         status=result["status"],
         resumed=any(event["event"] == "resume" for event in events),

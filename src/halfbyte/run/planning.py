@@ -8,7 +8,7 @@ import datetime
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,15 @@ from halfbyte.models.load import check_pattern, resolve_device, resolve_dtype
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.models.spec import ModelSpec
 from halfbyte.optim.options import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, OptimOptions
-from halfbyte.plan.hardware import Rates, detect, measure
-from halfbyte.plan.recommend import DataShape, Plan, Request, make_plan
+from halfbyte.plan.catalog import Machine
+from halfbyte.plan.hardware import Hardware, Rates, detect, measure
+from halfbyte.plan.price import Price
+from halfbyte.plan.recommend import Candidate, DataShape, Plan, Request, make_plan
 from halfbyte.quant.options import QuantOptions
 from halfbyte.run import tasks
 from halfbyte.run.config import RunConfig
 from halfbyte.run.continued import with_adapter
+from halfbyte.run.variants import Variant, variants
 from halfbyte.train.dpo import PREFERENCE_LEARNING_RATE
 from halfbyte.train.options import EFFECTIVE_BATCH, TrainOptions, batch_rows, count_steps
 
@@ -127,20 +130,95 @@ def _absolute_source(source: DataSource) -> DataSource:
     return source.model_copy(update={"path": str(path.resolve())}) if path.exists() else source
 
 
-def make(found: Survey, rates: Rates | None = None) -> Plan | None:
-    """The plan; None for an architecture whose shapes only its own code knows (the run then goes without)."""
+@dataclass(frozen=True)
+class Ask:
+    """What a plan is asked beside the config.
+
+    methods    names to compare (`run.methods`); none: full, LoRA, QLoRA and the config's own
+    price      of the machine, by the hour
+    deadline   seconds
+    machine    another machine than this one
+    advise     look for changes that make fit what does not
+    """
+
+    methods: tuple[str, ...] = ()
+    price: Price | None = None
+    deadline: float | None = None
+    machine: Machine | None = None
+    advise: bool = False
+
+
+def make(found: Survey, rates: Rates | None = None, ask: Ask | None = None) -> Plan | None:
+    """The plan of a survey, for this machine or another; None for an architecture whose shapes only its code knows.
+
+    DoesNotFit if `auto` has nothing to choose, UsageError for options that have no effect or contradict the data.
+    """
+    ask = ask or Ask()
     check_task(found)
     check_options(found)
-    if found.spec is None:
+    config, spec = found.config, found.spec
+    if spec is None:
         return None
-    config, hardware = found.config, detect()
     if config.method in ("auto", "qlora"):
-        check_pattern(config.pick(QuantOptions), found.spec)
+        check_pattern(config.pick(QuantOptions), spec)
     if config.adapter_path is None and config.method != "full":
-        config.pick(LoraOptions).require_linears(linear.name for linear in found.spec.linears())
-    return make_plan(
-        found.spec, request(config, found), found.data, hardware, rates or measure(hardware), config.memory
+        config.pick(LoraOptions).require_linears(linear.name for linear in spec.linears())
+    hardware, found_rates = _machine(ask, rates)
+    compared = variants(config, ask.methods)
+    asked = request(config, found, ask.machine)
+    plan = make_plan(
+        spec,
+        asked,
+        found.data,
+        hardware,
+        found_rates,
+        config.memory,
+        [_candidate(variant, found, ask) for variant in compared],
+        asked=None if asked.method == "auto" else config.replace(method=asked.method).method_name,
+        price=ask.price or (ask.machine.price if ask.machine is not None else None),
+        deadline=ask.deadline,
+        advise=ask.advise,
     )
+    return replace(plan, machine=ask.machine.name if ask.machine else None, assumed=assumptions(found, hardware, ask))
+
+
+def _machine(ask: Ask, rates: Rates | None) -> tuple[Hardware, Rates]:
+    if ask.machine is not None:
+        return ask.machine.hardware(), ask.machine.rates()
+    hardware = detect()
+    return hardware, rates or measure(hardware)
+
+
+def _candidate(variant: Variant, found: Survey, ask: Ask) -> Candidate:
+    """`auto` does not take a method that what the user set, or these rows, do not go with."""
+    whole = variant.config.method == "full"
+    unfit = whole and (asks_reference(found) or found.config.adapter_path is not None)
+    asked = variant.name in ask.methods
+    return Candidate(
+        variant.name,
+        request(variant.config, found, ask.machine),
+        choosable=not unfit and (asked or not variant.lost),
+    )
+
+
+def assumptions(found: Survey, hardware: Hardware, ask: Ask) -> tuple[str, ...]:
+    """What the figures take for granted, a sentence each."""
+    data, said = found.data, []
+    if data.assumed:
+        said.append(
+            f"no data was given: {data.rows:,} rows of {data.longest} tokens, half of them supervised, are assumed"
+        )
+    if ask.machine is not None:
+        said.append(
+            f"{ask.machine.name} is the catalogue's: the vendor's rates at {ask.machine.reachable:.0%}, and nothing else "
+            "in its memory; nothing was measured"
+        )
+    if hardware.gpus:
+        said.append("this engine's constants on GPUs are unmeasured: the interval is a guess")
+    if len(hardware.gpus) > 1:
+        names = ", ".join(gpu.name for gpu in hardware.gpus)
+        said.append(f"this version trains on one device: of {len(hardware.gpus)} ({names}) it takes the first")
+    return tuple(said)
 
 
 def check_options(found: Survey) -> None:
@@ -184,16 +262,16 @@ def asks_reference(found: Survey) -> bool:
     return found.prepared is not None and found.prepared.pairs
 
 
-def plan_of(config: RunConfig) -> Plan:
+def plan_of(config: RunConfig, ask: Ask | None = None) -> Plan:
     """The plan of a config, with or without data: `halfbyte plan` and `hb.plan`. Reads no weights."""
-    plan = make(survey(with_adapter(config), need_data=False))
+    plan = make(survey(with_adapter(config), need_data=False), ask=ask)
     if plan is None:
         raise UsageError(f"{config.model}: only the decoder's families can be planned; this architecture is another")
     return plan
 
 
-def request(config: RunConfig, found: Survey) -> Request:
-    """What the config asks of the plan."""
+def request(config: RunConfig, found: Survey, machine: Machine | None = None) -> Request:
+    """What the config asks of the plan; on another machine, in the type that it computes in."""
     options = _training(config)
     batches = dict.fromkeys(batch_rows(options, fits) for fits in range(EFFECTIVE_BATCH, 0, -1))
     data = found.data
@@ -203,8 +281,8 @@ def request(config: RunConfig, found: Survey) -> Request:
     method = "qlora" if config.method == "auto" and config.init_lora_weights == "loftq" else config.method
     return Request(
         method=method,
-        dtype=str(found.dtype).removeprefix("torch."),
-        device=found.device.type,
+        dtype=_dtype(found, machine),
+        device=found.device.type if machine is None else machine.device,
         quant=config.pick(QuantOptions),
         lora=config.pick(LoraOptions),
         optim=config.optim,
@@ -218,7 +296,17 @@ def request(config: RunConfig, found: Survey) -> Request:
         forward_tokens=round(min(data.rows, steps * rows_per_update) * data.mean) if asks_reference(found) else 0,
         held=found.source.prequantized_bytes(),
         file_itemsize=max((t.dtype.itemsize for t in found.source.tensors().values() if len(t.shape) == 2), default=4),
+        packing=config.packing,
+        eval_tokens=config.eval_batch_tokens,
+        checkpoints=config.save_total_limit,
+        open_rank=found.config.method == "auto" and config.adapter_path is None and not config.given("lora_r"),
     )
+
+
+def _dtype(found: Survey, machine: Machine | None) -> str:
+    if machine is None or found.config.dtype != "auto":
+        return str(found.dtype).removeprefix("torch.")
+    return machine.dtype
 
 
 def _training(config: RunConfig) -> TrainOptions:
@@ -231,9 +319,14 @@ def resolve(found: Survey, plan: Plan | None, today: datetime.date | None = None
     """The config with every default made explicit: what the plan chose, and what depends on it."""
     config = found.config
     method = plan.method if plan is not None else _unplanned_method(config)
+    chosen: dict[str, Any] = {}
     if plan is not None:
         per_device, accumulation = plan.chosen.batch
-        checkpointing = plan.chosen.job.checkpointing
+        job = plan.chosen.job
+        checkpointing = job.checkpointing
+        chosen["eval_batch_tokens"] = job.eval_batch_tokens
+        if config.method == "auto" and config.adapter_path is None and method != "full":
+            chosen["lora_r"] = job.lora.lora_r
     else:
         per_device, accumulation = batch_rows(_training(config), fits=1)
         checkpointing = bool(config.gradient_checkpointing)
@@ -256,6 +349,7 @@ def resolve(found: Survey, plan: Plan | None, today: datetime.date | None = None
         gradient_checkpointing=checkpointing,
         per_layer_updates=config.by_layer,
         max_grad_norm=config.clip_norm,
+        **chosen,
         output_dir=config.output_dir or default_output(config.model, name, today or datetime.date.today()),
     )
 

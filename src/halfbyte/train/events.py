@@ -9,6 +9,9 @@ Everything that shows a run reads this file. Every line has `event` and `time` (
     step        step, seconds, tokens, supervised_tokens, loss, learning_rate, grad_norm, memory_bytes,
                 peak_memory_bytes
     eval        step, seconds, loss, supervised_tokens, best (is it the best so far), further metrics
+    rehearsal   seconds, peak_memory_bytes, memory_limit_bytes (or null), tried, probes: each tokens, supervised_tokens
+                and seconds of a micro-batch; optimizer_seconds, evaluation (a probe) or null; predicted, as in start.
+                Before the first step
     checkpoint  step, seconds, path (inside the run), bytes
     warning     step, message
     end         step, status (completed | stopped_early | interrupted | failed), seconds, tokens, ...

@@ -110,6 +110,8 @@ def describe(event: Event) -> str | None:
         more = "".join(f", {k} {_number(v)}" for k, v in event.items() if k not in known and v is not None)
         best = " (the best so far)" if event.get("best") else ""
         return f"evaluation at step {step}: loss {_number(event['loss'])}{best}{more}"
+    if kind == "rehearsal":
+        return f"rehearsed the longest batches and a save in {duration(event['seconds'])}: {_peak(event)}"
     if kind == "warning":
         return f"warning: {event['message']}"
     if kind == "end":
@@ -125,7 +127,11 @@ def _summary(event: Event) -> str:
     for key in ("final_loss", "eval_loss"):
         if event.get(key) is not None:
             parts.append(f"{key.replace('final_', '').replace('_', ' ')} {event[key]:.4f}")
-    return ", ".join([*parts, f"peak memory {event['peak_memory_bytes'] / 1e9:.2f} GB"])
+    return ", ".join([*parts, _peak(event)])
+
+
+def _peak(event: Event) -> str:
+    return f"peak memory {event['peak_memory_bytes'] / 1e9:.2f} GB"
 
 
 def _number(value: Any) -> str:
