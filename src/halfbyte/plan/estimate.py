@@ -24,6 +24,8 @@ from halfbyte.quant.options import QuantOptions
 
 MICRO_TOKENS = {"cpu": 2048, "cuda": 16_384}
 """Tokens of a micro-batch beyond which matrix products get no faster; memory may ask for fewer."""
+Phases = dict[str, dict[str, int]]
+"""Bytes by phase and component."""
 LEAST_EVALUATION_TOKENS = 256
 """An evaluation's forward pass is not made smaller than this: its weights are decoded once a pass."""
 
@@ -287,19 +289,31 @@ def estimate(
     price: Price | None = None,
 ) -> Estimate:
     """One method in the largest layout whose P95 is within `limit`; where none is, in the one that needs least."""
-    least: Estimate | None = None
+    constants = calibration or Calibration()
+    best: tuple[float, Job, tuple[int, int], Phases] | None = None
     for batch, checkpointing in _layouts(candidate.request, data):
         for eval_tokens in _eval_tokens(candidate.request, data):
             job = _job(candidate.request, data, batch, checkpointing, eval_tokens)
-            made = _estimate_job(spec, candidate, job, batch, data, rates, calibration or Calibration(), price)
-            if made.peak_p95 <= limit:
-                return made
-            if least is None or made.peak_p95 < least.peak_p95:
-                least = made
-            if made.peak_phase != "evaluate":
+            found = memory.phases(spec, job)
+            sums = {phase: sum(parts.values()) for phase, parts in found.items()}
+            peak = constants.memory(max(sums.values())).p95
+            if best is None or peak < best[0]:
+                best = (peak, job, batch, found)
+            if peak <= limit or sums["evaluate"] < max(sums.values()):
                 break  # reading fewer rows at once in an evaluation would change nothing
-    assert least is not None
-    return least
+        if peak <= limit:
+            break
+    assert best is not None
+    _, job, batch, found = best
+    return _estimate_job(spec, candidate, job, batch, found, data, rates, constants, price)
+
+
+def least_peak(spec: ModelSpec, candidate: Candidate, data: DataShape, calibration: Calibration) -> float:
+    """Peak (P95) in the smallest layout that the request allows."""
+    *_, (batch, checkpointing) = _layouts(candidate.request, data)
+    *_, eval_tokens = _eval_tokens(candidate.request, data)
+    job = _job(candidate.request, data, batch, checkpointing, eval_tokens)
+    return calibration.memory(max(sum(parts.values()) for parts in memory.phases(spec, job).values())).p95
 
 
 def _layouts(request: Request, data: DataShape) -> Iterator[tuple[tuple[int, int], bool]]:
@@ -328,6 +342,7 @@ def _estimate_job(
     candidate: Candidate,
     job: Job,
     batch: tuple[int, int],
+    found: Phases,
     data: DataShape,
     rates: Rates,
     calibration: Calibration,
@@ -339,7 +354,7 @@ def _estimate_job(
     return Estimate(
         job,
         batch,
-        memory.phases(spec, job),
+        found,
         time.phases(spec, job, rates, data.mean),
         memory.trainable_parameters(spec, job),
         name=candidate.name,

@@ -21,7 +21,7 @@ import statistics
 import sys
 import time as clock
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, fields
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -250,7 +250,12 @@ def calibration(machine: str, device: str) -> Calibration | None:
 
 def best(hardware: Hardware, device: str) -> Calibration:
     """What a plan for this device is made with: the machine's own constants, else those that ship with halfbyte."""
-    return calibration(machine_key(hardware), device) or shipped_constants.of(device)
+    return calibration(key_of(hardware, device), device) or shipped_constants.of(device)
+
+
+def key_of(hardware: Hardware, device: str) -> str:
+    """`machine_key` for training on `device`: a GPU beside it changes nothing for a processor."""
+    return machine_key(replace(hardware, gpus=()) if device == "cpu" else hardware)
 
 
 def _log(measured: float, predicted: float) -> float:

@@ -12,12 +12,15 @@ from halfbyte.errors import DoesNotFit
 from halfbyte.models.spec import ModelSpec
 from halfbyte.plan import calibration, change, memory, rule
 from halfbyte.plan.calibration import Calibration
-from halfbyte.plan.estimate import Candidate, DataShape, Estimate, Request, estimate
+from halfbyte.plan.estimate import Candidate, DataShape, Estimate, Request, estimate, least_peak
 from halfbyte.plan.hardware import Hardware, Rates
 from halfbyte.plan.price import Price
 from halfbyte.plan.rule import gb
 
-__all__ = ["Candidate", "DataShape", "Estimate", "Plan", "Request", "check_fits", "estimate", "make_plan", "too_big"]
+__all__ = [
+    "Candidate", "DataShape", "Estimate", "Plan", "Request", "check_fits", "estimate", "least_peak",
+    "make_plan", "too_big",
+]  # fmt: skip
 
 SCHEMA_VERSION = 2
 """Of plan.json. Before 2, phases and components had one figure instead of an interval."""
@@ -75,6 +78,7 @@ class Plan:
         return {
             "schema_version": SCHEMA_VERSION,
             **self.chosen.as_dict(),
+            "verdict": self.verdict(self.chosen),
             "reason": self.reason,
             "clause": self.clause,
             "budget_bytes": self.budget,
@@ -109,6 +113,8 @@ def make_plan(
     candidates: Sequence[Candidate] | None = None,
     *,
     asked: str | None = None,
+    budget_reason: str | None = None,
+    stated: bool | None = None,
     constants: Calibration | None = None,
     price: Price | None = None,
     deadline: float | None = None,
@@ -118,15 +124,15 @@ def make_plan(
 
     candidates  what to estimate, by default the three ways to hold a base, each with `request`'s other fields
     asked       the candidate's name that `request` is, by default its method
+    stated      whether the user gave the budget; by default whether there is one
     constants   of this machine, by default those that ship for the kind of device
     deadline    seconds
     advise      also look for changes that make fit what does not
 
-    DoesNotFit if under `auto` no method is within the budget at p95 (see `check_fits` for a method that was asked for).
+    Nothing is refused here: where no method fits, the plan is of the one that needs least (see `check_fits`).
     """
     limit = hardware.usable if budget is None else budget
-    where = "GPU memory" if request.device == "cuda" else "memory"
-    why = f"90 % of the {where} that is free now" if budget is None else "--memory"
+    why = budget_reason or (f"90 % of the {where(request.device)} that is free now" if budget is None else "--memory")
     made = constants or calibration.of(request.device)
     if candidates is None:
         candidates = [Candidate(method, replace(request, method=method)) for method in METHODS]
@@ -134,7 +140,7 @@ def make_plan(
     estimates = tuple(found for _, found in ranked)
     if request.method == "auto":
         offered = [e for c, e in ranked if c.choosable]
-        name, clause, reason = _choose(spec, request, offered, data, limit, why, budget is not None, deadline)
+        name, clause, reason = _choose(spec, request, offered, data, limit, (budget is not None) if stated is None else stated, deadline)
     else:
         name, clause, reason = asked or request.method, "asked", "asked for"
     chosen = next(e for e in estimates if e.name == name)
@@ -143,6 +149,10 @@ def make_plan(
         estimates, limit, why, chosen.method, reason, data, hardware.as_dict(), asdict(rates),
         name=name, clause=clause, changes=changes, deadline=deadline,
     )  # fmt: skip
+
+
+def where(device: str) -> str:
+    return "GPU memory" if device == "cuda" else "memory"
 
 
 def _ranked(
@@ -202,11 +212,10 @@ def _choose(
     estimates: Sequence[Estimate],
     data: DataShape,
     budget: int,
-    why: str,
     stated: bool,
     deadline: float | None,
 ) -> tuple[str, str, str]:
-    """(name, clause, reason) by the rule. DoesNotFit, with the one that needs least, if nothing fits."""
+    """(name, clause, reason) by the rule; the method that needs least if nothing fits."""
     adapters = [e for e in estimates if e.method != "full"]
     case = rule.Case(
         budget=budget,
@@ -219,7 +228,8 @@ def _choose(
     )
     choice = rule.choose(case, [e.offer for e in estimates])
     if choice is None:
-        raise DoesNotFit(too_big(min(adapters or estimates, key=lambda e: e.peak_p95), budget, why))
+        least = min(adapters or estimates, key=lambda e: e.peak_p95)
+        return least.name, "none", f"no method fits in {gb(budget)}; this one needs the least, {gb(least.peak_p95)}"
     return choice.name, choice.clause, choice.reason
 
 

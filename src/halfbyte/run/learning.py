@@ -14,8 +14,9 @@ from typing import Any
 
 from halfbyte import ops
 from halfbyte.data import Prepared
+from halfbyte.models.spec import ModelSpec
 from halfbyte.plan import history
-from halfbyte.plan.hardware import detect, machine_key
+from halfbyte.plan.hardware import detect
 from halfbyte.run import tasks
 from halfbyte.run.config import RunConfig
 from halfbyte.run.planning import Survey
@@ -62,13 +63,13 @@ def remember(path: Path, config: RunConfig, found: Survey, result: Mapping[str, 
 def accuracy_here() -> dict[str, Any]:
     """How good the predictions were on this machine: `halfbyte plan --accuracy`."""
     hardware = detect()
-    return history.accuracy(machine_key(hardware), hardware.device)
+    return history.accuracy(history.key_of(hardware, hardware.device), hardware.device)
 
 
 def row(path: Path, config: RunConfig, found: Survey, result: Mapping[str, Any]) -> history.Run | None:
     """The figures of a finished run; None where nothing was predicted."""
     plan = _plan_of(path)
-    if plan is None or found.spec is None:
+    if plan is None or not isinstance(found.spec, ModelSpec):
         return None
     events = read_events(path / EVENTS)
     constants = plan["calibration"]
@@ -78,7 +79,7 @@ def row(path: Path, config: RunConfig, found: Survey, result: Mapping[str, Any])
     reached = max((event.get("device_memory_bytes") or 0 for event in events), default=0)
     return history.Run(
         finished=history.now(),
-        machine=machine_key(detect()),
+        machine=history.key_of(detect(), str(config.device)),
         device=str(config.device),
         backend=ops.backend().name,
         halfbyte=_version(),

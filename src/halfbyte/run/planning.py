@@ -24,10 +24,14 @@ from halfbyte.models.load import check_pattern, resolve_device, resolve_dtype
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.models.spec import ModelSpec
 from halfbyte.optim.options import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, OptimOptions
-from halfbyte.plan.catalog import Machine
+from halfbyte.plan.calibration import of
+from halfbyte.plan.catalog import Machine, machines
+from halfbyte.plan.change import Change
 from halfbyte.plan.hardware import Hardware, Rates, detect, measure
+from halfbyte.plan.opening import open_for_plan
+from halfbyte.plan.history import best
 from halfbyte.plan.price import Price
-from halfbyte.plan.recommend import Candidate, DataShape, Plan, Request, make_plan
+from halfbyte.plan.recommend import Candidate, DataShape, Plan, Request, least_peak, make_plan
 from halfbyte.quant.options import QuantOptions
 from halfbyte.run import tasks
 from halfbyte.run.config import RunConfig
@@ -74,15 +78,16 @@ def shape_of(train: Sequence[Example], held_out: Sequence[Example]) -> DataShape
     )
 
 
-def survey(config: RunConfig, need_data: bool = True, adapter: Path | None = None) -> Survey:
+def survey(config: RunConfig, to_train: bool = True, adapter: Path | None = None) -> Survey:
     """Open the model's headers, load the tokenizer, prepare the rows. UsageError for what is wrong with any of them.
 
+    to_train  rows and weights are needed; a plan does without, and then a name of the catalogue is a model, too
     adapter   the folder of the adapter that will be put on the model: a classifier's names its classes
     """
-    if need_data and config.data is None:
+    if to_train and config.data is None:
         raise UsageError("no data: give --data with a file, a folder or a Hub data set")
     config = absolute(config)
-    source = open_source(config.model, config.revision)
+    source = (open_source if to_train else open_for_plan)(config.model, config.revision)
     config = tasks.with_task(config, source)
     spec = ModelSpec.from_config(source.config) if ModelSpec.serves(source.config) else None
     if spec is not None and config.task == tasks.CLASSIFICATION:
@@ -151,7 +156,7 @@ class Ask:
 def make(found: Survey, rates: Rates | None = None, ask: Ask | None = None) -> Plan | None:
     """The plan of a survey, for this machine or another; None for an architecture whose shapes only its code knows.
 
-    DoesNotFit if `auto` has nothing to choose, UsageError for options that have no effect or contradict the data.
+    UsageError for options that have no effect or contradict the data. What does not fit is for `check_fits` to refuse.
     """
     ask = ask or Ask()
     check_task(found)
@@ -163,7 +168,8 @@ def make(found: Survey, rates: Rates | None = None, ask: Ask | None = None) -> P
         check_pattern(config.pick(QuantOptions), spec)
     if config.adapter_path is None and config.method != "full":
         config.pick(LoraOptions).require_linears(linear.name for linear in spec.linears())
-    hardware, found_rates = _machine(ask, rates)
+    machine = ask.machine
+    hardware, found_rates = _machine(found, ask, rates)
     compared = variants(config, ask.methods)
     asked = request(config, found, ask.machine)
     plan = make_plan(
@@ -172,20 +178,25 @@ def make(found: Survey, rates: Rates | None = None, ask: Ask | None = None) -> P
         found.data,
         hardware,
         found_rates,
-        config.memory,
+        machine.usable if machine is not None and config.memory is None else config.memory,
         [_candidate(variant, found, ask) for variant in compared],
         asked=None if asked.method == "auto" else config.replace(method=asked.method).method_name,
-        price=ask.price or (ask.machine.price if ask.machine is not None else None),
+        budget_reason=None if machine is None or config.memory is not None else f"the memory of {machine.name}",
+        price=ask.price or (machine.price if machine is not None else None),
         deadline=ask.deadline,
         advise=ask.advise,
+        constants=None if machine is not None else best(hardware, asked.device),
     )
-    return replace(plan, machine=ask.machine.name if ask.machine else None, assumed=assumptions(found, hardware, ask))
+    plan = replace(plan, machine=machine.name if machine else None, assumed=assumptions(found, hardware, ask))
+    return _with_machines(plan, compared, found) if ask.advise else plan
 
 
-def _machine(ask: Ask, rates: Rates | None) -> tuple[Hardware, Rates]:
+def _machine(found: Survey, ask: Ask, rates: Rates | None) -> tuple[Hardware, Rates]:
     if ask.machine is not None:
         return ask.machine.hardware(), ask.machine.rates()
     hardware = detect()
+    if found.device.type == "cpu":
+        hardware = replace(hardware, gpus=())
     return hardware, rates or measure(hardware)
 
 
@@ -201,6 +212,26 @@ def _candidate(variant: Variant, found: Survey, ask: Ask) -> Candidate:
     )
 
 
+def _with_machines(plan: Plan, compared: Sequence[Variant], found: Survey) -> Plan:
+    """With the smallest machine of the catalogue that would hold what does not fit."""
+    assert found.spec is not None
+    # A GPU before a processor: whoever goes to another machine for memory goes there for speed, too.
+    fleet = sorted(machines().values(), key=lambda machine: (machine.kind == "cpu", machine.usable, machine.name))
+    configs = {variant.name: variant.config for variant in compared}
+    changes = dict(plan.changes or {})
+    for name in changes:
+        least: dict[tuple[str, str], int] = {}
+        for machine in fleet:
+            asked = request(configs[name], found, machine)
+            kind = (asked.device, asked.dtype)
+            if kind not in least:
+                least[kind] = int(least_peak(found.spec, Candidate(name, asked), found.data, of(asked.device)))
+            if least[kind] <= machine.usable and machine.name != plan.machine:
+                changes[name] = (*changes[name], Change({"device": machine.name}, least[kind], machine.title))
+                break
+    return replace(plan, changes=changes)
+
+
 def assumptions(found: Survey, hardware: Hardware, ask: Ask) -> tuple[str, ...]:
     """What the figures take for granted, a sentence each."""
     data, said = found.data, []
@@ -210,8 +241,8 @@ def assumptions(found: Survey, hardware: Hardware, ask: Ask) -> tuple[str, ...]:
         )
     if ask.machine is not None:
         said.append(
-            f"{ask.machine.name} is the catalogue's: the vendor's rates at {ask.machine.reachable:.0%}, and nothing else "
-            "in its memory; nothing was measured"
+            f"machines of the catalogue: their vendors' rates at {ask.machine.reachable:.0%}, and nothing else in their "
+            "memory; nothing was measured"
         )
     if hardware.gpus:
         said.append("this engine's constants on GPUs are unmeasured: the interval is a guess")
@@ -264,7 +295,7 @@ def asks_reference(found: Survey) -> bool:
 
 def plan_of(config: RunConfig, ask: Ask | None = None) -> Plan:
     """The plan of a config, with or without data: `halfbyte plan` and `hb.plan`. Reads no weights."""
-    plan = make(survey(with_adapter(config), need_data=False), ask=ask)
+    plan = make(survey(with_adapter(config), to_train=False), ask=ask)
     if plan is None:
         raise UsageError(f"{config.model}: only the decoder's families can be planned; this architecture is another")
     return plan
