@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from halfbyte.errors import Interrupted
-from halfbyte.plan import history
+from halfbyte.plan import calibration, history
 from halfbyte.run import learning
 from halfbyte.run.config import RunConfig
 from halfbyte.run.run import resume, run
@@ -57,11 +57,45 @@ def test_the_start_says_what_is_to_come_and_the_last_second_is_counted(tiny_conf
     path = run(tiny_config.replace(eval_steps=2, save_steps=3, save_minutes=None)).path
     plan = json.loads((path / "plan.json").read_text())
     start = read_events(path / "events.jsonl")[0]
-    assert start["predicted"] == {"seconds": plan["seconds_by_phase"], "probed": False}
+    assert start["predicted"] == {"seconds": history.middles(plan["seconds_by_phase"]), "probed": plan["probed"]}
     assert (start["eval_every"], start["save_steps"], start["save_minutes"]) == (2, 3, None)
     assert start["final_evaluations"] == 2
     whole = tiny_config.replace(method="full", output_dir=tiny_config.output_dir.with_name("full"), eval_split=0.0)
     assert read_events(run(whole).path / "events.jsonl")[0]["eval_every"] == 0
+
+
+def test_a_rehearsal_corrects_the_time_left_and_its_prediction_is_what_is_kept(
+    tiny_config: RunConfig, file: Path
+) -> None:
+    path = run(tiny_config.replace(rehearsal=True)).path
+    plan = json.loads((path / "plan.json").read_text())
+    (told,) = [event for event in read_events(path / "events.jsonl") if event["event"] == "rehearsal"]
+    assert told["predicted"] == {"seconds": history.middles(plan["seconds_by_phase"]), "probed": True}
+    (row,) = history.runs()
+    assert row.probed_seconds == row.said_seconds_p50 == plan["seconds"]["p50"]
+    scale = plan["calibration"]["time_scale"]
+    assert row.predicted_seconds == pytest.approx(plan["before_probe"]["seconds"]["p50"] / scale)
+    assert row.phases["probed"]["seconds"] == told["predicted"]["seconds"]
+    assert row.phases["measured"]["seconds"]["rehearsal"] > 0
+
+
+def test_the_next_plan_is_made_with_what_this_machine_showed(tiny_config: RunConfig, file: Path) -> None:
+    def planned(name: str) -> dict[str, Any]:
+        made = run(tiny_config.replace(output_dir=tiny_config.output_dir.with_name(name), rehearsal=False))  # type: ignore[union-attr]
+        plan: dict[str, Any] = json.loads((made.path / "plan.json").read_text())
+        return plan
+
+    first, second = planned("first"), planned("second")
+    assert first["calibration"]["runs"] == calibration.of("cpu").runs
+    assert second["calibration"]["runs"] == 1
+    assert second["calibration"]["source"] == "refitted on 1 run of this machine"
+    later, earlier = history.runs()
+    assert later.predicted_bytes == pytest.approx(earlier.predicted_bytes, rel=1e-6)
+    assert later.predicted_seconds == pytest.approx(earlier.predicted_seconds, rel=0.02)
+    fitted = history.calibration(earlier.machine, "cpu")
+    assert fitted is not None
+    before = abs(earlier.said_seconds_p50 / earlier.measured_seconds - 1)
+    assert abs(fitted.seconds(earlier.predicted_seconds).p50 / earlier.measured_seconds - 1) < before
 
 
 def test_nothing_of_the_user_is_in_it(tiny_config: RunConfig, file: Path, tmp_path: Path) -> None:

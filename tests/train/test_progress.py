@@ -62,6 +62,15 @@ def test_plain_lines() -> None:
     ]
 
 
+def test_what_was_predicted_is_said_at_the_start_and_after_a_rehearsal() -> None:
+    start = {**START, "total_tokens": 5000, "predicted": {"seconds": {"train": 600.0}, "probed": False}}
+    rehearsal = {"event": "rehearsal", "time": 1.0, "step": 0, "seconds": 8.0, "peak_memory_bytes": 2_000_000_000}
+    rehearsal |= {"predicted": {"seconds": {"train": 1200.0}, "probed": True}, "memory_limit_bytes": None}
+    lines = show([start, rehearsal], terminal=False).splitlines()
+    assert lines[0] == "training 9 parameters for 500 steps; about 10 min to go"
+    assert lines[1].endswith("; about 20 min to go")
+
+
 def test_the_live_display_ends_with_the_last_state() -> None:
     output = show(EVENTS, terminal=True)
     assert "step 7/500" in output

@@ -248,7 +248,7 @@ def calibration(machine: str, device: str) -> Calibration | None:
     )
 
 
-def best(hardware: Hardware, device: str) -> Calibration:
+def constants_of(hardware: Hardware, device: str) -> Calibration:
     """What a plan for this device is made with: the machine's own constants, else those that ship with halfbyte."""
     return calibration(key_of(hardware, device), device) or shipped_constants.of(device)
 

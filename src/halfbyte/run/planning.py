@@ -24,12 +24,12 @@ from halfbyte.models.load import check_pattern, resolve_device, resolve_dtype
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.models.spec import ModelSpec
 from halfbyte.optim.options import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, OptimOptions
+from halfbyte.plan import history
 from halfbyte.plan.calibration import of
 from halfbyte.plan.catalog import Machine, machines
 from halfbyte.plan.change import Change
 from halfbyte.plan.hardware import Hardware, Rates, detect, measure
 from halfbyte.plan.opening import open_for_plan
-from halfbyte.plan.history import best
 from halfbyte.plan.price import Price
 from halfbyte.plan.recommend import Candidate, DataShape, Plan, Request, least_peak, make_plan
 from halfbyte.quant.options import QuantOptions
@@ -185,7 +185,7 @@ def make(found: Survey, rates: Rates | None = None, ask: Ask | None = None) -> P
         price=ask.price or (machine.price if machine is not None else None),
         deadline=ask.deadline,
         advise=ask.advise,
-        constants=None if machine is not None else best(hardware, asked.device),
+        constants=None if machine is not None else history.constants_of(hardware, asked.device),
     )
     plan = replace(plan, machine=machine.name if machine else None, assumed=assumptions(found, hardware, ask))
     return _with_machines(plan, compared, found) if ask.advise else plan

@@ -47,6 +47,8 @@ class Progress:
             self._step = event
             self._show_step(event)
         elif (line := describe(event)) is not None:
+            if kind in ("start", "resume", "rehearsal") and self.left.seconds:
+                line += f"; about {duration(self.left.seconds)} to go"
             self._print(line, style="yellow" if kind == "warning" else None)
 
     def _show_step(self, event: Event) -> None:
