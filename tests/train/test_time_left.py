@@ -8,7 +8,7 @@ import json
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +228,26 @@ def test_a_resumed_run_counts_from_where_it_goes_on() -> None:
         if event["event"] == "resume":
             assert left.seconds == pytest.approx(150 + 2 * 10, rel=0.1)
     assert left.seconds == 0
+
+
+def test_what_was_lost_before_a_resume_is_no_further_ahead_than_behind() -> None:
+    """Every tenth update is slow, the run is resumed at an early step by a reader who saw all of it."""
+    tokens = [1000] * 300
+    whole = simulate(tokens, lambda step, seconds: seconds * (11 if step % 10 == 5 else 1))
+    left = TimeLeft()
+    for event in whole[:202]:
+        left.take(event)
+    left.take(whole[0] | {"event": "resume", "step": 100, "tokens": 100_000})
+    assert left.seconds == pytest.approx(400, rel=0.1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_is_steady(seed: int) -> None:
+    """From one update to the next it changes by no more than a few percent, noise of 20 % an update or not."""
+    rng = random.Random(seed)
+    log = simulate(rows(500), lambda step, seconds: seconds * rng.lognormvariate(0, 0.2))
+    said = [estimate for time, estimate, was in replay(log) if was > 0.1 * log[-1]["time"] and time > 20]
+    assert max(abs(b / a - 1) for a, b in pairwise(said)) < 0.06
 
 
 def test_long_runs_are_remembered_in_little_room() -> None:

@@ -108,8 +108,8 @@ class Run:
 
 
 _NAMES = tuple(f.name for f in fields(Run))
-_TYPES = {int: "INTEGER", int | None: "INTEGER", bool: "INTEGER", float: "REAL", float | None: "REAL"}
-_COLUMNS = ", ".join(f"{f.name} {_TYPES.get(f.type, 'TEXT')}" for f in fields(Run))  # type: ignore[call-overload]
+_TYPES: dict[Any, str] = {int: "INTEGER", int | None: "INTEGER", bool: "INTEGER", float: "REAL", float | None: "REAL"}
+_COLUMNS = ", ".join(f"{f.name} {_TYPES.get(f.type, 'TEXT')}" for f in fields(Run))
 
 
 def path() -> Path:

@@ -456,7 +456,9 @@ def rehearsal_of(
     return Rehearsal(feed_of(config, prepared), steps, evaluation, tell)
 
 
-def _correct_plan(path: Path, found: Survey, plan: Plan | None, loaded: LoadedModel, measured: Measured) -> Event | None:
+def _correct_plan(
+    path: Path, found: Survey, plan: Plan | None, loaded: LoadedModel, measured: Measured
+) -> Event | None:
     """Write plan.json anew, with the seconds that the probe of this very run leads to; the memory stays the plan's.
 
     Returns them for the time left, as fields of the rehearsal's event.

@@ -51,7 +51,7 @@ class _Record:
 
 @dataclass
 class _Loss:
-    """Updates in a row that took far too long: where they ended, in tokens, and the seconds that they lost."""
+    """Updates in a row that took far too long: tokens seen when they ended, and the seconds that they lost."""
 
     position: float
     seconds: float
@@ -67,8 +67,12 @@ class TimeLeft:
         self.total_tokens: int | None = None
         self._plan: Event = {}
         self._prediction: Event = {}
-        self._forget()
-        self._seen = 0
+        self._records: list[_Record] = []
+        self._losses: list[_Loss] = []
+        self._recent: list[tuple[float, float, float]] = []
+        self._losing = False
+        self._updates = 0
+        self._seen = self._work = 0
         self._evaluations: list[float] = []
         self._saves: list[float] = []
         self._best = 0
@@ -103,8 +107,9 @@ class TimeLeft:
             self._forget()
         self._seen += 1
         self._updates += updates
-        self._recent = [*self._recent[1 - USUAL_OF :], (self.tokens, event["tokens"], event["seconds"])]
-        if self._updates == len(self._recent):  # few enough to judge all of them again
+        self._work += event["tokens"]
+        self._recent = [*self._recent[1 - USUAL_OF :], (self._work, event["tokens"], event["seconds"])]
+        if self._seen <= USUAL_OF:  # few enough to judge all of them again
             self._records, self._losses, self._losing = [], [], False
             for recent in self._recent:
                 self._record(*recent)
@@ -114,14 +119,13 @@ class TimeLeft:
             self._records = _merged(self._records)
 
     def _forget(self) -> None:
-        self._records: list[_Record] = []
-        self._losses: list[_Loss] = []
-        self._recent: list[tuple[float, float, float]] = []
+        """Begin anew with the updates."""
+        self._records, self._losses, self._recent = [], [], []
         self._losing = False
         self._updates = 0
 
     def _record(self, position: float, tokens: float, seconds: float) -> None:
-        """Note an update (or a few in one event) that ended at `position` in tokens."""
+        """Note an update, or a few in one event, that ended when `position` tokens had been seen."""
         usual = statistics.median_low(self._prices()) * tokens
         before, self._losing = self._losing, seconds > OUTLIER * usual
         if self._losing:
@@ -166,7 +170,7 @@ class TimeLeft:
             tokens += weight * record.tokens
             behind += record.tokens
         if len(self._losses) > 1:
-            losses = sum(0.5 ** ((self.tokens - loss.position) / (HALF_LIFE * done)) for loss in self._losses)
+            losses = sum(0.5 ** ((self._work - loss.position) / (HALF_LIFE * done)) for loss in self._losses)
             losses *= 1 - 1 / len(self._losses)  # once is no rule
             seconds += losses * statistics.median(loss.seconds for loss in self._losses)
         return seconds / tokens
