@@ -277,6 +277,18 @@ def test_a_configuration_that_is_repeated_counts_three_times_at_most() -> None:
     assert fitted.memory_scale == pytest.approx(1.0, abs=0.01 + abs(SHIPPED.memory_scale - 1))
 
 
+def test_one_configuration_does_not_narrow_the_interval_for_all_others() -> None:
+    fitted = kept(*[made(1.0, 1.0) for _ in range(50)])
+    assert fitted is not None
+    assert fitted.runs == 3
+    assert fitted.memory_spread >= 0.8 * SHIPPED.memory_spread
+    assert fitted.time_spread >= 0.8 * SHIPPED.time_spread
+    many = kept(*[made(1.0, 1.0, longest=index) for index in range(150)])
+    assert many is not None
+    assert SHIPPED.memory_spread / 2 <= many.memory_spread < 0.8 * SHIPPED.memory_spread
+    assert SHIPPED.time_spread / 2 <= many.time_spread < 0.8 * SHIPPED.time_spread
+
+
 def test_disturbed_runs_do_not_move_the_middle() -> None:
     """A quarter of the runs shared the machine and took five times as long."""
     rng = random.Random(1)
@@ -349,3 +361,5 @@ def test_accuracy_is_a_table_of_what_was_told() -> None:
     assert found["worst"]["memory"]["predicted"] == 2e9
     assert found["refit"]["runs"] == 21
     assert found["shipped"]["runs"] == SHIPPED.runs
+    assert found["other_runs"] == 0
+    assert history.accuracy("m2", "cpu")["other_runs"] == 22

@@ -15,7 +15,9 @@ def show(found: dict[str, Any]) -> None:
         out.print(f"the history cannot be used: {found['problem']}", style="yellow", soft_wrap=True, markup=False)
         return
     if not found["runs"]:
-        out.print("no finished run on this machine yet: nothing to compare", soft_wrap=True)
+        others = found["other_runs"]
+        other = f" ({others} with another processor, thread count, GPU, torch version or backend)" if others else ""
+        out.print(f"no finished run on this machine yet{other}: nothing to compare", soft_wrap=True)
         return
     methods = [*found["methods"].items()]
     rows = [_row(name, errors) for name, errors in methods]

@@ -270,7 +270,8 @@ def accuracy(machine: str, device: str) -> dict[str, Any]:
     """How good the predictions were that this machine's users were told, by method; `halfbyte plan --accuracy`.
 
     An error is |predicted / measured - 1| of the p50 that was told, after a probe where there was one; `within` the
-    share of runs that stayed below the p95. `refit` is what the next plan is made with.
+    share of runs that stayed below the p95. `refit` is what the next plan is made with, `other_runs` are those that were
+    made under another machine key.
     """
     found, problem = read(machine, device)
     methods = sorted({run.method_name for run in found})
@@ -283,6 +284,7 @@ def accuracy(machine: str, device: str) -> dict[str, Any]:
         "machine": machine,
         "device": device,
         "runs": len(found),
+        "other_runs": len(runs()) - len(found),
         "methods": {name: _errors([run for run in found if run.method_name == name]) for name in methods},
         "all": _errors(found),
         "worst": {"memory": _worst(found, "memory"), "time": _worst(found, "time")},

@@ -9,31 +9,35 @@ one that was resumed, nothing about memory. What other work on the machine distu
 `CLIP` robust deviations (1.4826 MAD) from the median is moved to there. Too much memory is no outlier: nothing but the
 run itself causes it.
 
-**The middle.** With n runs whose logarithms have the median m, and the shipped constant s counting as `PRIOR` runs:
+**The middle.** With the median m of the logarithms of n configurations, and the shipped constant s counting as `PRIOR`:
 
     scale = exp((PRIOR ln s + n m) / (PRIOR + n)),   held within SCALE_BOUNDS of s
 
 **The interval.** What is left, measured over corrected prediction, minus 1, has the spread
 
-    narrow = (PRIOR shipped + n data) / (PRIOR + n)      data = exp(1.645 deviation (1 + 2 / sqrt n)) - 1
-    seen   = the ceil(0.95 (n + 1))-th smallest excess, the largest where there are fewer than 19
-    spread = max(narrow, seen), held within SPREAD_BOUNDS
+    normal = exp(1.645 sqrt((PRIOR d0^2 + n d^2) / (PRIOR + n))) - 1      d0 = ln(1 + shipped) / 1.645, d = 1.4826 MAD
+    seen   = the ceil(0.95 (runs + 1))-th smallest excess, the largest where there are fewer than 19 runs
+    spread = max(normal, seen, shipped / 2), held within SPREAD_BOUNDS
 
-`data` is a normal distribution's 95th percentile with room for a deviation that few runs tell badly; `seen` asks
-nothing of the distribution, and keeps the interval from being narrower than what has happened already.
+`normal` is the 95th percentile of a normal distribution whose variance is drawn from the shipped one towards the runs';
+`seen` asks nothing of the distribution, and keeps the interval from being narrower than what has happened already; half
+of the shipped spread is kept because the next run may be of a kind that this machine has not seen.
 """
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from halfbyte.plan.calibration import Calibration
 
 PRIOR = 5
-"""Runs that the shipped constants count as."""
+"""Configurations that the shipped constants count as."""
 PER_CONFIGURATION = 3
 CLIP = 4.0
+NORMAL_95 = 1.645
+"""Standard deviations above the middle of which a normal distribution has 95 %."""
 SMALLEST_DEVIATION = 0.02
 """Of ln(ratio), below which nothing is an outlier: repeated runs of one configuration agree better than that."""
 SCALE_BOUNDS = {"memory": (0.67, 1.5), "time": (0.1, 10.0)}
@@ -48,15 +52,23 @@ class Ratios:
     values: tuple[float, ...]
     configurations: tuple[str, ...]
 
-    def chosen(self) -> list[float]:
-        """Of each configuration the newest few."""
-        counts: dict[str, int] = {}
+    def chosen(self) -> list[int]:
+        """Indices of the newest few of each configuration."""
+        counts: Counter[str] = Counter()
         kept = []
-        for value, configuration in zip(self.values, self.configurations, strict=True):
-            counts[configuration] = counts.get(configuration, 0) + 1
+        for index, configuration in enumerate(self.configurations):
+            counts[configuration] += 1
             if counts[configuration] <= PER_CONFIGURATION:
-                kept.append(value)
+                kept.append(index)
         return kept
+
+    def chosen_values(self) -> list[float]:
+        return [self.values[index] for index in self.chosen()]
+
+    @property
+    def kinds(self) -> int:
+        """How many configurations there are."""
+        return len(set(self.configurations))
 
 
 def refit(shipped: Calibration, memory: Ratios, time: Ratios, probed: Ratios, margins: Sequence[float]) -> Calibration:
@@ -66,24 +78,21 @@ def refit(shipped: Calibration, memory: Ratios, time: Ratios, probed: Ratios, ma
     margins   beside `memory`'s values: the shipped margin in bytes over the predicted peak, which p95 contains anyway
     """
     fitted = shipped
-    held = memory.chosen()
+    held, taken, after = memory.chosen_values(), time.chosen_values(), probed.chosen_values()
     if held:
-        scale, deviation = _scale(held, shipped.memory_scale, SCALE_BOUNDS["memory"], clip_above=False)
-        room = statistics.median(margins) if margins else 0.0
-        excess = [math.exp(value) / scale - 1 - room / scale for value in held]
-        spread = _spread(excess, shipped.memory_spread, deviation, SPREAD_BOUNDS["memory"])
+        scale = _scale(held, memory.kinds, shipped.memory_scale, SCALE_BOUNDS["memory"])
+        excess = [(math.exp(memory.values[i]) - margins[i]) / scale - 1 for i in memory.chosen()]
+        spread = _spread(held, memory.kinds, excess, shipped.memory_spread, SPREAD_BOUNDS["memory"])
         fitted = replace(fitted, memory_scale=scale, memory_spread=spread)
-    taken = time.chosen()
     if taken:
-        scale, deviation = _scale(taken, shipped.time_scale, SCALE_BOUNDS["time"])
+        scale = _scale(taken, time.kinds, shipped.time_scale, SCALE_BOUNDS["time"])
         excess = [math.exp(value) / scale - 1 for value in _clipped(taken)]
-        spread = _spread(excess, shipped.time_spread, deviation, SPREAD_BOUNDS["time"])
+        spread = _spread(taken, time.kinds, excess, shipped.time_spread, SPREAD_BOUNDS["time"])
         fitted = replace(fitted, time_scale=scale, time_spread=spread)
-    after = probed.chosen()
     if after:
-        deviation = _deviation(after)
         excess = [math.exp(value) - 1 for value in _clipped(after)]
-        fitted = replace(fitted, probe_spread=_spread(excess, shipped.probe_spread, deviation, SPREAD_BOUNDS["probe"]))
+        spread = _spread(after, probed.kinds, excess, shipped.probe_spread, SPREAD_BOUNDS["probe"])
+        fitted = replace(fitted, probe_spread=spread)
     runs = max(len(held), len(taken))
     source = f"refitted on {runs} run{'s' if runs != 1 else ''} of this machine"
     return replace(fitted, runs=runs, source=source) if runs else shipped
@@ -95,24 +104,24 @@ def _deviation(values: Sequence[float]) -> float:
     return max(1.4826 * statistics.median(abs(value - middle) for value in values), SMALLEST_DEVIATION)
 
 
-def _clipped(values: Sequence[float], above: bool = True) -> list[float]:
+def _clipped(values: Sequence[float]) -> list[float]:
+    """Outliers moved to where the ordinary ends."""
     middle, room = statistics.median(values), CLIP * _deviation(values)
-    return [max(min(value, middle + room) if above else value, middle - room) for value in values]
+    return [max(min(value, middle + room), middle - room) for value in values]
 
 
-def _scale(
-    values: Sequence[float], shipped: float, bounds: tuple[float, float], clip_above: bool = True
-) -> tuple[float, float]:
-    """(the middle shrunk towards the shipped one, the deviation around it)."""
-    n, middle = len(values), statistics.median(_clipped(values, clip_above))
-    shrunk = math.exp((PRIOR * math.log(shipped) + n * middle) / (PRIOR + n))
-    return min(max(shrunk, shipped * bounds[0]), shipped * bounds[1]), _deviation(values)
+def _scale(values: Sequence[float], kinds: int, shipped: float, bounds: tuple[float, float]) -> float:
+    """The middle, shrunk towards the shipped one; a median needs no clipping."""
+    shrunk = math.exp((PRIOR * math.log(shipped) + kinds * statistics.median(values)) / (PRIOR + kinds))
+    return min(max(shrunk, shipped * bounds[0]), shipped * bounds[1])
 
 
-def _spread(excess: Sequence[float], shipped: float, deviation: float, bounds: tuple[float, float]) -> float:
+def _spread(
+    values: Sequence[float], kinds: int, excess: Sequence[float], shipped: float, bounds: tuple[float, float]
+) -> float:
     """p95 over p50, minus 1; see the module."""
-    n = len(excess)
-    data = math.exp(1.645 * deviation * (1 + 2 / math.sqrt(n))) - 1
-    narrow = (PRIOR * shipped + n * data) / (PRIOR + n)
-    seen = sorted(excess)[min(n, math.ceil(0.95 * (n + 1))) - 1]
-    return min(max(narrow, seen, bounds[0]), bounds[1])
+    before = math.log1p(shipped) / NORMAL_95
+    variance = (PRIOR * before**2 + kinds * _deviation(values) ** 2) / (PRIOR + kinds)
+    normal = math.expm1(NORMAL_95 * math.sqrt(variance))
+    seen = sorted(excess)[min(len(excess), math.ceil(0.95 * (len(excess) + 1))) - 1]
+    return min(max(normal, seen, shipped / 2, bounds[0]), bounds[1])
