@@ -13,7 +13,9 @@ app = typer.Typer(add_completion=False)
 _METHODS = "What to compare, as full,lora,qdora; by default full, lora, qlora and the config's own."
 _DEVICE = "auto, cpu or cuda: here; or machines of the catalogue, as rtx-3060,a100-80g."
 _PRICE = "What this machine costs, as '0.34 EUR/h'; other machines' prices are in the file of --machines."
-_MACHINES = "A YAML file of machines beside the catalogue; by default halfbyte/machines.yaml in the user's config folder."
+_MACHINES = (
+    "A YAML file of machines beside the catalogue; by default halfbyte/machines.yaml in the user's config folder."
+)
 
 
 @app.command()

@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from halfbyte.models.spec import ModelSpec
 from halfbyte.plan.calibration import Calibration
-from halfbyte.plan.estimate import Candidate, DataShape, estimate, least_peak
+from halfbyte.plan.estimate import Candidate, DataShape, Shape, estimate, least_peak
 from halfbyte.plan.hardware import Rates
 
 LENGTHS = (8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 64)
@@ -38,7 +37,7 @@ def _word(value: Any) -> str:
 
 
 def find(
-    spec: ModelSpec,
+    spec: Shape,
     candidate: Candidate,
     data: DataShape,
     rates: Rates,

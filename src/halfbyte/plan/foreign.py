@@ -87,7 +87,7 @@ def phases(
         "loss": loss,
         "workspace": workspace_bytes(shape, job, batch),
     }
-    read = max(1, memory.EVALUATION_TOKENS // max(job.longest, 1)), *batch[1:]
+    read = max(1, job.eval_batch_tokens // max(job.longest, 1)), *batch[1:]
     activations, loss = activation_bytes(shape, job, read, training=False)
     evaluate = {k: v for k, v in train.items() if k != "gradients"} | {"activations": activations, "loss": loss}
     return {
@@ -121,13 +121,15 @@ def loading_bytes(shape: ForeignSpec, job: Job) -> int:
 
 
 def workspace_bytes(shape: ForeignSpec, job: Job, batch: tuple[int, int, int]) -> int:
-    """Scratch between calls: packed tokens and panels of the native linears, else the largest weight decoded."""
+    """Scratch between calls: packed tokens and panels of the native linears, else the largest weight decoded; and the
+    adapters' factors once more, as they are computed with."""
     size, linears = DTYPE_BYTES[job.dtype], shape.linears()
+    factors = memory.trainable_bytes(_as_spec(shape), job)
     if job.native_linears:
         widest = max((linear.in_features for linear in linears), default=0)
         tokens = min(batch[0] * max(batch[1:]), 2048)
-        return tokens * widest * size + memory.THREAD_PANELS * torch.get_num_threads()
-    return max((linear.parameters for linear in linears if job.is_coded(linear.name)), default=0) * size
+        return factors + tokens * widest * size + memory.THREAD_PANELS * torch.get_num_threads()
+    return factors + max((linear.parameters for linear in linears if job.is_coded(linear.name)), default=0) * size
 
 
 def activation_bytes(
@@ -235,7 +237,7 @@ def seconds(
     quantizing = shape.linear_parameters / rates.dequantize * 4 if job.method == "qlora" else 0.0
     return {
         "load": time.STARTUP_SECONDS + max(source, values + constants) / time.LOAD_BYTES_A_SECOND + quantizing,
-        "train": train + time.trainable_update_bytes(_as_spec(shape), job) * job.steps / rates.bandwidth,
+        "train": train + time.optimizer_seconds(_as_spec(shape), job, rates) * job.steps,
         "evaluate": train / 3 * job.eval_tokens / max(job.train_tokens, 1),
         "save": 4.0 * memory.trainable_parameters(_as_spec(shape), job) / time.LOAD_BYTES_A_SECOND,
     }

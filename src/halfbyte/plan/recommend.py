@@ -6,20 +6,21 @@ to change for one that does not fit in `plan.change`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from halfbyte.errors import DoesNotFit
+from halfbyte.models.foreign_spec import ForeignSpec
 from halfbyte.models.spec import ModelSpec
-from halfbyte.plan import calibration, change, memory, rule
+from halfbyte.plan import calibration, change, foreign, memory, rule
 from halfbyte.plan.calibration import Calibration
-from halfbyte.plan.estimate import Candidate, DataShape, Estimate, Request, estimate, least_peak
+from halfbyte.plan.estimate import Candidate, DataShape, Estimate, Request, Shape, estimate, least_peak
 from halfbyte.plan.hardware import Hardware, Rates
 from halfbyte.plan.price import Price
 from halfbyte.plan.rule import gb
 
 __all__ = [
-    "Candidate", "DataShape", "Estimate", "Plan", "Request", "check_fits", "estimate", "least_peak",
-    "make_plan", "too_big",
+    "Candidate", "DataShape", "Estimate", "Plan", "Request", "Shape", "check_fits", "estimate",
+    "least_peak", "make_plan", "too_big",
 ]  # fmt: skip
 
 SCHEMA_VERSION = 2
@@ -104,7 +105,7 @@ class Plan:
 
 
 def make_plan(
-    spec: ModelSpec,
+    spec: Shape,
     request: Request,
     data: DataShape,
     hardware: Hardware,
@@ -133,14 +134,18 @@ def make_plan(
     """
     limit = hardware.usable if budget is None else budget
     why = budget_reason or (f"90 % of the {where(request.device)} that is free now" if budget is None else "--memory")
-    made = constants or calibration.of(request.device)
+    whole = not isinstance(spec, ForeignSpec)
+    made = constants or (calibration.of(request.device) if whole else foreign.CALIBRATION)
     if candidates is None:
-        candidates = [Candidate(method, replace(request, method=method)) for method in METHODS]
+        bases = [method for method in METHODS if whole or method != "full"]
+        candidates = [Candidate(method, replace(request, method=method)) for method in bases]
     ranked = [_ranked(spec, candidate, data, rates, limit, made, price) for candidate in candidates]
     estimates = tuple(found for _, found in ranked)
     if request.method == "auto":
         offered = [e for c, e in ranked if c.choosable]
-        name, clause, reason = _choose(spec, request, offered, data, limit, (budget is not None) if stated is None else stated, deadline)
+        name, clause, reason = _choose(
+            spec, request, offered, data, limit, (budget is not None) if stated is None else stated, deadline
+        )
     else:
         name, clause, reason = asked or request.method, "asked", "asked for"
     chosen = next(e for e in estimates if e.name == name)
@@ -156,7 +161,7 @@ def where(device: str) -> str:
 
 
 def _ranked(
-    spec: ModelSpec,
+    spec: Shape,
     candidate: Candidate,
     data: DataShape,
     rates: Rates,
@@ -179,7 +184,7 @@ def _ranked(
 
 
 def _changes(
-    spec: ModelSpec,
+    spec: Shape,
     ranked: Sequence[tuple[Candidate, Estimate]],
     data: DataShape,
     rates: Rates,
@@ -199,15 +204,15 @@ def _changes(
     return found
 
 
-def adapter_sizes(spec: ModelSpec, request: Request) -> tuple[int, int]:
+def adapter_sizes(spec: Shape, request: Request) -> tuple[int, int]:
     """(adapter parameters that a rank adds, parameters of the linears that are adapted)."""
     job = memory.Job("lora", request.dtype, request.quant, request.lora)
-    linears = memory.targets(spec, job)
+    linears = memory.targets(cast(ModelSpec, spec), job)
     return sum(x.in_features + x.out_features for x in linears), sum(x.parameters for x in linears)
 
 
 def _choose(
-    spec: ModelSpec,
+    spec: Shape,
     request: Request,
     estimates: Sequence[Estimate],
     data: DataShape,

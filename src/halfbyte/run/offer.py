@@ -96,13 +96,12 @@ def offer(
     for machine in chosen.values():
         own = amount if machine is None or len(chosen) == 1 else None
         ask = Ask(names, own, until, machine, advise=len(chosen) == 1)
-        made = make(found, ask=ask)
-        if made is None:
-            raise UsageError(f"{config.model}: only the decoder's families can be planned; this architecture is another")
-        plans.append(made)
+        plans.append(make(found, ask=ask))
     if len(plans) == 1 and pick is None:
         return plans[0]
-    where = Where(tuple(plans), None if pick is None else "cheapest" if pick == "cheapest" else "fastest", deadline=until)
+    where = Where(
+        tuple(plans), None if pick is None else "cheapest" if pick == "cheapest" else "fastest", deadline=until
+    )
     return _picked(where, machines)
 
 
@@ -149,10 +148,10 @@ def _picked(where: Where, extra: Path | None) -> Where:
         if bare:
             raise UsageError(_no_price(bare, extra))
         one_currency((where.name_of(plan), plan.chosen.price) for plan in able)
-    ways = tuple(
-        Way(plan.chosen.name, plan.chosen.peak_p95, plan.chosen.time, where.name_of(plan)) for plan in able
-    )
-    devices = [Device(where.name_of(plan), plan.budget, plan.chosen.price if pick == "cheapest" else None) for plan in able]
+    ways = tuple(Way(plan.chosen.name, plan.chosen.peak_p95, plan.chosen.time, where.name_of(plan)) for plan in able)
+    devices = [
+        Device(where.name_of(plan), plan.budget, plan.chosen.price if pick == "cheapest" else None) for plan in able
+    ]
     placement = place([Job("run", ways, pick, where.deadline)], devices)
     placed = placement.of("run")
     if placed is None:

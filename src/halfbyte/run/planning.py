@@ -9,6 +9,7 @@ import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from halfbyte.data.builtin_templates import BUILTINS
 from halfbyte.data.options import DataOptions, DataSource, sources_of
 from halfbyte.errors import UsageError
 from halfbyte.evaluate.preference import DpoOptions
+from halfbyte.models.foreign_spec import ForeignSpec
 from halfbyte.models.load import check_pattern, resolve_device, resolve_dtype
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.models.spec import ModelSpec
@@ -31,7 +33,7 @@ from halfbyte.plan.change import Change
 from halfbyte.plan.hardware import Hardware, Rates, detect, measure
 from halfbyte.plan.opening import open_for_plan
 from halfbyte.plan.price import Price
-from halfbyte.plan.recommend import Candidate, DataShape, Plan, Request, least_peak, make_plan
+from halfbyte.plan.recommend import Candidate, DataShape, Plan, Request, Shape, least_peak, make_plan
 from halfbyte.quant.options import QuantOptions
 from halfbyte.run import tasks
 from halfbyte.run.config import RunConfig
@@ -42,11 +44,13 @@ from halfbyte.train.options import EFFECTIVE_BATCH, TrainOptions, batch_rows, co
 
 ASSUMED_ROWS, ASSUMED_TOKENS = 1_000, 512
 """Stand-ins for `halfbyte plan` without data, said so in its answer."""
+NO_FULL = "method full is built for the decoder's families only: use lora or qlora with this model"
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What a run is made of, before any weight is read. `spec` is None for architectures that the fallback serves."""
+    """What a run is made of, before any weight is read. `spec` is None for architectures that the fallback serves, whose
+    shapes are `shape` all the same."""
 
     config: RunConfig
     source: ModelSource
@@ -55,6 +59,11 @@ class Survey:
     prepared: Prepared | None
     device: torch.device
     dtype: torch.dtype
+
+    @cached_property
+    def shape(self) -> Shape:
+        """UsageError for an architecture that transformers does not know, either."""
+        return self.spec or ForeignSpec.from_config(self.source.config)
 
     @property
     def data(self) -> DataShape:
@@ -68,6 +77,7 @@ def shape_of(train: Sequence[Example], held_out: Sequence[Example]) -> DataShape
     """Counts over the examples; not one of them is copied."""
     lengths = [len(example) for example in train]
     tokens = sum(lengths)
+    read = sum(example.source_length for example in train)
     return DataShape(
         rows=len(train),
         tokens=tokens,
@@ -75,6 +85,7 @@ def shape_of(train: Sequence[Example], held_out: Sequence[Example]) -> DataShape
         longest=max(map(len, (*train, *held_out))),
         supervised_share=sum(example.supervised_tokens for example in train) / tokens,
         eval_tokens=sum(map(len, held_out)),
+        source_share=read / tokens if read else None,
     )
 
 
@@ -153,8 +164,8 @@ class Ask:
     advise: bool = False
 
 
-def make(found: Survey, rates: Rates | None = None, ask: Ask | None = None) -> Plan | None:
-    """The plan of a survey, for this machine or another; None for an architecture whose shapes only its code knows.
+def make(found: Survey, rates: Rates | None = None, ask: Ask | None = None) -> Plan:
+    """The plan of a survey, for this machine or another.
 
     UsageError for options that have no effect or contradict the data. What does not fit is for `check_fits` to refuse.
     """
@@ -162,18 +173,18 @@ def make(found: Survey, rates: Rates | None = None, ask: Ask | None = None) -> P
     check_task(found)
     check_options(found)
     config, spec = found.config, found.spec
-    if spec is None:
-        return None
-    if config.method in ("auto", "qlora"):
+    if spec is not None and config.method in ("auto", "qlora"):
         check_pattern(config.pick(QuantOptions), spec)
-    if config.adapter_path is None and config.method != "full":
+    if spec is not None and config.adapter_path is None and config.method != "full":
         config.pick(LoraOptions).require_linears(linear.name for linear in spec.linears())
     machine = ask.machine
     hardware, found_rates = _machine(found, ask, rates)
-    compared = variants(config, ask.methods)
+    compared = variants(config, ask.methods, full=spec is not None or bool(ask.methods))
+    if spec is None and any(variant.config.method == "full" for variant in compared):
+        raise UsageError(NO_FULL)
     asked = request(config, found, ask.machine)
     plan = make_plan(
-        spec,
+        found.shape,
         asked,
         found.data,
         hardware,
@@ -214,7 +225,6 @@ def _candidate(variant: Variant, found: Survey, ask: Ask) -> Candidate:
 
 def _with_machines(plan: Plan, compared: Sequence[Variant], found: Survey) -> Plan:
     """With the smallest machine of the catalogue that would hold what does not fit."""
-    assert found.spec is not None
     # A GPU before a processor: whoever goes to another machine for memory goes there for speed, too.
     fleet = sorted(machines().values(), key=lambda machine: (machine.kind == "cpu", machine.usable, machine.name))
     configs = {variant.name: variant.config for variant in compared}
@@ -225,7 +235,8 @@ def _with_machines(plan: Plan, compared: Sequence[Variant], found: Survey) -> Pl
             asked = request(configs[name], found, machine)
             kind = (asked.device, asked.dtype)
             if kind not in least:
-                least[kind] = int(least_peak(found.spec, Candidate(name, asked), found.data, of(asked.device)))
+                made = plan.chosen.calibration if found.spec is None else of(asked.device)
+                least[kind] = int(least_peak(found.shape, Candidate(name, asked), found.data, made))
             if least[kind] <= machine.usable and machine.name != plan.machine:
                 changes[name] = (*changes[name], Change({"device": machine.name}, least[kind], machine.title))
                 break
@@ -246,6 +257,11 @@ def assumptions(found: Survey, hardware: Hardware, ask: Ask) -> tuple[str, ...]:
         )
     if hardware.gpus:
         said.append("this engine's constants on GPUs are unmeasured: the interval is a guess")
+    if found.spec is None:
+        said.append(
+            f"{found.source.config.get('model_type')} is run by transformers' own code: activations are an estimate, and the "
+            "interval is a guess"
+        )
     if len(hardware.gpus) > 1:
         names = ", ".join(gpu.name for gpu in hardware.gpus)
         said.append(f"this version trains on one device: of {len(hardware.gpus)} ({names}) it takes the first")
@@ -295,10 +311,7 @@ def asks_reference(found: Survey) -> bool:
 
 def plan_of(config: RunConfig, ask: Ask | None = None) -> Plan:
     """The plan of a config, with or without data: `halfbyte plan` and `hb.plan`. Reads no weights."""
-    plan = make(survey(with_adapter(config), to_train=False), ask=ask)
-    if plan is None:
-        raise UsageError(f"{config.model}: only the decoder's families can be planned; this architecture is another")
-    return plan
+    return make(survey(with_adapter(config), to_train=False), ask=ask)
 
 
 def request(config: RunConfig, found: Survey, machine: Machine | None = None) -> Request:
@@ -346,21 +359,14 @@ def _training(config: RunConfig) -> TrainOptions:
     return options.model_copy(update={"gradient_accumulation_steps": 1}) if config.by_layer else options
 
 
-def resolve(found: Survey, plan: Plan | None, today: datetime.date | None = None) -> RunConfig:
+def resolve(found: Survey, plan: Plan, today: datetime.date | None = None) -> RunConfig:
     """The config with every default made explicit: what the plan chose, and what depends on it."""
     config = found.config
-    method = plan.method if plan is not None else _unplanned_method(config)
-    chosen: dict[str, Any] = {}
-    if plan is not None:
-        per_device, accumulation = plan.chosen.batch
-        job = plan.chosen.job
-        checkpointing = job.checkpointing
-        chosen["eval_batch_tokens"] = job.eval_batch_tokens
-        if config.method == "auto" and config.adapter_path is None and method != "full":
-            chosen["lora_r"] = job.lora.lora_r
-    else:
-        per_device, accumulation = batch_rows(_training(config), fits=1)
-        checkpointing = bool(config.gradient_checkpointing)
+    method, job = plan.method, plan.chosen.job
+    per_device, accumulation = plan.chosen.batch
+    chosen = {}
+    if config.method == "auto" and config.adapter_path is None and method != "full":
+        chosen["lora_r"] = job.lora.lora_r
     rate = FULL_LEARNING_RATE if method == "full" else ADAPTER_LEARNING_RATE
     if config.galore:
         rate /= config.galore_scale  # what a projected step is multiplied with: matrices move as in full fine-tuning
@@ -377,19 +383,13 @@ def resolve(found: Survey, plan: Plan | None, today: datetime.date | None = None
         learning_rate=rate if config.learning_rate is None else config.learning_rate,
         per_device_train_batch_size=per_device,
         gradient_accumulation_steps=accumulation,
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=job.checkpointing,
+        eval_batch_tokens=job.eval_batch_tokens,
         per_layer_updates=config.by_layer,
         max_grad_norm=config.clip_norm,
         **chosen,
         output_dir=config.output_dir or default_output(config.model, name, today or datetime.date.today()),
     )
-
-
-def _unplanned_method(config: RunConfig) -> str:
-    """Without shapes there is no plan: QLoRA needs the least memory of all, so it is what `auto` then means."""
-    if config.method == "full":
-        raise UsageError("method full is built for the decoder's families only: use lora or qlora with this model")
-    return "qlora" if config.method == "auto" else config.method
 
 
 def default_output(model: str, method: str, today: datetime.date) -> Path:
