@@ -42,12 +42,14 @@ from halfbyte.evaluate.evaluate import (
 from halfbyte.evaluate.preference import score_pairs
 from halfbyte.evaluate.session import inference
 from halfbyte.files import write_atomic
+from halfbyte.heap import give_back
 from halfbyte.linear import segments
 from halfbyte.models.classifier import Classifier, HeadOptions
 from halfbyte.models.load import LoadedModel, load_model
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.shifted_source import LinearBase, own_blocks
 from halfbyte.models.source import ModelSource
+from halfbyte.ops.pool import pool
 from halfbyte.optim.options import OptimOptions
 from halfbyte.plan.hardware import Rates
 from halfbyte.plan.memory import EVALUATION_TOKENS
@@ -270,6 +272,8 @@ def _train(
     tokens = max(1, tokens >> trained.layout.evaluation_halvings)
     scores = None if score is None else in_chunks(score, tokens, tell)
     beside = (before - started) + (clock() - after)
+    pool.clear()  # activations are done with: the tokenizer's files are made of as much garbage as a small model takes
+    give_back()
     result = outputs.write(directory.path, config, record, found, loaded, trained, scores, beside)
     on_event({"event": "finished", "path": directory.path, "result": result})
     return RunResult(directory.path, config, result)
