@@ -8,8 +8,8 @@ would not fit, or an allocation fails, the run goes on in a layout that takes le
 
 None of the steps changes an update: the rows, the effective batch and the weights of the terms stay the same.
 
-The limit is the smallest of the run's own budget (`--memory`), what the machine (or its control group) has left, and
-the process's limit on its data (RLIMIT_DATA). On a GPU it is about the card's memory and torch's allocations there.
+The limit is the run's own budget (`--memory`), or what the machine and its control group have left where that is less.
+On a GPU it is the card's memory, and what torch's allocator holds of it.
 """
 
 import errno
@@ -26,7 +26,8 @@ from halfbyte.batch import Batch
 from halfbyte.errors import DoesNotFit
 from halfbyte.heap import give_back
 from halfbyte.ops.pool import pool
-from halfbyte.train.memory import memory_left, process_memory
+from halfbyte.plan.hardware import memory_available
+from halfbyte.train.memory import data_left, process_memory
 from halfbyte.train.update import Model
 
 Kind = Literal["train", "evaluate"]
@@ -167,7 +168,7 @@ class Budget:
 
     def most(self, now: int) -> int:
         """Bytes that this run may have reached at most, from where it is now."""
-        left = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else memory_left()
+        left = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else memory_available()
         return now + left if self.limit is None else min(self.limit, now + left)
 
     def tidy(self) -> int:
@@ -190,7 +191,7 @@ class Budget:
         now, peak = self.memory()
         need = self.needs[kind].of(tokens)
         if need is not None and not self._is_safe(kind, tokens, need, now):
-            standing, most = self.tidy(), 0
+            standing, need = self._tidied(kind, tokens, need, now)
             most = self.most(standing)
             if standing + need > most:
                 raise Shortage(
@@ -206,6 +207,18 @@ class Budget:
         if now + need <= most:
             return True
         return level is not None and tokens <= level.tokens and level.peak + max(0, now - level.after) <= most
+
+    def _tidied(self, kind: Kind, tokens: int, need: int, now: int) -> tuple[int, int]:
+        """(what stands when all that is idle was given back, what the work takes beside that).
+
+        Until then a need holds what was used for the first time too: code that was read, scratch that stays.
+        """
+        level = self._levels.get(kind)
+        standing = self.tidy()
+        if level is not None and tokens <= level.tokens:
+            grown = max(0, now - level.after)
+            need = min(need, max(0, level.peak + grown - standing))
+        return standing, need
 
     def half_way(self) -> None:
         """Call it where the most activations are held: after the forward pass."""
@@ -227,8 +240,8 @@ class Budget:
 
     def make_room(self) -> None:
         """Before an optimizer's step and a save, which must not fail half-way for want of some MB that lie idle."""
-        now = self.memory()[0]
-        if now + STEP_ROOM > self.most(now):
+        now, mappable = self.memory()[0], data_left()
+        if now + STEP_ROOM > self.most(now) or (mappable is not None and mappable < STEP_ROOM):
             self.tidy()
 
     def forget(self) -> None:

@@ -5,8 +5,6 @@ from pathlib import Path
 
 import psutil
 
-from halfbyte.plan.hardware import memory_available
-
 
 def process_memory() -> tuple[int, int]:
     """(resident bytes now, peak resident bytes) of this process.
@@ -20,20 +18,21 @@ def process_memory() -> tuple[int, int]:
     return int(fields["VmRSS"].split()[0]) * 1024, int(fields["VmHWM"].split()[0]) * 1024
 
 
-def memory_left() -> int:
-    """Bytes that this process can still take: what the machine and its control group have, within RLIMIT_DATA.
+def data_left() -> int | None:
+    """Bytes that may still be mapped under the process's limit on its data; None without one (or off Linux).
 
-    The limit counts writable private memory whether it is used or not (VmData), which is what is asked for here.
+    RLIMIT_DATA counts writable private memory whether it is used or not (VmData), so this says when a new mapping will
+    be refused, and nothing of how much the heap still has inside.
     """
-    left = memory_available()
     fields = _status()
-    if fields is not None and "VmData" in fields:
-        import resource
+    if fields is None:
+        return None
+    import resource
 
-        limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
-        if limit != resource.RLIM_INFINITY:
-            left = min(left, max(0, limit - int(fields["VmData"].split()[0]) * 1024))
-    return left
+    limit = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    if limit == resource.RLIM_INFINITY:
+        return None
+    return max(0, limit - int(fields["VmData"].split()[0]) * 1024)
 
 
 def _status() -> dict[str, str] | None:
