@@ -196,7 +196,7 @@ def make(found: Survey, rates: Rates | None = None, ask: Ask | None = None) -> P
         price=ask.price or (machine.price if machine is not None else None),
         deadline=ask.deadline,
         advise=ask.advise,
-        constants=None if machine is not None else history.constants_of(hardware, asked.device),
+        constants=history.constants_of(hardware, asked.device) if machine is None and spec is not None else None,
     )
     plan = replace(plan, machine=machine.name if machine else None, assumed=assumptions(found, hardware, ask))
     return _with_machines(plan, compared, found) if ask.advise else plan
@@ -255,7 +255,7 @@ def assumptions(found: Survey, hardware: Hardware, ask: Ask) -> tuple[str, ...]:
             f"machines of the catalogue: their vendors' rates at {ask.machine.reachable:.0%}, and nothing else in their "
             "memory; nothing was measured"
         )
-    if hardware.gpus:
+    if hardware.gpus and (ask.machine is not None or history.constants_of(hardware, "cuda").runs == 0):
         said.append("this engine's constants on GPUs are unmeasured: the interval is a guess")
     if found.spec is None:
         said.append(
