@@ -12,7 +12,7 @@ GPUS = "rtx-3060,rtx-4090,a100-80g"
 
 
 @pytest.fixture(autouse=True)
-def _own_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def machines_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     return tmp_path / "config" / "halfbyte" / "machines.yaml"
 
@@ -44,9 +44,9 @@ def test_the_table_reads_well_in_80_columns(halfbyte: Run, monkeypatch: pytest.M
         assert said in text, said
 
 
-def test_where_should_this_run(halfbyte: Run, _own_config: Path) -> None:
-    _own_config.parent.mkdir(parents=True)
-    _own_config.write_text("".join(f"{name}: {{price: {price} EUR/h}}\n" for name, price in
+def test_where_should_this_run(halfbyte: Run, machines_file: Path) -> None:
+    machines_file.parent.mkdir(parents=True)
+    machines_file.write_text("".join(f"{name}: {{price: {price} EUR/h}}\n" for name, price in
                                    zip(GPUS.split(","), (0.1, 0.34, 1.5), strict=True)))  # fmt: skip
     done = halfbyte("plan", "-m", "llama-3.1-8b", "--device", GPUS, "--pick", "cheapest", "--deadline", "2d")
     assert done.code == 0, done.err

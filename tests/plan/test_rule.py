@@ -105,8 +105,8 @@ TABLE = [
 def plan_of(row: Row) -> Plan:
     spec, on_gpu = spec_of(row.size), bool(row.machine.gpus)
     request = Request(
-        "auto", "bfloat16", "cuda" if on_gpu else "cpu", QuantOptions(), LoraOptions(), "adamw", BATCHES, None, 3.0, None,
-        held=held_of(spec) if row.in_blocks else {}, open_rank=True,
+        "auto", "bfloat16", "cuda" if on_gpu else "cpu", QuantOptions(), LoraOptions(), "adamw", BATCHES, None,
+        epochs=3.0, max_steps=None, held=held_of(spec) if row.in_blocks else {}, open_rank=True,
     )  # fmt: skip
     return make_plan(
         spec, request, row.data, row.machine, GPU_RATES if on_gpu else CPU_RATES,

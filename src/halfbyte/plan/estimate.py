@@ -37,8 +37,8 @@ LEAST_EVALUATION_TOKENS = 256
 class DataShape:
     """What the rows are, in tokens; `spread` is the standard deviation of a row's length.
 
-    `assumed` says that no data was given and these are stand-ins. `source_share`: of an encoder-decoder's rows, the share
-    that the encoder reads; None: not known.
+    `assumed` says that no data was given and these are stand-ins. `source_share`: of an encoder-decoder's rows, the
+    share that the encoder reads; None: not known.
     """
 
     rows: int
@@ -68,7 +68,7 @@ class DataShape:
         return math.ceil(max(self.longest, min(rows_at_once * self.longest, update)))
 
     def cut(self, length: int) -> "DataShape":
-        """With rows of at most `length` tokens; the mean is an upper bound, since which rows are longer is not known."""
+        """With rows of at most `length` tokens; the mean is an upper bound: which rows are longer is not known."""
         if length >= self.longest:
             return self
         share = min(1.0, length / max(self.mean, 1e-9))

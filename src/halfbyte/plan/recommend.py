@@ -70,7 +70,7 @@ class Plan:
         return "tight" if estimate.peak <= self.budget else "does not fit"
 
     def corrected(self, seconds: Mapping[str, float]) -> "Plan":
-        """After a probe of the run itself: the chosen method's seconds by phase are these, with the narrower interval."""
+        """After a probe of the run itself: the chosen method's seconds by phase are these, their interval narrower."""
         chosen = self.chosen
         better = replace(chosen, seconds={**chosen.seconds, **seconds}, probed=True)
         return replace(self, estimates=tuple(better if e is chosen else e for e in self.estimates))
@@ -194,13 +194,13 @@ def _changes(
     """By name, for each method that does not fit: what would make it fit, and the same method on a quantized base."""
     qlora = next((e for _, e in ranked if e.name == "qlora" and e.peak_p95 <= limit), None)
     found = {}
-    for candidate, estimate in ranked:
-        if estimate.peak_p95 <= limit:
+    for candidate, made in ranked:
+        if made.peak_p95 <= limit:
             continue
         changes = change.find(spec, candidate, data, rates, limit, constants)
         if qlora is not None:
             changes += (change.Change({"method": "qlora"}, qlora.peak_p95),)
-        found[estimate.name] = changes
+        found[made.name] = changes
     return found
 
 

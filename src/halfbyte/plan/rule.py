@@ -1,35 +1,38 @@
 """The rule of `--method auto`, written down once: which method, at which rank, and why.
 
-It works on plain values that the plan's arithmetic has made (`Case`, `Offer`) and reads nothing else. docs/plan.md says
-the same in other words. The clauses of `choose`, in order; the first that applies decides:
+It works on plain values that the plan's arithmetic has made (`Case`, `Offer`) and reads nothing else. docs/plan.md
+says the same in other words. The clauses of `choose`, in order; the first that applies decides:
 
 `fits`      What does not fit at its P95 is out. The layout has been made as small as it gets by then: see `estimate`.
 `deadline`  With a deadline, what is not done by then at its P95 is out; failing that, what is not at its P50. If
             everything is too late, the fastest is taken, and the answer says so.
 `capacity`  Full fine-tuning only where adapters cannot hold the data: more supervised tokens than two for each
-            parameter of the largest adapters that are worth it, and a base of at most 1e9 parameters that fits with room.
-            A network holds about 2 bits a parameter (arXiv 2404.05405) and text has about 1 bit a token, and LoRA keeps up
-            with full fine-tuning until it is full ("LoRA Without Regret", Thinking Machines, 2025). Otherwise never: full
-            fine-tuning writes a whole model for every task and forgets more of the old one (arXiv 2405.09673).
-`blocks`    QLoRA on a quantized file, if it is at most a quarter slower: the file's own blocks are the same values that
-            LoRA would decode into 16 bits, in a fraction of the memory, and they are what is served afterwards.
-`room`      LoRA where its 16-bit base fits with room. Four bits are never better than sixteen, and small models lose much
-            in them: NF4 raises Gemma 270M's perplexity by a quarter and Qwen 1.5B's by 4 %, and Gemma's loss after training
-            is 0.10 lower on 16 bits (docs/results.md). It costs no time: a QLoRA step takes 0.96 of a LoRA step on a CPU
-            (docs/benchmarks.md) and more than one on a GPU. "Room" is 80 % of a budget that is only what is free now, and
-            all of one that was stated with --memory; and LoRA must not have to recompute activations where QLoRA need not.
-`memory`    QLoRA: it fits where LoRA does not, or not well. From 7B on, the published comparisons find the same quality
-            (arXiv 2305.14314, table 4).
+            parameter of the largest adapters that are worth it, and a base of at most 1e9 parameters that fits with
+            room. A network holds about 2 bits a parameter (arXiv 2404.05405) and text has about 1 bit a token, and
+            LoRA keeps up with full fine-tuning until it is full ("LoRA Without Regret", Thinking Machines, 2025).
+            Otherwise never: full fine-tuning writes a whole model for every task and forgets more of the old one
+            (arXiv 2405.09673).
+`blocks`    QLoRA on a quantized file, if it is at most a quarter slower: the file's own blocks are the same values
+            that LoRA would decode into 16 bits, in a fraction of the memory, and they are what is served afterwards.
+`room`      LoRA where its 16-bit base fits with room. Four bits are never better than sixteen, and small models lose
+            much in them: NF4 raises Gemma 270M's perplexity by a quarter and Qwen 1.5B's by 4 %, and Gemma's loss
+            after training is 0.10 lower on 16 bits (docs/results.md). It costs no time: a QLoRA step takes 0.96 of a
+            LoRA step on a CPU (docs/benchmarks.md) and more than one on a GPU. "Room" is 80 % of a budget that is
+            only what is free now, and all of one that was stated with --memory; and LoRA must not have to recompute
+            activations where QLoRA need not.
+`memory`    QLoRA: it fits where LoRA does not, or not well. From 7B on, the published comparisons find the same
+            quality (arXiv 2305.14314, table 4).
 `left`      Else whatever fits.
 
-Variants (DoRA, PiSSA, LoftQ, ...) are never chosen for anybody who did not ask: what they gain here is a fiftieth of what
-the base is worth. Where only they were asked about, they stand for the plain method with their base.
+Variants (DoRA, PiSSA, LoftQ, ...) are never chosen for anybody who did not ask: what they gain here is a fiftieth of
+what the base is worth. Where only they were asked about, they stand for the plain method with their base.
 
-The rank (`ranks`), where it is left open: 16, and 32 on a quantized base, whose adapters also repair what quantization
-lost. Doubled while two bits a parameter hold less than the data's tokens, up to 128, and as long as the adapters stay below
-a quarter of what they adapt; a raised rank is taken only if it fits without recomputed activations, else the next lower.
-`lora_alpha` stays: with the scale alpha / r the best learning rate hardly depends on the rank (LoRA Without Regret).
-Targets are all linears but the head, which is what makes adapters equal to full fine-tuning (arXiv 2305.14314, section 5).
+The rank (`ranks`), where it is left open: 16, and 32 on a quantized base, whose adapters also repair what
+quantization lost. Doubled while two bits a parameter hold less than the data's tokens, up to 128, and as long as the
+adapters stay below a quarter of what they adapt; a raised rank is taken only if it fits without recomputed
+activations, else the next lower. `lora_alpha` stays: with the scale alpha / r the best learning rate hardly depends
+on the rank (LoRA Without Regret). Targets are all linears but the head, which is what makes adapters equal to full
+fine-tuning (arXiv 2305.14314, section 5).
 """
 
 from collections.abc import Callable, Sequence
@@ -144,8 +147,8 @@ def choose(case: Case, offers: Sequence[Offer]) -> Choice | None:
         return Choice(
             full.name,
             "capacity",
-            f"{case.tokens:,} supervised tokens are more than adapters of {case.capacity:,} parameters hold, and all of "
-            f"this small model fits ({gb(full.peak.p95)} of {gb(case.budget)})",
+            f"{case.tokens:,} supervised tokens are more than adapters of {case.capacity:,} parameters hold, and "
+            f"all of this small model fits ({gb(full.peak.p95)} of {gb(case.budget)})",
         )
     if case.own_blocks and qlora and (lora is None or qlora.seconds.p50 <= SLOWER * lora.seconds.p50):
         return Choice(qlora.name, "blocks", _own_blocks(qlora, every_lora))

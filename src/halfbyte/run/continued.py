@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.adapters import read_options
-from halfbyte.adapters.options import ALL_LINEAR, LoraOptions
+from halfbyte.adapters.options import ALL_LINEAR
 from halfbyte.adapters.peft_io import CONFIG as ADAPTER_CONFIG
 from halfbyte.errors import UsageError
 from halfbyte.run.config import RunConfig

@@ -49,8 +49,10 @@ NO_FULL = "method full is built for the decoder's families only: use lora or qlo
 
 @dataclass(frozen=True)
 class Survey:
-    """What a run is made of, before any weight is read. `spec` is None for architectures that the fallback serves, whose
-    shapes are `shape` all the same."""
+    """What a run is made of, before any weight is read.
+
+    `spec` is None for architectures that the fallback serves; `shape` is there for them all the same.
+    """
 
     config: RunConfig
     source: ModelSource
@@ -65,7 +67,7 @@ class Survey:
         """UsageError for an architecture that transformers does not know, either."""
         return self.spec or ForeignSpec.from_config(self.source.config)
 
-    @property
+    @cached_property
     def data(self) -> DataShape:
         if self.prepared is None:
             tokens = ASSUMED_ROWS * min(ASSUMED_TOKENS, self.config.max_seq_length)
@@ -252,16 +254,14 @@ def assumptions(found: Survey, hardware: Hardware, ask: Ask) -> tuple[str, ...]:
         )
     if ask.machine is not None:
         said.append(
-            f"machines of the catalogue: their vendors' rates at {ask.machine.reachable:.0%}, and nothing else in their "
+            f"machines of the catalogue: their vendors' rates at {ask.machine.reachable:.0%}, nothing else in their "
             "memory; nothing was measured"
         )
     if hardware.gpus and (ask.machine is not None or history.constants_of(hardware, "cuda").runs == 0):
         said.append("this engine's constants on GPUs are unmeasured: the interval is a guess")
     if found.spec is None:
-        said.append(
-            f"{found.source.config.get('model_type')} is run by transformers' own code: activations are an estimate, and the "
-            "interval is a guess"
-        )
+        kind = found.source.config.get("model_type")
+        said.append(f"{kind} is run by transformers' own code: an estimate, and the interval is a guess")
     if len(hardware.gpus) > 1:
         names = ", ".join(gpu.name for gpu in hardware.gpus)
         said.append(f"this version trains on one device: of {len(hardware.gpus)} ({names}) it takes the first")

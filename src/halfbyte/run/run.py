@@ -500,6 +500,8 @@ def _base_of_full(
         options = EvaluateOptions(eval_batch_tokens=tokens)
         kept = evaluate(loaded.model, loaded.tokenizer, prepared.eval, options, labels=prepared.labels)  # type: ignore[arg-type]
         folder.write_base(path, kept)
+        pool.clear()  # what evaluation needed is of other sizes than what training will
+        give_back()
     return kept
 
 
