@@ -7,9 +7,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from halfbyte.models.spec import ModelSpec
 from halfbyte.plan.calibration import Calibration
-from halfbyte.plan.estimate import Candidate, DataShape, estimate
+from halfbyte.plan.estimate import Candidate, DataShape, Shape, estimate, least_peak
 from halfbyte.plan.hardware import Rates
 
 LENGTHS = (8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512, 384, 256, 192, 128, 64)
@@ -38,7 +37,7 @@ def _word(value: Any) -> str:
 
 
 def find(
-    spec: ModelSpec,
+    spec: Shape,
     candidate: Candidate,
     data: DataShape,
     rates: Rates,
@@ -48,8 +47,9 @@ def find(
     """Changes that fit, one of a kind, the least intrusive first; where no single one does, several at once."""
 
     def tried(one: Candidate, rows: DataShape, fields: Mapping[str, Any], note: str = "") -> Change | None:
-        peak = estimate(spec, one, rows, rates, limit, constants).peak_p95
-        return Change(fields, peak, note) if peak <= limit else None
+        if least_peak(spec, one, rows, constants) > limit:
+            return None
+        return Change(fields, estimate(spec, one, rows, rates, limit, constants).peak_p95, note)
 
     single = [
         next((fits for step in steps if (fits := tried(*step)) is not None), None)

@@ -9,12 +9,13 @@ Units: bytes, seconds.
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 from halfbyte.adapters.options import LoraOptions
+from halfbyte.models.foreign_spec import ForeignSpec
 from halfbyte.models.spec import ModelSpec
 from halfbyte.optim.options import OptimOptions
-from halfbyte.plan import memory, time
+from halfbyte.plan import foreign, memory, time
 from halfbyte.plan.calibration import Calibration, Interval
 from halfbyte.plan.hardware import Rates
 from halfbyte.plan.memory import Job
@@ -24,6 +25,10 @@ from halfbyte.quant.options import QuantOptions
 
 MICRO_TOKENS = {"cpu": 2048, "cuda": 16_384}
 """Tokens of a micro-batch beyond which matrix products get no faster; memory may ask for fewer."""
+Shape = ModelSpec | ForeignSpec
+"""What the arithmetic knows of a model: the decoder's, or one that transformers' own code runs."""
+Phases = dict[str, dict[str, int]]
+"""Bytes by phase and component."""
 LEAST_EVALUATION_TOKENS = 256
 """An evaluation's forward pass is not made smaller than this: its weights are decoded once a pass."""
 
@@ -32,7 +37,8 @@ LEAST_EVALUATION_TOKENS = 256
 class DataShape:
     """What the rows are, in tokens; `spread` is the standard deviation of a row's length.
 
-    `assumed` says that no data was given and these are stand-ins.
+    `assumed` says that no data was given and these are stand-ins. `source_share`: of an encoder-decoder's rows, the share
+    that the encoder reads; None: not known.
     """
 
     rows: int
@@ -42,6 +48,7 @@ class DataShape:
     spread: float = 0.0
     eval_tokens: int = 0
     assumed: bool = False
+    source_share: float | None = None
 
     @property
     def mean(self) -> float:
@@ -278,7 +285,7 @@ class Estimate:
 
 
 def estimate(
-    spec: ModelSpec,
+    spec: Shape,
     candidate: Candidate,
     data: DataShape,
     rates: Rates,
@@ -287,19 +294,38 @@ def estimate(
     price: Price | None = None,
 ) -> Estimate:
     """One method in the largest layout whose P95 is within `limit`; where none is, in the one that needs least."""
-    least: Estimate | None = None
+    constants = calibration or Calibration()
+    best: tuple[float, Job, tuple[int, int], Phases] | None = None
     for batch, checkpointing in _layouts(candidate.request, data):
         for eval_tokens in _eval_tokens(candidate.request, data):
             job = _job(candidate.request, data, batch, checkpointing, eval_tokens)
-            made = _estimate_job(spec, candidate, job, batch, data, rates, calibration or Calibration(), price)
-            if made.peak_p95 <= limit:
-                return made
-            if least is None or made.peak_p95 < least.peak_p95:
-                least = made
-            if made.peak_phase != "evaluate":
+            found = phases_of(spec, job, batch, data)
+            sums = {phase: sum(parts.values()) for phase, parts in found.items()}
+            peak = constants.memory(max(sums.values())).p95
+            if best is None or peak < best[0]:
+                best = (peak, job, batch, found)
+            if peak <= limit or sums["evaluate"] < max(sums.values()):
                 break  # reading fewer rows at once in an evaluation would change nothing
-    assert least is not None
-    return least
+        if peak <= limit:
+            break
+    assert best is not None
+    _, job, batch, found = best
+    return _estimate_job(spec, candidate, job, batch, found, data, rates, constants, price)
+
+
+def least_peak(spec: Shape, candidate: Candidate, data: DataShape, calibration: Calibration) -> float:
+    """Peak (P95) in the smallest layout that the request allows."""
+    *_, (batch, checkpointing) = _layouts(candidate.request, data)
+    *_, eval_tokens = _eval_tokens(candidate.request, data)
+    job = _job(candidate.request, data, batch, checkpointing, eval_tokens)
+    return calibration.memory(max(sum(parts.values()) for parts in phases_of(spec, job, batch, data).values())).p95
+
+
+def phases_of(spec: Shape, job: Job, batch: tuple[int, int], data: DataShape) -> Phases:
+    """Bytes by phase and component, of either kind of model."""
+    if isinstance(spec, ForeignSpec):
+        return foreign.phases(spec, job, batch[0], data.source_share)
+    return memory.phases(spec, job)
 
 
 def _layouts(request: Request, data: DataShape) -> Iterator[tuple[tuple[int, int], bool]]:
@@ -324,27 +350,34 @@ def _eval_tokens(request: Request, data: DataShape) -> Iterator[int]:
 
 
 def _estimate_job(
-    spec: ModelSpec,
+    spec: Shape,
     candidate: Candidate,
     job: Job,
     batch: tuple[int, int],
+    found: Phases,
     data: DataShape,
     rates: Rates,
     calibration: Calibration,
     price: Price | None,
 ) -> Estimate:
     kept = candidate.request.checkpoints
+    own = cast(ModelSpec, spec)  # for arithmetic that asks for linears and counts, which both kinds have
     # `disk_bytes` counts two checkpoints beside the kept ones.
-    disk = (memory.disk_bytes(spec, job, kept - 2), memory.disk_bytes(spec, job, kept))
+    disk = (memory.disk_bytes(own, job, kept - 2), memory.disk_bytes(own, job, kept))
+    if isinstance(spec, ForeignSpec):
+        seconds, merge = foreign.seconds(spec, job, rates, batch[0], data.source_share), {}
+    else:
+        seconds = time.phases(spec, job, rates, data.mean)
+        merge = memory.merge_phase(spec, job) if job.method != "full" else {}
     return Estimate(
         job,
         batch,
-        memory.phases(spec, job),
-        time.phases(spec, job, rates, data.mean),
-        memory.trainable_parameters(spec, job),
+        found,
+        seconds,
+        memory.trainable_parameters(own, job),
         name=candidate.name,
         packing=candidate.request.packing,
-        merge=memory.merge_phase(spec, job) if job.method != "full" else {},
+        merge=merge,
         disk=disk,
         calibration=calibration,
         price=price,

@@ -321,10 +321,12 @@ def _why_not(job: Job, options: Sequence[tuple[Way, _Queue, _Slot]], devices: Se
             f"it cannot be done within {_hours(_deadline(job))}: the earliest end is {_hours(slot.end.p95)} from now "
             f"({way.method} on {queue.device.name}{behind})"
         )
+    if not devices:
+        return "there is no device"
     names = {device.name for device in devices}
     usable = [way for way in job.ways if way.device is None or way.device in names]
     if not usable:
-        return "none of its ways is for any of these devices" if devices else "there is no device"
+        return "none of its ways is for any of these devices"
     way = min(usable, key=lambda w: (w.memory, w.method, w.device or ""))
     largest = max(devices, key=lambda device: (device.memory, device.name))
     if way.device is not None:

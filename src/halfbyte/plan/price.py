@@ -12,6 +12,16 @@ from dataclasses import dataclass
 from halfbyte.errors import UsageError
 
 _SYMBOLS = {"$": "USD", "€": "EUR", "£": "GBP"}
+# ISO 4217's currencies in use: a typing error would otherwise be a currency of its own.
+_ISO_4217 = """
+    AED AFN ALL AMD ANG AOA ARS AUD AWG AZN BAM BBD BDT BGN BHD BIF BMD BND BOB BRL BSD BTN BWP BYN BZD CAD CDF CHF CLP
+    CNY COP CRC CUP CVE CZK DJF DKK DOP DZD EGP ERN ETB EUR FJD FKP GBP GEL GHS GIP GMD GNF GTQ GYD HKD HNL HTG HUF IDR
+    ILS INR IQD IRR ISK JMD JOD JPY KES KGS KHR KMF KPW KRW KWD KYD KZT LAK LBP LKR LRD LSL LYD MAD MDL MGA MKD MMK MNT
+    MOP MRU MUR MVR MWK MXN MYR MZN NAD NGN NIO NOK NPR NZD OMR PAB PEN PGK PHP PKR PLN PYG QAR RON RSD RUB RWF SAR SBD
+    SCR SDG SEK SGD SHP SLE SOS SRD SSP STN SVC SYP SZL THB TJS TMT TND TOP TRY TTD TWD TZS UAH UGX USD UYU UZS VES VND
+    VUV WST XAF XCD XOF XPF YER ZAR ZMW ZWG
+"""
+_CURRENCIES = frozenset(_ISO_4217.split())
 _HOUR = {"", "/h", "/hr", "/hour", "perhour", "anhour"}
 _EXAMPLE = "write an amount and its currency by the hour, as in 0.34 EUR/h"
 _CURRENCY = r"([$€£]|[A-Za-z]{3}(?![A-Za-z]))?"
@@ -49,21 +59,25 @@ class Price:
             raise UsageError(f"price {str(text)!r} has no currency: {_EXAMPLE}")
         if before and after:
             raise UsageError(f"price {str(text)!r} has two currencies: {_EXAMPLE}")
-        currency = before or after
+        written = before or after
+        currency = _SYMBOLS.get(written, written.upper())
+        if currency not in _CURRENCIES:
+            raise UsageError(f"price {str(text)!r}: {currency} is not a currency: {_EXAMPLE}")
         try:
             amount = float(digits)
         except ValueError:
             raise UsageError(f"price {str(text)!r}: {digits} is not a number (a dot, no commas): {_EXAMPLE}") from None
         if amount < 0 or not math.isfinite(amount):
             raise UsageError(f"price {str(text)!r} is negative or infinite: {_EXAMPLE}")
-        return cls(amount, _SYMBOLS.get(currency, currency.upper()))
+        return cls(amount, currency)
 
     def of(self, seconds: float) -> Cost:
         """What so many seconds cost."""
         return Cost(self.amount * seconds / 3600, self.currency)
 
     def __str__(self) -> str:
-        return f"{self.amount:g} {self.currency}/h"
+        digits = f"{self.amount:.6f}".rstrip("0").rstrip(".")
+        return f"{digits} {self.currency}/h"
 
 
 def one_currency(prices: Iterable[tuple[str, Price | None]]) -> str | None:

@@ -6,18 +6,22 @@ to change for one that does not fit in `plan.change`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from halfbyte.errors import DoesNotFit
+from halfbyte.models.foreign_spec import ForeignSpec
 from halfbyte.models.spec import ModelSpec
-from halfbyte.plan import calibration, change, memory, rule
+from halfbyte.plan import calibration, change, foreign, memory, rule
 from halfbyte.plan.calibration import Calibration
-from halfbyte.plan.estimate import Candidate, DataShape, Estimate, Request, estimate
+from halfbyte.plan.estimate import Candidate, DataShape, Estimate, Request, Shape, estimate, least_peak
 from halfbyte.plan.hardware import Hardware, Rates
 from halfbyte.plan.price import Price
 from halfbyte.plan.rule import gb
 
-__all__ = ["Candidate", "DataShape", "Estimate", "Plan", "Request", "check_fits", "estimate", "make_plan", "too_big"]
+__all__ = [
+    "Candidate", "DataShape", "Estimate", "Plan", "Request", "Shape", "check_fits", "estimate",
+    "least_peak", "make_plan", "too_big",
+]  # fmt: skip
 
 SCHEMA_VERSION = 2
 """Of plan.json. Before 2, phases and components had one figure instead of an interval."""
@@ -75,6 +79,7 @@ class Plan:
         return {
             "schema_version": SCHEMA_VERSION,
             **self.chosen.as_dict(),
+            "verdict": self.verdict(self.chosen),
             "reason": self.reason,
             "clause": self.clause,
             "budget_bytes": self.budget,
@@ -100,7 +105,7 @@ class Plan:
 
 
 def make_plan(
-    spec: ModelSpec,
+    spec: Shape,
     request: Request,
     data: DataShape,
     hardware: Hardware,
@@ -109,6 +114,8 @@ def make_plan(
     candidates: Sequence[Candidate] | None = None,
     *,
     asked: str | None = None,
+    budget_reason: str | None = None,
+    stated: bool | None = None,
     constants: Calibration | None = None,
     price: Price | None = None,
     deadline: float | None = None,
@@ -118,23 +125,27 @@ def make_plan(
 
     candidates  what to estimate, by default the three ways to hold a base, each with `request`'s other fields
     asked       the candidate's name that `request` is, by default its method
+    stated      whether the user gave the budget; by default whether there is one
     constants   of this machine, by default those that ship for the kind of device
     deadline    seconds
     advise      also look for changes that make fit what does not
 
-    DoesNotFit if under `auto` no method is within the budget at p95 (see `check_fits` for a method that was asked for).
+    Nothing is refused here: where no method fits, the plan is of the one that needs least (see `check_fits`).
     """
     limit = hardware.usable if budget is None else budget
-    where = "GPU memory" if request.device == "cuda" else "memory"
-    why = f"90 % of the {where} that is free now" if budget is None else "--memory"
-    made = constants or calibration.of(request.device)
+    why = budget_reason or (f"90 % of the {where(request.device)} that is free now" if budget is None else "--memory")
+    whole = not isinstance(spec, ForeignSpec)
+    made = constants or (calibration.of(request.device) if whole else foreign.CALIBRATION)
     if candidates is None:
-        candidates = [Candidate(method, replace(request, method=method)) for method in METHODS]
+        bases = [method for method in METHODS if whole or method != "full"]
+        candidates = [Candidate(method, replace(request, method=method)) for method in bases]
     ranked = [_ranked(spec, candidate, data, rates, limit, made, price) for candidate in candidates]
     estimates = tuple(found for _, found in ranked)
     if request.method == "auto":
         offered = [e for c, e in ranked if c.choosable]
-        name, clause, reason = _choose(spec, request, offered, data, limit, why, budget is not None, deadline)
+        name, clause, reason = _choose(
+            spec, request, offered, data, limit, (budget is not None) if stated is None else stated, deadline
+        )
     else:
         name, clause, reason = asked or request.method, "asked", "asked for"
     chosen = next(e for e in estimates if e.name == name)
@@ -145,8 +156,12 @@ def make_plan(
     )  # fmt: skip
 
 
+def where(device: str) -> str:
+    return "GPU memory" if device == "cuda" else "memory"
+
+
 def _ranked(
-    spec: ModelSpec,
+    spec: Shape,
     candidate: Candidate,
     data: DataShape,
     rates: Rates,
@@ -169,7 +184,7 @@ def _ranked(
 
 
 def _changes(
-    spec: ModelSpec,
+    spec: Shape,
     ranked: Sequence[tuple[Candidate, Estimate]],
     data: DataShape,
     rates: Rates,
@@ -189,24 +204,23 @@ def _changes(
     return found
 
 
-def adapter_sizes(spec: ModelSpec, request: Request) -> tuple[int, int]:
+def adapter_sizes(spec: Shape, request: Request) -> tuple[int, int]:
     """(adapter parameters that a rank adds, parameters of the linears that are adapted)."""
     job = memory.Job("lora", request.dtype, request.quant, request.lora)
-    linears = memory.targets(spec, job)
+    linears = memory.targets(cast(ModelSpec, spec), job)
     return sum(x.in_features + x.out_features for x in linears), sum(x.parameters for x in linears)
 
 
 def _choose(
-    spec: ModelSpec,
+    spec: Shape,
     request: Request,
     estimates: Sequence[Estimate],
     data: DataShape,
     budget: int,
-    why: str,
     stated: bool,
     deadline: float | None,
 ) -> tuple[str, str, str]:
-    """(name, clause, reason) by the rule. DoesNotFit, with the one that needs least, if nothing fits."""
+    """(name, clause, reason) by the rule; the method that needs least if nothing fits."""
     adapters = [e for e in estimates if e.method != "full"]
     case = rule.Case(
         budget=budget,
@@ -219,7 +233,8 @@ def _choose(
     )
     choice = rule.choose(case, [e.offer for e in estimates])
     if choice is None:
-        raise DoesNotFit(too_big(min(adapters or estimates, key=lambda e: e.peak_p95), budget, why))
+        least = min(adapters or estimates, key=lambda e: e.peak_p95)
+        return least.name, "none", f"no method fits in {gb(budget)}; this one needs the least, {gb(least.peak_p95)}"
     return choice.name, choice.clause, choice.reason
 
 

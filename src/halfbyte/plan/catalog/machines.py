@@ -187,7 +187,11 @@ def _shipped_fields() -> Mapping[str, dict[str, Any]]:
 
 def _with(path: Path) -> dict[str, Machine]:
     made = dict(_shipped())
+    given: dict[str, Entry] = {}
     for name, entry in read_yaml(path).items():
+        if plain(name) in given:
+            raise UsageError(f"{entry.where}: {name} was already given at {given[plain(name)].where}: remove one")
+        given[plain(name)] = entry
         key = next((known for known in made if plain(known) == plain(name)), name)
         made[key] = _machine(key, entry, _shipped_fields().get(key, {}))
     return made
