@@ -1,8 +1,7 @@
 """Before the first step: what is tried, what is measured, and that nothing of it is left."""
 
 import json
-import sys
-from collections.abc import Callable
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,21 @@ import pytest
 import torch
 
 from halfbyte.data.sampler import Sampler
-from halfbyte.errors import DoesNotFit, HalfbyteError
-from halfbyte.plan.time import Counts, Probed
+from halfbyte.errors import DoesNotFit
+from halfbyte.plan.time import Counts
 from halfbyte.run.config import RunConfig
-from halfbyte.run.rehearsal import SCRATCH, Evaluation, Measured, Rehearsal
+from halfbyte.run.rehearsal import SCRATCH, Measured, Rehearsal, is_due
 from halfbyte.run.run import resume, run
 from halfbyte.train import checkpoint
+from halfbyte.train.budget import Budget, Layout
 from halfbyte.train.events import read_events
 from halfbyte.train.feed import Feed
+from halfbyte.train.loop import train
+from halfbyte.train.run_directory import RunDirectory
+from halfbyte.train.state import CPU, TrainPlan
 from halfbyte.train.update import NonFinite
-from tests.run.conftest import rows, write_rows
 from tests.train import tiny
+from tests.train.test_budget import long_plan, measured_need
 
 
 def trained(path: Path) -> dict[str, torch.Tensor]:
@@ -100,6 +103,7 @@ def test_its_event_and_the_corrected_plan(tiny_config: RunConfig) -> None:
     assert plan["before_probe"]["seconds"] == before["seconds"]
     assert plan["before_probe"]["seconds_by_phase"] == before["seconds_by_phase"]
     assert plan["seconds"] != before["seconds"]
+    assert 0 < plan["seconds_by_phase"]["rehearsal"]["p50"] <= event["seconds"] + 0.1
     assert plan["peak_memory_bytes"] == before["peak_memory_bytes"]
     assert plan == json.loads((path / "plan.json").read_text())
 
@@ -117,16 +121,14 @@ def test_by_default_only_where_it_costs_little(tiny_config: RunConfig, tmp_path:
             raise Enough
 
     heard: list[Any] = []
-    from halfbyte.run import rehearsal
-
+    config = tiny_config.replace(output_dir=long, max_steps=1_000_000)
     with pytest.raises(Enough):
-        config = tiny_config.replace(output_dir=long, max_steps=1_000_000)
         run(config, lambda event: (heard.append(event), listen(event)))
     plan = next(event["plan"] for event in heard if event["event"] == "planned")
-    assert rehearsal.is_due(config, plan)
-    assert not rehearsal.is_due(config.replace(rehearsal=False), plan)
-    assert not rehearsal.is_due(config, None)
-    assert rehearsal.is_due(config.replace(rehearsal=True), None)
+    assert is_due(config, plan)
+    assert not is_due(config.replace(rehearsal=False), plan)
+    assert not is_due(config, None)
+    assert is_due(config.replace(rehearsal=True), None)
 
 
 def test_a_resumed_run_does_not_rehearse_again(tiny_config: RunConfig) -> None:
@@ -156,6 +158,7 @@ def test_the_longest_the_median_and_the_shortest_micro_batch() -> None:
     sizes = sorted(sum(lengths[i] for i in members) for members in every)
     chosen = [sum(lengths[i] for i in members) for members in made.chosen()]
     assert chosen == [sizes[-1], sizes[(len(sizes) - 1) // 2], sizes[0]]
+    assert chosen[0] * 0.8 > chosen[1] > chosen[2] / 0.8, "or fewer would have been chosen"
     documents = [lengths[i] for members in every for i in members]
     supervised = sum(n - n // 2 for n in documents)
     assert made.counts == Counts(len(every), sum(documents), supervised, sum(n * n for n in documents))
@@ -163,15 +166,57 @@ def test_the_longest_the_median_and_the_shortest_micro_batch() -> None:
     assert made.counts.tokens == sum(batch.tokens for batch in batches)
 
 
-def test_rows_of_one_length_are_probed_once() -> None:
-    made = Rehearsal(feed([10] * 8), 2, None, lambda measured: None)
+def test_rows_of_about_one_length_are_probed_once() -> None:
+    made = Rehearsal(feed([10] * 4 + [11] * 4), 2, None, lambda measured: None)
     assert len(made.chosen()) == 1
+
+
+def test_a_peak_over_the_budget_steps_down_before_the_run_begins(tmp_path: Path) -> None:
+    model = tiny.decoder(layers=6)
+    plan = long_plan(model, length=4096, total_steps=1)
+    measured: list[Measured] = []
+    rehearsal = Rehearsal(plan.batches_for_update.__self__, 1, None, measured.append)  # type: ignore[attr-defined]
+    need = measured_need(tiny.decoder(layers=6), length=4096)
+
+    def lowered(planned: TrainPlan, layout: Layout) -> TrainPlan:
+        assert plan.lowered is not None
+        lower = rehearsal.feed.halved(layout.halvings)
+        return replace(plan.lowered(planned, layout), rehearse=rehearsal.lowered(lower, 0))
+
+    limit = Budget(None, CPU).standing + int(0.75 * need)
+    with RunDirectory.create(tmp_path / "run") as directory:
+        result = train(model, replace(plan, rehearse=rehearsal, memory=limit, lowered=lowered), directory)
+    events = read_events(tmp_path / "run" / "events.jsonl")
+    kinds = [event["event"] for event in events]
+    assert result.layout.halvings >= 1
+    assert kinds.index("warning") < kinds.index("rehearsal") < kinds.index("step")
+    assert "the rehearsal reached" in events[kinds.index("warning")]["message"]
+    assert len(measured) == 1, "what was over the budget corrects no plan"
+    assert measured[0].probes[0].counts.tokens < 4 * 4096
+
+
+def test_a_disk_without_room_ends_the_run_before_its_first_step(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tiny_config.output_dir is not None
+    usage = shutil.disk_usage
+    asked: list[Path] = []
+
+    def full(path: Path) -> Any:
+        asked.append(Path(path))
+        return usage(path)._replace(free=1000 if SCRATCH in str(path) else usage(path).free)
+
+    monkeypatch.setattr(shutil, "disk_usage", full)
+    with pytest.raises(DoesNotFit, match=r"the rehearsal before step 1 failed: .*checkpoint of step 0"):
+        run(tiny_config.replace(rehearsal=True))
+    assert not (tiny_config.output_dir / SCRATCH).exists()
+    assert checkpoint.list_checkpoints(tiny_config.output_dir) == []
 
 
 def test_numbers_that_break_end_the_run_before_its_first_step(
     tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The longest row overflows float16's range in a model whose weights are that large."""
+    """A model whose weights are damaged."""
     from halfbyte.run import run as module
 
     load = module.load

@@ -288,3 +288,34 @@ def test_an_update_that_broke_off_half_way_is_not_computed_again(tmp_path: Path)
     with RunDirectory.create(tmp_path / "run") as run, pytest.raises(DoesNotFit, match="in the middle of update 2"):
         train(model, plan, run, [lambda event: heard.append(event) if event["event"] == "step" else None])
     assert [c.name for c in checkpoint.list_checkpoints(tmp_path / "run")] == ["checkpoint-1"]
+
+
+def measured_need(model: Any, **options: Any) -> int:
+    """What a planned micro-batch takes of this process, code and scratch that stay not counted."""
+    batch = long_plan(model, **options).batches_for_update(1)[0]
+    for _ in range(2):
+        budget = Budget(None, CPU)
+        budget.before("train", batch.tokens)
+        nll, _ = model.loss(batch)
+        budget.half_way()
+        nll.backward()
+        budget.settle()
+    need = budget.needs["train"].of(batch.tokens)
+    assert need is not None
+    return need
+
+
+def over_budget(path: Path, options: dict[str, Any]) -> str:
+    """Run with a budget that is too small by a quarter of a micro-batch, and which nothing enforces."""
+    need = measured_need(tiny.decoder(layers=LAYERS), **options)
+    limit = Budget(None, CPU).standing + int(0.75 * need)
+    return long_run(path, memory=limit, total_steps=1, dropout=0.0, **options).status
+
+
+@limited
+def test_a_budget_that_the_plan_had_wrong_is_kept_from_then_on(tmp_path: Path) -> None:
+    """Nothing fails here: what the first micro-batch took is seen, and the next one is not begun."""
+    assert in_new_process(over_budget, tmp_path / "run", {"length": 4096}) == "completed"
+    told = [message for message in warnings_of(tmp_path / "run") if "memory ran short" in message]
+    assert "tokens need about" in told[0]
+    assert "1/2 of the planned" in told[0]

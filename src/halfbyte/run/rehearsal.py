@@ -42,6 +42,8 @@ MOST = 0.02
 """Share of the run that a rehearsal may take where nobody asked for one."""
 PASSES = 2
 """Of each length: one that warms up, one that is timed."""
+DIFFERENT = 0.8
+"""Of the tokens of the next longer probe: more alike, another says nothing about time that this one does not."""
 SCRATCH = ".rehearsal.partial"
 """Below the run's folder, so on its disk; `checkpoint.remove_leftovers` knows names of this kind."""
 
@@ -73,8 +75,10 @@ class Measured:
 
     counts          all training micro-batches of the run
     update_seconds  one optimizer step
+    seconds         that all of it took
     """
 
+    seconds: float
     probes: tuple[Probed, ...]
     counts: Counts
     update_seconds: float | None
@@ -101,6 +105,7 @@ class Rehearsal:
 
     def __call__(self, stage: Stage) -> Mapping[str, object]:
         """The fields of the `rehearsal` event. Shortage where it went over the budget."""
+        started = _clock(stage)
         try:
             with _untouched(stage):
                 probes = [self._timed(stage, members) for members in self.chosen()]
@@ -109,7 +114,7 @@ class Rehearsal:
         except HalfbyteError as error:
             raise type(error)(f"the rehearsal before step 1 failed: {error}") from error
         peak = stage.budget.memory()[1]
-        measured = Measured(tuple(probes), self.counts, update_seconds, evaluated, peak)
+        measured = Measured(_clock(stage) - started, tuple(probes), self.counts, update_seconds, evaluated, peak)
         told = self.tell(measured) or {}
         return {
             "peak_memory_bytes": peak,
@@ -142,7 +147,7 @@ class Rehearsal:
         return replace(sum_of(self._all), micro_batches=len(self._all))
 
     def chosen(self) -> list[list[int]]:
-        """The longest micro-batch of the run, the median one and the shortest, as far as these differ in tokens."""
+        """The longest micro-batch of the run, the median one and the shortest, as far as their tokens differ."""
         supervised = [size for size in self._all if size.supervised]
         if not supervised:
             raise HalfbyteError("nothing is supervised in any row of this run")
@@ -150,7 +155,8 @@ class Rehearsal:
         tokens = [size.tokens for size in supervised]
         wanted = {longest.tokens: longest}
         for other in (statistics.median_low(tokens), min(tokens)):
-            wanted.setdefault(other, next(size for size in supervised if size.tokens == other))
+            if other < DIFFERENT * min(wanted):
+                wanted[other] = next(size for size in supervised if size.tokens == other)
         found: dict[int, list[int]] = {}
         for members, size in zip(self.feed.all_micro_batches(self.total_steps), self._all, strict=True):
             if wanted.get(size.tokens) == size:

@@ -471,7 +471,7 @@ def _correct_plan(
         measured.update_seconds, measured.evaluation,
     )  # fmt: skip
     before = plan.as_dict()
-    better = plan.corrected(seconds).as_dict() | {
+    better = plan.corrected(seconds | {"rehearsal": measured.seconds}).as_dict() | {
         "probed": True,
         "before_probe": {name: before[name] for name in ("seconds", "seconds_by_phase")},
     }
