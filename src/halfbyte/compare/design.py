@@ -7,12 +7,15 @@ number of updates, hence the same supervised tokens. Variants differ in how an u
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from halfbyte.compare import identity
 from halfbyte.compare.options import Request
 from halfbyte.compare.variants import Variant, variants_of
+from halfbyte.data.options import DataOptions
 from halfbyte.errors import DoesNotFit, HalfbyteError, UsageError
+from halfbyte.models.options import ModelOptions
 from halfbyte.plan.recommend import Plan, check_fits
 from halfbyte.run import folder, planning, tasks
 from halfbyte.run.config import RunConfig
@@ -28,11 +31,16 @@ LAYOUT = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradien
 
 @dataclass(frozen=True)
 class Work:
-    """What a run of a variant goes through: the same for all that are compared."""
+    """What a run of a variant goes through: the same for all that are compared.
+
+    data_tokens, data_supervised   of the training rows, once; tokens, supervised_tokens: of all updates together
+    """
 
     data: str
     train_rows: int
     eval_rows: int
+    data_tokens: int
+    data_supervised: int
     rows_per_update: int
     steps: int
     tokens: int
@@ -87,6 +95,8 @@ class Design:
 
     variants: tuple[PlannedVariant, ...]
     seeds: tuple[int, ...]
+    model: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
 
     def variant(self, key: str) -> PlannedVariant:
         return next(planned for planned in self.variants if planned.key == key)
@@ -132,17 +142,23 @@ def make_design(request: Request, known: Mapping[str, Mapping[str, Any]]) -> Des
         raise UsageError("the first seed is the same for all variants: give seed once")
     surveys: dict[str, Survey] = {}
     made: dict[str, PlannedVariant] = {}
+    ids: dict[str, str] = {}
+    notes: list[str] = []
     for variant in variants:
         try:
-            made[variant.key] = _planned(variant, surveys, known, made)
-        except DoesNotFit:
-            raise
+            planned = _planned(variant, surveys, known, made)
         except HalfbyteError as error:
             raise type(error)(f"variant {variant.key}: {error}") from None
+        source = variant.continue_from
+        first = cell_of(planned, seed, cell_of(made[source], seed).id if source else None).id
+        if ids.setdefault(first, variant.key) != variant.key:  # the rank of full fine-tuning, in a grid
+            notes.append(f"{variant.key} is the same run as {ids[first]} and is left out.")
+            continue
+        made[variant.key] = planned
     if not request.options.unequal:
         _require_equal([planned for planned in made.values() if not planned.variant.only_a_start])
     seeds = tuple(range(seed, seed + request.options.seeds))
-    return Design(tuple(made.values()), seeds)
+    return Design(tuple(made.values()), seeds, _model(next(iter(surveys.values()))), tuple(notes))
 
 
 def _planned(
@@ -207,11 +223,29 @@ def _too_big(made: Plan | None) -> str | None:
     return None
 
 
+def _model(found: Survey) -> dict[str, Any]:
+    """The base, as the report says it."""
+    source = found.source
+    stored = source.prequantized_bytes()
+    blocks = {"gguf": "a GGUF file's own blocks", "gptq": "GPTQ's codes", "awq": "AWQ's codes"}
+    said = None
+    if stored:
+        said = (
+            f"{source.name} has {blocks.get(source.blocks or '', 'blocks of ' + str(source.blocks))} in {len(stored)} "
+            "tensors: the 16-bit weights were quantized once already"
+        )
+    return {
+        "name": Path(found.config.model).name,
+        "family": source.config.get("model_type"),
+        "parameters": None if found.spec is None else found.spec.total_parameters,
+        "dtype": str(found.dtype).removeprefix("torch."),
+        "quantized_source": said,
+        "fingerprint": source.fingerprint,
+    }
+
+
 def _survey(config: RunConfig, surveys: dict[str, Survey]) -> Survey:
     """Model and rows; those that another variant has read already are not read again."""
-    from halfbyte.data.options import DataOptions
-    from halfbyte.models.options import ModelOptions
-
     key = repr((config.pick(ModelOptions), config.pick(DataOptions), config.seed))
     if key not in surveys:
         surveys[key] = planning.survey(config)
@@ -228,6 +262,8 @@ def _work(found: Survey, rows: int, steps: int) -> Work:
         data=prepared.fingerprint,
         train_rows=len(prepared.train),
         eval_rows=len(prepared.eval),
+        data_tokens=sum(map(len, prepared.train)),
+        data_supervised=sum(supervised),
         rows_per_update=rows,
         steps=steps,
         tokens=feed.tokens(steps),

@@ -51,7 +51,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Difference:
-    """a minus b. `detectable`: the smallest true difference that would have been found (power 80 %); None: one seed."""
+    """a minus b. `detectable`: the smallest true difference that would have been found (power 80 %); None: one
+    seed, or nothing varied."""
 
     mean: float
     low: float | None
@@ -180,9 +181,12 @@ def satterthwaite(parts: Sequence[tuple[float, float]]) -> float:
     return sum(variance for variance, _ in parts) ** 2 / bottom if bottom > 0 else max(f for _, f in parts)
 
 
-def detectable(error: float, freedom: float) -> float:
-    """The true difference that is found with 80 % power at the 5 % level, two-sided, for a standard error."""
-    return _noncentrality(round(freedom, 2)) * error
+def detectable(error: float, freedom: float) -> float | None:
+    """The true difference that is found with 80 % power at the 5 % level, two-sided, for a standard error.
+
+    None where nothing varied: that says how little was seen, not that everything would have been.
+    """
+    return _noncentrality(round(freedom, 2)) * error if error > 0 else None
 
 
 @lru_cache(maxsize=1024)
