@@ -61,8 +61,8 @@ def _claims(output: Path | None, json: bool) -> None:
     if json:
         screen.print_json([verdict.as_dict() for verdict in verdicts])
         return
-    rows = [(str(v.claim), v.verdict, v.figure) for v in verdicts]
-    screen.console().print(screen.table((">claim", "verdict", "measured"), rows))
+    rows = [(str(v.claim), v.verdict, v.sentence) for v in verdicts]
+    screen.console().print(screen.table((">claim", "verdict", "what was measured"), rows))
 
 
 class _Listener:

@@ -70,6 +70,11 @@ def variants_of(request: Request) -> list[Variant]:
         own = {name: given[name] for name in OWN if name in given}
         rest = {name: value for name, value in given.items() if name not in OWN}
         made.append(_variant(request, rest, f"variants[{number}]", own))
+    seen: set[str] = set()
+    for variant in made:
+        if variant.key in seen:
+            raise UsageError(f"two variants are called {variant.key}: give them different names")
+        seen.add(variant.key)
     made = _chained(made)
     _require_different(made)
     return made
@@ -151,11 +156,6 @@ def _chained(made: Sequence[Variant]) -> list[Variant]:
 
 
 def _require_different(made: Sequence[Variant]) -> None:
-    seen: dict[str, Variant] = {}
-    for variant in made:
-        if variant.key in seen:
-            raise UsageError(f"two variants are called {variant.key}: give them different names")
-        seen[variant.key] = variant
     compared = [variant for variant in made if not variant.only_a_start]
     if len(compared) < 2:
         raise UsageError(
