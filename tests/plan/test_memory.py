@@ -203,7 +203,7 @@ def test_activations_are_what_autograd_keeps(
 def test_phases_and_their_peak() -> None:
     spec = spec_of()
     small, large = memory.phases(spec, job(micro_tokens=64)), memory.phases(spec, job(micro_tokens=6400))
-    assert set(small) == {"load", "train", "evaluate"}
+    assert set(small) == {"load", "train", "evaluate", "save"}
     assert large["train"]["activations"] > 50 * small["train"]["activations"]
     assert large["load"] == small["load"]
     recomputed = memory.phases(spec, job(micro_tokens=6400, checkpointing=True))

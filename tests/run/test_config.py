@@ -18,7 +18,7 @@ from halfbyte.run.config import (
     translate,
     write_template,
 )
-from halfbyte.run.yamlfile import Entry, parse_yaml
+from halfbyte.yamlfile import Entry, parse_yaml
 
 SOURCES = sorted(Path(halfbyte.__file__).parent.glob("**/*.py"))
 

@@ -25,7 +25,16 @@ from transformers.pytorch_utils import Conv1D
 from halfbyte.batch import IGNORE, Batch
 from halfbyte.errors import UsageError
 from halfbyte.linear import segments
-from halfbyte.models.fallback_load import HEAD, MIN_SHARE, Coverage, Loader, coverage_of, empty_model, linears_of
+from halfbyte.models.fallback_load import (
+    HEAD,
+    MIN_SHARE,
+    Coverage,
+    Loader,
+    coverage_of,
+    empty_model,
+    linears_of,
+    recompute,
+)
 from halfbyte.models.model_source import ModelSource
 from halfbyte.quant import QuantOptions, Weight
 
@@ -116,13 +125,8 @@ class Held(nn.Module):
                 f"{type(self.model).__name__} in transformers cannot recompute activations: "
                 "set gradient_checkpointing to false"
             )
-        # transformers 5.23 renamed the method and warns about the old name.
-        kind = "activation" if hasattr(self.model, "activation_checkpointing_enable") else "gradient"
-        if on and not self._checkpointing:
-            getattr(self.model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
-            self.model.disable_input_require_grads()  # which only reentrant checkpoints need
-        elif self._checkpointing and not on:
-            getattr(self.model, f"{kind}_checkpointing_disable")()
+        if on != self._checkpointing:
+            recompute(self.model, on)
         self._checkpointing = on
 
     def places(self) -> Iterator[tuple[str, nn.Module, str]]:

@@ -120,10 +120,22 @@ def empty_model(config: Mapping[str, Any], dtype: torch.dtype, auto: Any = AutoM
     try:
         with _parameters_on_meta():
             return auto.from_config(made, dtype=dtype, trust_remote_code=False).eval()
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        raise UsageError(f"config.json: {kind!r} is not {_KINDS[auto]} in transformers") from error
+    except Exception as error:  # whatever a model's own code trips over: heads that do not divide, sizes below zero
+        if "Unrecognized configuration class" in str(error):
+            raise UsageError(f"config.json: {kind!r} is not {_KINDS[auto]} in transformers") from error
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"config.json: transformers cannot build a {kind} model of it: {reason}") from error
+
+
+def recompute(model: Any, on: bool = True) -> None:
+    """Switch the recomputation of activations in the backward pass, as transformers does it, on or off."""
+    # transformers 5.23 renamed the methods and warns about the old names.
+    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    if on:
+        getattr(model, f"{kind}_checkpointing_enable")({"use_reentrant": False})
+        model.disable_input_require_grads()  # which only reentrant checkpoints need
+    else:
+        getattr(model, f"{kind}_checkpointing_disable")()
 
 
 def linears_of(model: nn.Module) -> dict[str, nn.Module]:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Literal
 
 import huggingface_hub
 from huggingface_hub import errors
@@ -24,11 +25,9 @@ log = logging.getLogger(__name__)
 
 _PART = r"[A-Za-z0-9][\w.-]*"
 _HUB_ID = re.compile(rf"{_PART}(/{_PART}(/[\w./ -]+\.gguf)?)?")
-_NEEDED = (
-    "*.safetensors",
-    "model.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
+Part = Literal["all", "config", "tokenizer"]
+_CONFIG = ("config.json", "generation_config.json")
+_TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -39,6 +38,8 @@ _NEEDED = (
     "sentencepiece*.model",
     "chat_template*",
 )
+_NEEDED = ("*.safetensors", "model.safetensors.index.json", *_CONFIG, *_TOKENIZER)
+_PARTS: dict[Part, tuple[str, ...]] = {"all": _NEEDED, "config": _CONFIG, "tokenizer": (*_CONFIG, *_TOKENIZER)}
 _NOT_NEEDED = ("*/*", "consolidated*", "adapter_*")  # folders hold other formats; Mistral repeats itself in one file
 _PICKLE = re.compile(r"[^/]+\.(bin|pt|pth|ckpt)")
 HTTP_ERROR: type[Exception] = errors.HfHubHTTPError.__bases__[0]  # httpx's root error, whichever httpx the hub uses
@@ -57,8 +58,10 @@ def is_hub_id(model: str) -> bool:
     return _HUB_ID.fullmatch(model) is not None and ".." not in model
 
 
-def download(model: str, revision: str | None = None, cache: Path | None = None) -> Download:
+def download(model: str, revision: str | None = None, cache: Path | None = None, part: Part = "all") -> Download:
     """Bring `model` to this machine, or find it in the cache; see `open_source`.
+
+    part   "config": its config.json, whatever its weights are; "tokenizer": that and the tokenizer's files
 
     Offline (HF_HUB_OFFLINE=1), or where the Hub cannot be reached, the cached copy is used if there is one.
     Raises UsageError (not there, gated, pickles only), DoesNotFit (disk) or HalfbyteError (network).
@@ -66,18 +69,18 @@ def download(model: str, revision: str | None = None, cache: Path | None = None)
     repo, _, file = _split(model)
     folder = Path(cache or huggingface_hub.constants.HF_HUB_CACHE).expanduser()
     if huggingface_hub.is_offline_mode():
-        return _cached(repo, file, revision, folder, "HF_HUB_OFFLINE is set")
+        return _cached(repo, file, revision, folder, "HF_HUB_OFFLINE is set", part)
     with _one_line(repo, revision):
         try:
             info = api().model_info(repo, revision=revision, files_metadata=True)
         except errors.HfHubHTTPError as error:
             if error.response.status_code < 500:
                 raise
-            return _cached(repo, file, revision, folder, f"the Hub answers {error.response.status_code}")
+            return _cached(repo, file, revision, folder, f"the Hub answers {error.response.status_code}", part)
         except HTTP_ERROR as error:
-            return _cached(repo, file, revision, folder, f"the Hub cannot be reached ({error})")
+            return _cached(repo, file, revision, folder, f"the Hub cannot be reached ({error})", part)
         sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
-        wanted = [file] if file else _choose(repo, sizes)
+        wanted = [file] if file else _choose(repo, sizes, part)
         if file and file not in sizes:
             raise UsageError(f"{repo} has no file {file} on the Hub{_gguf_hint(repo, sizes)}")
         _check_disk(repo, info.sha, wanted, sizes, folder)
@@ -105,9 +108,11 @@ def api() -> huggingface_hub.HfApi:
     return huggingface_hub.HfApi(endpoint=_endpoint())
 
 
-def _choose(repo: str, sizes: dict[str, int]) -> list[str]:
+def _choose(repo: str, sizes: dict[str, int], part: Part) -> list[str]:
     """The files to fetch, or why there is nothing to fetch."""
-    wanted = sorted(name for name in sizes if _matches(name, _NEEDED) and not _matches(name, _NOT_NEEDED))
+    wanted = sorted(name for name in sizes if _matches(name, _PARTS[part]) and not _matches(name, _NOT_NEEDED))
+    if part != "all" and "config.json" in sizes:
+        return wanted
     if any(name.endswith(".safetensors") for name in wanted):
         if "config.json" in sizes:
             return wanted
@@ -150,7 +155,7 @@ def _remember(folder: Path, repo: str, revision: str, sha: str) -> None:
     write_atomic(ref, sha)
 
 
-def _cached(repo: str, file: str, revision: str | None, folder: Path, why: str) -> Download:
+def _cached(repo: str, file: str, revision: str | None, folder: Path, why: str, part: Part) -> Download:
     """The copy in the cache; the message says why the Hub was not asked."""
     try:
         found = huggingface_hub.snapshot_download(
@@ -158,19 +163,24 @@ def _cached(repo: str, file: str, revision: str | None, folder: Path, why: str) 
             revision=revision,
             cache_dir=folder,
             local_files_only=True,
-            allow_patterns=[file] if file else list(_NEEDED),
+            allow_patterns=[file] if file else list(_PARTS[part]),
             ignore_patterns=None if file else list(_NOT_NEEDED),
         )
     except (OSError, ValueError):
         found = None
     path = None if found is None else Path(found, file) if file else Path(found)
-    if path is None or not path.exists():
+    if path is None or not (path.exists() if file else _holds(path, part)):
         wanted = f"{repo} at revision {revision}" if revision else repo
         raise UsageError(
             f"{wanted} is not in the cache ({folder}) and {why}: connect once to download it, or give a local folder"
         )
     log.warning("%s: using the copy in the cache, since %s", repo, why)
     return Download(path, Path(str(found)).name)
+
+
+def _holds(folder: Path, part: Part) -> bool:
+    """Whether a snapshot has what was asked for: a plan leaves one behind that has no weights."""
+    return (folder / "config.json").is_file() and (part != "all" or any(folder.glob("*.safetensors")))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import platform
-import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ import torch
 from halfbyte import ops
 from halfbyte.errors import HalfbyteError
 from halfbyte.files import write_atomic
+from halfbyte.ops import native
+from halfbyte.plan import engine_rates
 
 INSTRUCTION_SETS = {
     "avx2": "AVX2",
@@ -38,7 +40,7 @@ INSTRUCTION_SETS = {
     "i8mm": "NEON I8MM",
     "sve": "SVE",
 }
-_MEASUREMENT_VERSION = 2
+_MEASUREMENT_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,16 @@ class Gpu:
 @dataclass(frozen=True)
 class Rates:
     """Measured on `device`: matrix products in FLOP/s by dtype, memory copy in bytes a second (read plus written),
-    NF4 decoding in weights a second by the backend that is in use."""
+    NF4 decoding in weights a second by the backend that is in use.
+
+    engine   by dtype, halfbyte's own operators in FLOP/s (`plan.engine_rates`); empty where none of them runs
+    """
 
     device: str
     gemm: dict[str, float]
     bandwidth: float
     dequantize: float
+    engine: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -236,7 +242,8 @@ def measure(hardware: Hardware, cache: Path | None = None, refresh: bool = False
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             saved = json.loads(path.read_text())
             gemm = {str(k): float(v) for k, v in saved["gemm"].items()}
-            return Rates(str(saved["device"]), gemm, float(saved["bandwidth"]), float(saved["dequantize"]))
+            engine = {str(k): {str(n): float(r) for n, r in v.items()} for k, v in saved["engine"].items()}
+            return Rates(str(saved["device"]), gemm, float(saved["bandwidth"]), float(saved["dequantize"]), engine)
     rates = _measure(hardware)
     # A home that cannot be written costs two seconds the next time, not the run.
     with contextlib.suppress(HalfbyteError):
@@ -256,7 +263,12 @@ def _measure(hardware: Hardware) -> Rates:
         names = {"float32": torch.float32, "float16": torch.float16}
     gemm = {name: _gemm_rate(dtype, device) for name, dtype in names.items()}
     fastest = max(gemm, key=lambda name: gemm[name])
-    return Rates(device, gemm, _bandwidth(device), _decode_rate(names[fastest], device))
+    engine = {
+        name: engine_rates.measure(dtype)
+        for name, dtype in names.items()
+        if device == "cpu" and native.multiplies(dtype)
+    }
+    return Rates(device, gemm, _bandwidth(device), _decode_rate(names[fastest], device), engine)
 
 
 def _gemm_rate(dtype: torch.dtype, device: str) -> float:
@@ -286,18 +298,11 @@ def _decode_rate(dtype: torch.dtype, device: str) -> float:
     return rows * columns / seconds
 
 
-def _best_seconds(call: Any, device: str, budget: float = 0.4) -> float:
-    """The fastest of several calls within `budget` seconds: the rate without the neighbours' noise."""
-    best = float("inf")
-    deadline = time.perf_counter() + budget
-    for attempt in range(50):
-        start = time.perf_counter()
+def _best_seconds(call: Callable[[], object], device: str) -> float:
+    """The fastest of several calls within 0.4 s."""
+
+    def synchronized() -> None:
         call()
-        if device != "cpu":
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        if attempt:  # the first call pays for page faults and kernel choice
-            best = min(best, seconds)
-        if attempt >= 2 and time.perf_counter() > deadline:
-            break
-    return best
+        torch.cuda.synchronize()
+
+    return engine_rates.best_seconds(call if device == "cpu" else synchronized, budget=0.4)

@@ -36,6 +36,12 @@ EVALUATION_TOKENS = 4096
 """Tokens of rows in one forward pass of an evaluation (`evaluate.EvaluateOptions.eval_batch_tokens`)."""
 CUDA_CONTEXT = 500_000_000
 """What a CUDA context takes of the card, beside torch's allocations."""
+SAVED_PIECE = 64_000_000
+"""Tensors in flight while a checkpoint is written and its checksums are made."""
+MERGED_PIECES = 64_000_000
+"""Rows in float32 and in the merged type at once (`export.merged_tensors`)."""
+TOKENIZER_FILES = 40_000_000
+"""A large vocabulary's tokenizer files on the disk."""
 THREAD_PANELS = 2_000_000
 """Panels of weights and sums that the native engine keeps for each thread (`csrc/engine/linear.inc`, `loss.inc`)."""
 
@@ -428,4 +434,34 @@ def phases(spec: ModelSpec, job: Job) -> dict[str, dict[str, int]]:
         "load": {**held, "adapters": 0, "loading": loading_bytes(spec, job)},
         "train": train,
         "evaluate": evaluate,
+        "save": {k: v for k, v in train.items() if k not in ("gradients", "activations")} | {"pieces": SAVED_PIECE},
+    }
+
+
+def merge_phase(spec: ModelSpec, job: Job) -> dict[str, int]:
+    """`halfbyte merge` afterwards, on its own: a few rows at a time, and the adapters (`export.merged_tensors`).
+
+    The comparison of the merged model with the trained one goes layer by layer and holds one layer of each, dense.
+    """
+    d, size = spec.hidden_size, DTYPE_BYTES[job.dtype]
+    layer = spec.linear_parameters // spec.num_layers
+    return {
+        "runtime": runtime_bytes(spec, job),
+        "base weights": layer * 2 * size + spec.vocab_size * d * size,
+        "adapters": 0 if job.method == "full" else 4 * adapter_parameters(spec, job),
+        "pieces": MERGED_PIECES,
+    }
+
+
+def disk_bytes(spec: ModelSpec, job: Job, checkpoints: int = 2) -> dict[str, int]:
+    """Bytes that a run leaves on the disk at most: the checkpoints at once (one is written before the oldest goes, and
+    the best one may be kept beside the last ones), and the result."""
+    each = trainable_bytes(spec, job) + optimizer_state(spec, job)
+    result = spec.total_parameters * DTYPE_BYTES[job.dtype] if job.method == "full" else trainable_bytes(spec, job)
+    paged = optimizer_state(spec, job) + gradient_bytes(spec, job) if job.optim.startswith("paged") else 0
+    adapter = 0 if job.method == "full" else trainable_bytes(spec, job)
+    return {
+        "checkpoints": (each + adapter) * min(checkpoints + 2, job.steps),
+        "result": result + TOKENIZER_FILES,
+        "optimizer pages": paged,
     }

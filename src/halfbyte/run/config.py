@@ -24,8 +24,8 @@ from halfbyte.optim.options import OptimOptions
 from halfbyte.options import Options, Size
 from halfbyte.quant.options import QuantOptions
 from halfbyte.run import aliases, methods
-from halfbyte.run.yamlfile import Entry, read_yaml
 from halfbyte.train.options import TrainOptions
+from halfbyte.yamlfile import Entry, read_yaml
 
 SCHEMA_VERSION = 2
 """Of run.yaml. Before 2, QLoRA on a GGUF file quantized its dequantized weights anew."""

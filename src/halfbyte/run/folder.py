@@ -15,10 +15,10 @@ from halfbyte.evaluate.evaluate import EvaluateResult, RowResult
 from halfbyte.files import write_atomic
 from halfbyte.run.config import RECORD_KEY, SCHEMA_VERSION, RunConfig, build, translate
 from halfbyte.run.planning import Survey
-from halfbyte.run.yamlfile import read_yaml
 from halfbyte.train.events import Event, read_events
 from halfbyte.train.progress import follow
 from halfbyte.train.run_directory import CONFIG, EVENTS, RESULT, is_run, running
+from halfbyte.yamlfile import read_yaml
 
 BASE = "base.json"
 _PACKAGES = ("halfbyte", "torch", "transformers", "tokenizers", "safetensors")

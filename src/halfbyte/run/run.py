@@ -33,12 +33,14 @@ from halfbyte.errors import HalfbyteError, Interrupted, UsageError
 from halfbyte.evaluate.classify import evaluate_classifier
 from halfbyte.evaluate.evaluate import BaseAndTuned, EvaluateResult, against, evaluate, evaluate_base_and_tuned
 from halfbyte.files import write_atomic
+from halfbyte.heap import give_back
 from halfbyte.linear import segments
 from halfbyte.models.classifier import Classifier, HeadOptions
 from halfbyte.models.load import LoadedModel, load_model
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.shifted_source import LinearBase, own_blocks
 from halfbyte.models.source import ModelSource
+from halfbyte.ops.pool import pool
 from halfbyte.optim.options import OptimOptions
 from halfbyte.plan.recommend import check_fits
 from halfbyte.quant.options import QuantOptions
@@ -239,6 +241,8 @@ def _train(directory: RunDirectory, config: RunConfig, record: Event, found: Sur
     else:
         scores = _scores(config, loaded, prepared, base)
     beside = (before - started) + (clock() - after)
+    pool.clear()  # activations are done with: the tokenizer's files are made of as much garbage as a small model takes
+    give_back()
     result = outputs.write(directory.path, config, record, found, loaded, trained, scores, beside)
     on_event({"event": "finished", "path": directory.path, "result": result})
     return RunResult(directory.path, config, result)

@@ -48,10 +48,10 @@ from halfbyte.run import folder, planning, tasks
 from halfbyte.run.config import QUANTIZED_ALONE, RunConfig, load_config, translate
 from halfbyte.run.continued import adapter_folder
 from halfbyte.run.outputs import TEMPLATE
-from halfbyte.run.yamlfile import Entry
 from halfbyte.train.checkpoint import list_checkpoints
 from halfbyte.train.dpo import read_references
 from halfbyte.train.run_directory import CONFIG, RESULT
+from halfbyte.yamlfile import Entry
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import torch
 
 from halfbyte.errors import HalfbyteError, Interrupted, UsageError
 from halfbyte.files import require_free_space
+from halfbyte.heap import give_back
 from halfbyte.optim.adamw import AdamW, clip_factor
 from halfbyte.optim.schedule import learning_rate_at
 from halfbyte.tensorfile import layout_of, part_of
@@ -79,6 +80,7 @@ def train(model: Model, plan: TrainPlan, run: RunDirectory, listeners: Iterable[
                     update = backward(model, optimizer, batches, options.seed, step, scale, stop, plan.locate)
                     optimizer.step(rate, update.unscale * clip_factor(update.grad_norm, optim.clip_norm))
                 optimizer.zero_grad()
+                give_back()  # what one update left between live tensors would be on top of the next one's peak
                 scale.grow()
                 state.take_scale(scale)
                 figures = plan.figures() if plan.figures is not None else {}

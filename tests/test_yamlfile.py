@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from halfbyte.errors import UsageError
-from halfbyte.run.yamlfile import parse_yaml, read_yaml
+from halfbyte.yamlfile import parse_yaml, read_yaml
 
 
 def values(text: str) -> dict[str, object]:
