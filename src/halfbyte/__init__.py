@@ -24,7 +24,18 @@ if TYPE_CHECKING:
     from halfbyte.run.config import RunConfig, load_config
     from halfbyte.run.run import RunResult
 
-__all__ = ["RunConfig", "RunResult", "classify", "compare", "evaluate", "load", "load_config", "plan", "resume", "train"]
+__all__ = [
+    "RunConfig",
+    "RunResult",
+    "classify",
+    "compare",
+    "evaluate",
+    "load",
+    "load_config",
+    "plan",
+    "resume",
+    "train",
+]
 
 _HOMES = {
     "RunConfig": "halfbyte.run.config",

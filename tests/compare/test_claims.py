@@ -18,26 +18,30 @@ def variant(method: str, key: str | None = None, notes: tuple[str, ...] = (), sh
     quant = (fields or {}).get("quant_type", "nf4" if method.startswith("q") else None)
     against = None if share is None else {"metric": "accuracy", "share": mean_interval(share).as_dict()}
     return {
-        "key": key or method, "method_name": method, "fields": {"method": method} | (fields or {}), "notes": list(notes),
+        "key": key or method, "method_name": method, "fields": {"method": method} | (fields or {}),
+        "notes": list(notes),
         "quant_type": quant, "against_full": against,
         "figures": {name: mean_interval(values).as_dict() for name, values in figures.items()},
     }  # fmt: skip
 
 
 def compared(a: str, b: str, metric: str, verdict: str, mean: float = 0.0, half: float = 0.01) -> dict[str, Any]:
-    return {"a": a, "b": b, "metric": metric, "verdict": verdict, "detectable": 0.02, "sentence": f"{a} and {b}: {verdict}.",
+    return {"a": a, "b": b, "metric": metric, "verdict": verdict, "detectable": 0.02,
+            "sentence": f"{a} and {b}: {verdict}.",
             "difference": {"mean": mean, "low": mean - half, "high": mean + half}}  # fmt: skip
 
 
 def report(*variants: dict[str, Any], comparisons: tuple[dict[str, Any], ...] = (), quality: str = "accuracy",
-           data: str = "sst2.jsonl", convergence: tuple[Any, ...] = (), name: str = "model", size: int = 1) -> Report:  # fmt: skip
+           data: str = "sst2.jsonl", convergence: tuple[Any, ...] = (), name: str = "model",
+           size: int = 1) -> Report:  # fmt: skip
     metrics = [
         {"key": quality, "label": quality, "better": "lower" if quality == "eval_loss" else "higher", "unit": "share",
          "quality": True},
         {"key": "eval_loss", "label": "held-out loss", "better": "lower", "unit": "loss", "quality": True},
     ]  # fmt: skip
     return Report(Path("r/report.json"), {
-        "variants": list(variants), "comparisons": list(comparisons), "metrics": metrics, "model": {"name": name, "parameters": size},
+        "variants": list(variants), "comparisons": list(comparisons), "metrics": metrics,
+        "model": {"name": name, "parameters": size},
         "data": [{"name": data}], "convergence": list(convergence), "settings": {"seeds": [1, 2, 3]},
     })  # fmt: skip
 
@@ -71,13 +75,19 @@ def test_without_a_report_it_says_what_it_needs() -> None:
 
 
 def test_reports_that_disagree_make_it_partly() -> None:
-    fast = report(variant("lora", tokens_per_second=[105.0, 106.0, 107.0]), variant("qlora", tokens_per_second=[100.0] * 3))
-    slow = report(variant("lora", tokens_per_second=[80.0, 81.0, 82.0]), variant("qlora", tokens_per_second=[100.0] * 3))
+    fast = report(
+        variant("lora", tokens_per_second=[105.0, 106.0, 107.0]), variant("qlora", tokens_per_second=[100.0] * 3)
+    )
+    slow = report(
+        variant("lora", tokens_per_second=[80.0, 81.0, 82.0]), variant("qlora", tokens_per_second=[100.0] * 3)
+    )
     assert judge(9, [fast, slow]).verdict == "partly"
 
 
 def test_shares_of_full() -> None:
-    inside = report(variant("full"), variant("qlora", share=[0.96, 0.97, 0.965]), variant("lora", share=[0.98, 0.981, 0.982]))
+    inside = report(
+        variant("full"), variant("qlora", share=[0.96, 0.97, 0.965]), variant("lora", share=[0.98, 0.981, 0.982])
+    )
     assert judge(6, [inside]).verdict == "confirmed"
     better = report(variant("full"), variant("qlora", share=[1.01, 1.02, 1.015]))
     assert judge(6, [better]).verdict == "refuted"
@@ -88,7 +98,9 @@ def test_shares_of_full() -> None:
     ("verdict", "held"), [(NONE, "confirmed"), (A, "refuted"), (B, "confirmed")], ids=["none", "full", "qlora"]
 )
 def test_comparable_to_full(verdict: str, held: str) -> None:
-    made = judge(7, [report(variant("full"), variant("qlora"), comparisons=(compared("full", "qlora", "accuracy", verdict),))])
+    made = judge(
+        7, [report(variant("full"), variant("qlora"), comparisons=(compared("full", "qlora", "accuracy", verdict),))]
+    )
     assert made.verdict == held
 
 
@@ -99,7 +111,10 @@ def test_the_difference_on_sst2() -> None:
     assert judge(15, [near]).figure == pytest.approx(0.002)
     far = report(*pair, comparisons=(compared("lora", "qlora", "accuracy", A, 0.05),))
     assert judge(15, [far]).verdict == "refuted"
-    assert judge(15, [report(*pair, data="other", comparisons=(compared("lora", "qlora", "accuracy", A, 0.05),))]).evidence == ""
+    assert (
+        judge(15, [report(*pair, data="other", comparisons=(compared("lora", "qlora", "accuracy", A, 0.05),))]).evidence
+        == ""
+    )
 
 
 def level(loss: float, **tokens: list[float]) -> dict[str, Any]:
@@ -154,7 +169,9 @@ def test_the_registry_and_the_file_of_claims_agree() -> None:
     measurable = {claim.id for claim in held.claims if "M" in claim.kinds}
     assert claims.NEEDS.keys() == measurable
     assert claims.TESTS.keys() <= claims.NEEDS.keys()
-    made = judge(9, [report(variant("lora", tokens_per_second=[1.0, 1.0, 1.0]), variant("qlora", tokens_per_second=[1.0] * 3))])
+    made = judge(
+        9, [report(variant("lora", tokens_per_second=[1.0, 1.0, 1.0]), variant("qlora", tokens_per_second=[1.0] * 3))]
+    )
     decision = with_verdicts(held, [made]).find(9).by("measurement")
     assert decision is not None
     assert (decision.verdict, decision.figure, decision.evidence) == (made.verdict, made.figure, made.evidence)
@@ -163,7 +180,9 @@ def test_the_registry_and_the_file_of_claims_agree() -> None:
 
 
 def test_reports_are_found_below_a_folder(tmp_path: Path) -> None:
-    one = report(variant("lora", tokens_per_second=[105.0, 106.0, 107.0]), variant("qlora", tokens_per_second=[100.0] * 3))
+    one = report(
+        variant("lora", tokens_per_second=[105.0, 106.0, 107.0]), variant("qlora", tokens_per_second=[100.0] * 3)
+    )
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "b" / "report.json").write_text(json.dumps(one.data))
     verdicts = {made.claim: made for made in judge_all([tmp_path])}

@@ -70,7 +70,7 @@ def test_a_comparison_from_request_to_report(whole: Comparison) -> None:
         assert figures["peak_memory_bytes"]["mean"] > 1e8
         assert figures["adapter_bytes"]["mean"] > 1000
         assert variant["predicted"]["seconds"]["p50"] > 0
-        assert [point["supervised_tokens"] for point in variant["curves"]["eval"]][0] == 0
+        assert variant["curves"]["eval"][0]["supervised_tokens"] == 0
         assert len(variant["curves"]["train"]) == 6
         assert variant["command"].startswith("halfbyte train --model ")
     precision = [v["precision"] for v in report["variants"]]
@@ -185,8 +185,8 @@ def test_a_run_that_is_another_is_not_accepted(
     design = make_design(request_of(model_folder, data_file, tmp_path / "x"), {})
     found = cell_files.accept([damaged], tmp_path / "cells", design.cells(), {"processor": "any"})
     assert found.taken == {}
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no finished run is there"):
-        (tmp_path / "empty").mkdir()
         cell_files.accept([tmp_path / "empty"], tmp_path / "cells", design.cells(), {"processor": "any"})
     with pytest.raises(UsageError, match="no such folder"):
         cell_files.accept([tmp_path / "missing"], tmp_path / "cells", design.cells(), {"processor": "any"})
@@ -197,9 +197,7 @@ def test_what_fails_is_said_and_the_rest_is_reported(model_folder: Path, data_fi
     """A learning rate at which training breaks: its cell fails, the other's report is made, the exit code tells."""
     variants = ({"method": "lora"}, {"name": "broken", "method": "lora", "learning_rate": 1e30, "max_grad_norm": 0})
     events = Events()
-    made = compare(
-        request_of(model_folder, data_file, tmp_path / "c", methods=(), variants=variants, seeds=1), events
-    )
+    made = compare(request_of(model_folder, data_file, tmp_path / "c", methods=(), variants=variants, seeds=1), events)
     assert made.exit_code == 1
     assert made.report is not None
     assert [cell["status"] for cell in made.report["cells"]] == ["done", "failed"]
@@ -308,9 +306,7 @@ def test_what_is_no_comparison_is_refused(model_folder: Path, data_file: Path, t
     with pytest.raises(UsageError, match="no rows are held out"):
         compare(request_of(model_folder, data_file, tmp_path / "c", eval_split=0))
     made = compare(
-        request_of(
-            model_folder, data_file, tmp_path / "c", methods="lora", vary={"max_steps": (3, 6)}, unequal=True
-        ),
+        request_of(model_folder, data_file, tmp_path / "c", methods="lora", vary={"max_steps": (3, 6)}, unequal=True),
         dry_run=True,
     )
     assert made.plan["variants"] == ["lora-max-steps-3", "lora-max-steps-6"]

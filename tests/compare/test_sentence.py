@@ -21,7 +21,9 @@ def variant(key: str, quality: float, seconds: float, memory: float, n: int = 3,
     return {"key": key, "label": key, "figures": {name: figure(value) for name, value in figures.items()}}
 
 
-def found(a: str, b: str, metric: str, verdict: str, mean: float = 0.1, detectable: float | None = 0.02) -> dict[str, Any]:
+def found(
+    a: str, b: str, metric: str, verdict: str, mean: float = 0.1, detectable: float | None = 0.02
+) -> dict[str, Any]:
     return {"a": a, "b": b, "metric": metric, "verdict": verdict, "detectable": detectable,
             "difference": {"mean": mean, "low": None, "high": None}}  # fmt: skip
 
@@ -39,8 +41,8 @@ def test_one_seed_says_nothing_of_quality() -> None:
     alone = [variant("lora", 1.0, 100, 3e9, n=1), variant("qlora", 2.0, 50, 1e9, n=1)]
     said = sentence(LOSS, METRICS, alone, [found("lora", "qlora", "eval_loss", NONE)])
     assert said == (
-        "With one seed a difference in held-out loss cannot be told from chance, so no method is advised for its quality; "
-        "qlora took the least time: 50.0 s and 1.00 GB of memory."
+        "With one seed a difference in held-out loss cannot be told from chance, so no method is advised for its "
+        "quality; qlora took the least time: 50.0 s and 1.00 GB of memory."
     )
 
 
@@ -49,9 +51,9 @@ def test_no_difference_takes_the_faster_one() -> None:
                    found("lora", "qlora", "peak_memory_bytes", B)]  # fmt: skip
     said = sentence(LOSS, METRICS, [LORA, QLORA], comparisons)
     assert said == (
-        "Use lora here: no difference in held-out loss was found between it (1.0000) and qlora (one of 0.0200 would have "
-        "been), and it takes the least time of them; one run costs 1.7 min and 3.00 GB of memory. Where memory is short, "
-        "qlora needs the least (1.00 GB), and no difference in held-out loss to lora was found."
+        "Use lora here: no difference in held-out loss was found between it (1.0000) and qlora (one of 0.0200 would "
+        "have been), and it takes the least time of them; one run costs 1.7 min and 3.00 GB of memory. Where memory is "
+        "short, qlora needs the least (1.00 GB), and no difference in held-out loss to lora was found."
     )
 
 
@@ -67,9 +69,9 @@ def test_a_found_difference_is_said() -> None:
     comparisons = [found("lora", "qlora", "eval_loss", A, -0.01), found("lora", "qlora", "peak_memory_bytes", B)]
     said = sentence(LOSS, METRICS, [LORA, QLORA], comparisons)
     assert said == (
-        "Use lora here: its held-out loss (1.0000) is the best, and a difference to every other variant was found; one run "
-        "costs 1.7 min and 3.00 GB of memory. Where memory is short, qlora needs the least (1.00 GB); its held-out loss is "
-        "worse by 0.0100."
+        "Use lora here: its held-out loss (1.0000) is the best, and a difference to every other variant was found; "
+        "one run costs 1.7 min and 3.00 GB of memory. Where memory is short, qlora needs the least (1.00 GB); its "
+        "held-out loss is worse by 0.0100."
     )
 
 
@@ -78,8 +80,8 @@ def test_higher_is_better_where_it_is_and_money_is_named() -> None:
     comparisons = [found("lora", "qlora", "accuracy", B, -0.05), found("lora", "qlora", "peak_memory_bytes", B)]
     said = sentence(ACCURACY, METRICS, pair, comparisons)
     assert said == (
-        "Use qlora here: its accuracy (95.0%) is the best, and a difference to every other variant was found; one run costs "
-        "5.0 min, 1.00 GB of memory and 0.5000 EUR."
+        "Use qlora here: its accuracy (95.0%) is the best, and a difference to every other variant was found; one run "
+        "costs 5.0 min, 1.00 GB of memory and 0.5000 EUR."
     )
 
 
@@ -100,5 +102,6 @@ def test_of_three_the_one_between_is_held_against_the_best() -> None:
                    found("full", "lora", "peak_memory_bytes", B)]  # fmt: skip
     said = sentence(LOSS, METRICS, three, comparisons)
     assert said.startswith(
-        "Use lora here: no difference in held-out loss was found between it (1.0000) and full (one of 0.3000 would have been)"
+        "Use lora here: no difference in held-out loss was found between it (1.0000) and full (one of 0.3000 would "
+        "have been)"
     )

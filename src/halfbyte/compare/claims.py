@@ -11,12 +11,12 @@ takes the reports that there are and says what they say. The rules, the same for
 
 `not testable here` always says what would be needed.
 
-    python -m halfbyte.compare.claims FOLDER… > docs/claims.md     judged from the reports below, and kept in claims.yaml
+    python -m halfbyte.compare.claims FOLDER… > docs/claims.md     judges the reports there, kept in claims.yaml
 """
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +71,9 @@ class Report:
         for variant in self.data["variants"]:
             own = {name: value for name, value in variant["fields"].items() if name != "method"}
             chained = any(note.startswith("goes on from") for note in variant["notes"])
-            if variant["method_name"] == method and not chained and all(own.get(k) == v for k, v in fields.items()):
-                if fields or not own:
-                    return variant  # type: ignore[no-any-return]
+            same = variant["method_name"] == method and all(own.get(k) == v for k, v in fields.items())
+            if same and not chained and (fields or not own):
+                return variant  # type: ignore[no-any-return]
         return None
 
     def any_variant(self, method: str) -> Mapping[str, Any] | None:
@@ -212,7 +212,7 @@ def precise_tasks_only(reports: Sequence[Report]) -> list[Said]:
         lost = made.verdict == CONFIRMED
         verdict = (CONFIRMED if precise else REFUTED) if lost else OPEN if precise else CONFIRMED
         kind = "precision-sensitive" if precise else "not precision-sensitive"
-        found.append(Said(verdict, f"{_named(report)} ({kind}): {made.sentence}", made.figure, made.low, made.high, made.unit))
+        found.append(replace(made, verdict=verdict, sentence=f"{_named(report)} ({kind}): {made.sentence}"))
     if not any("(precision-sensitive)" in one.sentence for one in found):
         return [Said(OPEN, "it needs a comparison with exact_match or pass@1 beside one without")] if found else []
     return found
@@ -241,7 +241,8 @@ def equal_on_sst2(reports: Sequence[Report]) -> list[Said]:
         mean = made["difference"]["mean"] * (1 if made["a"] == lora["key"] else -1)
         inside = low <= 0.001 <= high
         least = f"; one of {made['detectable'] * 100:.2f} points would have been found" if made["detectable"] else ""
-        sentence = f"{_named(report)}: LoRA minus QLoRA {mean * 100:+.2f} points ({low * 100:+.2f} to {high * 100:+.2f}){least}"
+        between = f"{mean * 100:+.2f} points ({low * 100:+.2f} to {high * 100:+.2f})"
+        sentence = f"{_named(report)}: LoRA minus QLoRA {between}{least}"
         found.append(Said(CONFIRMED if inside else REFUTED, sentence, mean, low, high, "share"))
     return found
 
@@ -287,15 +288,14 @@ def switch_to_lora(reports: Sequence[Report]) -> list[Said]:
         switch = next(
             (v for v in report.data["variants"] if any(note.startswith("goes on from") for note in v["notes"])), None
         )
-        alone = [v for v in (report.any_variant("lora"), report.any_variant("qlora")) if v is not None and v is not switch]
+        methods = (report.any_variant("lora"), report.any_variant("qlora"))
+        alone = [v for v in methods if v is not None and v is not switch]
         if switch is None or len(alone) < 2:
             continue
         key = report.quality["key"]
         winners = [report.compared(switch, other, key) for other in alone]
-        if winners[0][0] == "second":
-            verdict = REFUTED
-        else:
-            verdict = CONFIRMED if winners[1][0] == "first" else PARTLY
+        gained = CONFIRMED if winners[1][0] == "first" else PARTLY
+        verdict = REFUTED if winners[0][0] == "second" else gained
         sentence = f"{_named(report)}: {winners[0][1]['sentence']} {winners[1][1]['sentence']}"
         difference = winners[1][1]["difference"]
         found.append(Said(verdict, sentence, difference["mean"], difference["low"], difference["high"]))
@@ -306,7 +306,7 @@ def marginally_worse_slightly_slower(reports: Sequence[Report]) -> list[Said]:
     found = _ratios(reports, "lora", "qlora", "tokens_per_second", 1.0, 1.15, "LoRA's tokens a second over QLoRA's")
     for report, lora, qlora in _pairs(reports, "lora", "qlora"):
         made = better(report, lora, qlora, report.quality["key"])
-        found.append(Said(made.verdict, f"{_named(report)}: {made.sentence}", made.figure, made.low, made.high, made.unit))
+        found.append(replace(made, sentence=f"{_named(report)}: {made.sentence}"))
     return found
 
 
@@ -347,7 +347,7 @@ def higher_rank_needed(reports: Sequence[Report]) -> list[Said]:
 
 
 def larger_with_qlora(reports: Sequence[Report]) -> list[Said]:
-    """Two models on the same data by the same score: intervals that do not touch. Two families, so it is one example."""
+    """Two models on the same data by the same score: intervals that do not touch. One example: the families differ."""
     found = []
     for big in reports:
         qlora = big.any_variant("qlora")
@@ -365,8 +365,8 @@ def larger_with_qlora(reports: Sequence[Report]) -> list[Said]:
                 continue
             verdict = CONFIRMED if mine["low"] > theirs["high"] else REFUTED if mine["high"] < theirs["low"] else OPEN
             text = (
-                f"{_named(big)} with QLoRA {mine['mean']:.3f}, {small.data['model']['name']} in full {theirs['mean']:.3f} "
-                f"({big.quality['label']}); two model families, so one example"
+                f"{_named(big)} with QLoRA {mine['mean']:.3f}, {small.data['model']['name']} in full "
+                f"{theirs['mean']:.3f} ({big.quality['label']}); two model families, so one example"
             )
             found.append(Said(verdict, text, mine["mean"] - theirs["mean"], None, None, "share"))
     return found
@@ -376,14 +376,14 @@ def merged_is_16_bit(reports: Sequence[Report]) -> list[Said]:
     """Merged into dequantized or 16-bit weights, the loss stays within one part in a hundred."""
     found = []
     for report in reports:
-        for method in ("qlora", "lora"):
-            variant = report.any_variant(method)
-            figure = ratio(variant, {"figures": {"merge_loss": variant["figures"].get("eval_loss")}}, "merge_loss") if (
-                variant is not None
-            ) else None
-            if method == "qlora" and figure is not None:
-                what = f"{_named(report)}: held-out loss once merged to 16 bits, over the unmerged model's"
-                found.append(within(figure, 0.99, 1.01, what))
+        qlora = report.any_variant("qlora")
+        if qlora is None:
+            continue
+        unmerged = {"figures": {"merge_loss": qlora["figures"].get("eval_loss")}}
+        figure = ratio(qlora, unmerged, "merge_loss")
+        if figure is not None:
+            what = f"{_named(report)}: held-out loss once merged to 16 bits, over the unmerged model's"
+            found.append(within(figure, 0.99, 1.01, what))
     return found
 
 
@@ -393,7 +393,7 @@ def dora_galore_loftq(reports: Sequence[Report]) -> list[Said]:
     for first, second in (("dora", "lora"), ("qdora", "qlora"), ("galore", "lora")):
         for report, one, other in _pairs(reports, first, second):
             made = better(report, one, other, report.quality["key"])
-            found.append(Said(made.verdict, f"{_named(report)}: {made.sentence}", made.figure, made.low, made.high, made.unit))
+            found.append(replace(made, sentence=f"{_named(report)}: {made.sentence}"))
     for report, loftq, qlora in _pairs(reports, "loftq", "qlora"):
         figure = _tokens_to_loss(report, loftq, qlora)
         if figure is not None:
@@ -455,7 +455,8 @@ def load_reports(folders: Sequence[Path]) -> list[Report]:
     """Every report.json in or below the folders. UsageError where there is none."""
     paths = [path for folder in folders for path in ([folder] if folder.is_file() else sorted(folder.rglob(FILE)))]
     if not paths:
-        raise UsageError(f"no {FILE} in {', '.join(map(str, folders))}: a comparison writes one (halfbyte compare … -o)")
+        places = ", ".join(map(str, folders))
+        raise UsageError(f"no {FILE} in {places}: a comparison writes one (halfbyte compare … -o)")
     return [Report(path, read_json(path)) for path in paths]
 
 
@@ -493,8 +494,6 @@ def _main(arguments: Sequence[str]) -> None:
     held = with_verdicts(claim_file.load(), judge_all([Path(folder) for folder in arguments]))
     held.save()
     sys.stdout.write(claim_file.page(held))
-
-
 
 
 if __name__ == "__main__":

@@ -27,19 +27,19 @@ from halfbyte.compare import cells as cell_files
 from halfbyte.compare import energy, identity, process, report_data, tune
 from halfbyte.compare.design import Cell, Design, PlannedVariant, cell_of, make_design
 from halfbyte.compare.options import CompareOptions, Request
-from halfbyte.plan.price import Price
+from halfbyte.compare.render import write_report
+from halfbyte.data.options import DataOptions, sources_of
 from halfbyte.errors import DoesNotFit, Interrupted, UsageError
 from halfbyte.files import write_atomic
 from halfbyte.models.options import ModelOptions
-from halfbyte.data.options import DataOptions, sources_of
 from halfbyte.plan.hardware import Hardware, detect
+from halfbyte.plan.price import Price
 from halfbyte.run import folder
 from halfbyte.run.config import RunConfig
 from halfbyte.train.lock import Lock
 
 FILE = "comparison.json"
 LOCK = "compare.lock"
-REPORT = "report.json"
 SCHEMA_VERSION = 1
 
 
@@ -150,11 +150,6 @@ def _run(
     write_report(report, root)
     on_event({"event": "report", "path": root, "report": report})
     return Comparison(root, plan, report, failed)
-
-
-def write_report(report: Mapping[str, Any], root: Path) -> None:
-    """report.json, and the pages made of it."""
-    write_atomic(root / REPORT, json.dumps(report, indent=1, ensure_ascii=False) + "\n")
 
 
 def _require_ours(root: Path) -> None:

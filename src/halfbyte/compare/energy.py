@@ -1,8 +1,8 @@
 """Energy from the processor's own counters, where the machine shows them (Intel's and AMD's RAPL on Linux).
 
-`/sys/class/powercap/intel-rapl:N/energy_uj` counts the microjoules of package N and wraps at max_energy_range_uj; on most
-systems only root may read it. It is the packages' energy, whoever used them: other work counts too, and memory, disks,
-fans and a GPU do not.
+`/sys/class/powercap/intel-rapl:N/energy_uj` counts the microjoules of package N and wraps at max_energy_range_uj; on
+most systems only root may read it. It is the packages' energy, whoever used them: other work counts too, and memory,
+disks, fans and a GPU do not.
 """
 
 from collections.abc import Sequence

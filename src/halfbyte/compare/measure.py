@@ -200,5 +200,3 @@ def reached(points: Sequence[Point], loss: float) -> tuple[float, float] | None:
             tokens = last.supervised_tokens + share * (point.supervised_tokens - last.supervised_tokens)
             return tokens, last.seconds + share * (point.seconds - last.seconds)
     return None
-
-

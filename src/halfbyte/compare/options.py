@@ -16,16 +16,15 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, ValidationError
-from typing_extensions import Annotated
 
 from halfbyte.errors import UsageError
 from halfbyte.options import Options
 from halfbyte.run import aliases
 from halfbyte.run.config import RunConfig, options_from_flags, translate
-from halfbyte.run.yamlfile import Entry, read_yaml
+from halfbyte.yamlfile import Entry, read_yaml
 
 NOT_SHARED = ("output_dir", "method", "adapter_path", "report_to")
 """Fields of a run that a comparison sets itself, or that its variants have each for themselves."""
@@ -87,7 +86,7 @@ class CompareOptions(Options):
     merge_loss: bool = Field(
         default=False, description="merge each adapter and measure what the merged model's held-out loss is"
     )
-    price: str | None = Field(default=None, description="what this machine costs, as 0.34 EUR/h, for the report's costs")
+    price: str | None = Field(default=None, description="what this machine costs, as 0.34 EUR/h; none is assumed")
     jobs: int = Field(
         default=1, ge=1, description="cells at once, where their planned memory fits together; times suffer from it"
     )
@@ -129,10 +128,6 @@ def load_request(
     chosen = options_from_flags(CompareOptions, _checked(values, own) | dict(options or {}))
     of_file = translate(shared)
     of_flags = translate({key: Entry(value, "--" + key.replace("_", "-")) for key, value in (flags or {}).items()})
-    if "method" in of_flags or "method" in of_file:
-        entry = of_flags.get("method", of_file.get("method"))
-        assert entry is not None
-        raise UsageError(f"{entry.where}: method is one run's: a comparison takes methods, or vary with method")
     for name in NOT_SHARED:
         for entries in (of_flags, of_file):
             if name in entries:
@@ -180,4 +175,5 @@ def _why_not(name: str) -> str:
         "output_dir": "is a run's folder, which a comparison chooses: give output",
         "adapter_path": "is one run's: give variants with continue_from",
         "report_to": "is not used by cells: their events.jsonl has all that dashboards show",
-    }.get(name, "is one run's")
+        "method": "is one run's: a comparison takes methods, or vary with method",
+    }[name]

@@ -1,4 +1,4 @@
-"""report.json from a comparison's folder: a function of comparison.json and the cells' small files, and of nothing else.
+"""report.json from a comparison's folder: a function of comparison.json and the cells' small files, nothing else.
 
 `build(folder)` reads; nothing is run and nothing is written. Variants whose cells are missing have the figures of those
 that are there, and the report says how many.
@@ -79,7 +79,9 @@ def build(root: Path) -> dict[str, Any]:
     metrics = _metrics(groups, said)
     by_key = {metric["key"]: metric for metric in metrics}
     quality = _quality(metrics, said)
-    variants = [_variant(v, group, groups, compared, quality, said, metrics) for v, group in zip(compared, groups, strict=True)]
+    variants = [
+        _variant(v, group, groups, compared, quality, said, metrics) for v, group in zip(compared, groups, strict=True)
+    ]
     comparisons = _comparisons(groups, by_key)
     plan = said.get("plan") or {}
     return {
@@ -136,7 +138,7 @@ def _measured(root: Path, said: Mapping[str, Any], messages: dict[str, str]) -> 
 def _metrics(groups: Sequence[Cells], said: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What was measured anywhere: quality first, the task's own before the loss."""
     names = dict.fromkeys(n for g in groups for m in g.by_seed.values() for n in m.task_metrics)
-    made = [
+    made: list[dict[str, Any]] = [
         {"key": name, "label": name.replace("_", " "), "better": "higher", "unit": "share", "quality": True}
         for name in names
         if not name.startswith(("rewards/", "logps/")) or name == "rewards/accuracies"
@@ -166,7 +168,7 @@ def _quality(metrics: Sequence[dict[str, Any]], said: Mapping[str, Any]) -> dict
 def _baselines(
     root: Path, groups: Sequence[Cells], compared: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The untrained model in 16 bits where a variant holds it so, else as the first variant does; the commonest label."""
+    """The untrained model, in 16 bits where a variant holds it so, else as the first does; the commonest label."""
     order = sorted(
         zip(compared, groups, strict=True), key=lambda pair: (pair[0]["config"]["method"] == "qlora", pair[0]["key"])
     )
@@ -245,8 +247,8 @@ def _variant_notes(said: Mapping[str, Any], cells: Cells, whole: Mapping[str, An
         notes.append(f"not run: {said['skipped']}")
     if said["continue_from"] is not None:
         notes.append(
-            f"goes on from the adapter of {said['continue_from']}: time, energy and cost are of both runs, the peak is the "
-            "higher one, and the second run begins its order of rows and its learning rate anew"
+            f"goes on from the adapter of {said['continue_from']}: time, energy and cost are of both runs, the peak is "
+            "the higher one, and the second run begins its order of rows and its learning rate anew"
         )
     missing = len(whole["seeds"]) - len(cells.by_seed)
     if missing and said["skipped"] is None:
@@ -392,9 +394,7 @@ def _convergence(groups: Sequence[Cells]) -> list[dict[str, Any]]:
             found = [at for m in group.by_seed.values() if (at := reached(m.held_out, loss)) is not None]
             tokens = mean_interval([at[0] for at in found]).as_dict() if found else None
             seconds = mean_interval([at[1] for at in found]).as_dict() if found else None
-            rows.append(
-                {"variant": group.key, "reached": len(found), "supervised_tokens": tokens, "seconds": seconds}
-            )
+            rows.append({"variant": group.key, "reached": len(found), "supervised_tokens": tokens, "seconds": seconds})
         made.append({"loss": loss, "rows": rows})
     return made
 
@@ -405,12 +405,12 @@ def _pareto(groups: Sequence[Cells], metrics: Sequence[dict[str, Any]]) -> list[
         if not metric["quality"]:
             continue
         sign = 1 if metric["better"] == "lower" else -1
-        points = []
+        points: list[tuple[str, float, float, float]] = []
         for group in groups:
-            figures = [group.figure(name) for name in (metric["key"], "peak_memory_bytes", "seconds")]
-            if all(figure is not None for figure in figures):
-                points.append((group.key, *(figure.mean for figure in figures if figure is not None)))
-        front = pareto([(sign * quality, memory, seconds) for _, quality, memory, seconds in points])
+            quality, memory, seconds = (group.figure(n) for n in (metric["key"], "peak_memory_bytes", "seconds"))
+            if quality is not None and memory is not None and seconds is not None:
+                points.append((group.key, quality.mean, memory.mean, seconds.mean))
+        front = pareto([(sign * q, m, s) for _, q, m, s in points])
         if points:
             made.append(
                 {
@@ -475,9 +475,9 @@ def _notes(
 ) -> list[str]:
     work = compared[0]["work"]
     notes = [
-        f"Every run saw the same {work['train_rows']:,} rows in the order of its seed, {work['rows_per_update']} an update "
-        f"for {work['steps']} updates: {work['supervised_tokens']:,} supervised tokens with the first seed. Packing and "
-        "micro-batches lay rows out in memory and change no update.",
+        f"Every run saw the same {work['train_rows']:,} rows in the order of its seed, {work['rows_per_update']} an "
+        f"update for {work['steps']} updates: {work['supervised_tokens']:,} supervised tokens with the first seed. "
+        "Packing and micro-batches lay rows out in memory and change no update.",
         "Memory by component is planned; the peak beside it is measured, of a process for each run.",
         "A detectable difference is the true one that these seeds and rows would have found with 80 % power at the 5 % "
         "level.",
@@ -501,14 +501,17 @@ def _search_notes(search: Mapping[str, Any]) -> list[str]:
     """What was tried, and where a better rate may lie beyond."""
     tries = max((len(rates) for rates in search["grid"].values()), default=0)
     notes = [
-        f"Learning rates were searched: {tries} a variant, {search['steps']} updates each on the first seed, by held-out "
-        "loss on the rows of this report."
+        f"Learning rates were searched: {tries} a variant, {search['steps']} updates each on the first seed, by "
+        "held-out loss on the rows of this report."
     ]
     for key, chosen in search["chosen"].items():
         rates = search["grid"][key]
         if len(rates) > 1 and chosen in (min(rates), max(rates)):
-            notes.append(f"{key}: the best learning rate ({chosen:g}) is at an end of its grid: a better one may lie beyond.")
-    notes += [f"{key}: no run of its search finished: it kept its own rate." for key in search["grid"].keys() - search["chosen"]]
+            notes.append(
+                f"{key}: the best learning rate ({chosen:g}) is at an end of its grid: a better one may lie beyond."
+            )
+    without = [key for key in search["grid"] if key not in search["chosen"]]
+    notes += [f"{key}: no run of its search finished: it kept its own rate." for key in without]
     return notes
 
 
@@ -523,11 +526,12 @@ def _warnings(
     failed = said.get("failed", {})
     labels = {cell["id"]: f"{cell['variant']}, seed {cell['seed']}" for cell in said["cells"]}
     found += [f"{labels.get(key, key)} failed: {message}" for key, message in {**failed, **messages}.items()]
-    missing = sum(len(said["seeds"]) - len(g.by_seed) for v, g in zip(compared, groups, strict=True) if not v["skipped"])
+    runnable = [group for v, group in zip(compared, groups, strict=True) if not v["skipped"]]
+    missing = sum(len(said["seeds"]) - len(group.by_seed) for group in runnable)
     if missing:
         found.append(f"{missing} runs are missing: the figures are of the others")
     if len(said["seeds"]) == 1:
-        found.append("One seed: there are no intervals over seeds, and no difference in quality can be told from chance.")
+        found.append("One seed: there are no intervals over seeds, and no difference can be told from chance.")
     if said["options"]["jobs"] > 1:
         found.append("Runs were made side by side: times and rates are of a shared machine.")
     works = {tuple(v["work"][k] for k in ("data", "rows_per_update", "supervised_tokens")) for v in compared}

@@ -35,8 +35,8 @@ def sentence(
     if min(v["figures"][key]["n"] for v in known) < 2:
         cheap = min(known, key=lambda v: v["figures"]["seconds"]["mean"])
         return (
-            f"With one seed a difference in {quality['label']} cannot be told from chance, so no method is advised for its "
-            f"quality; {cheap['label']} took the least time: {_cost(cheap, metrics)}."
+            f"With one seed a difference in {quality['label']} cannot be told from chance, so no method is advised for "
+            f"its quality; {cheap['label']} took the least time: {_cost(cheap, metrics)}."
         )
     sign = 1 if quality["better"] == "lower" else -1
     best = min(known, key=lambda v: sign * v["figures"][key]["mean"])

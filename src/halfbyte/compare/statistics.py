@@ -10,8 +10,8 @@ Two things vary between two such comparisons: the seeds (initial values, order o
 (Efron 1979), the same for all seeds, as in the pigeonhole bootstrap (Owen 2007, Ann. Appl. Stat. 1:386). Seeds are few:
 three of them have ten different resamples, whose percentiles cover far less than they say, so their part is drawn from
 Student's t with n - 1 degrees of freedom. What of the rows' spread is in the spread between seeds already (a row's luck
-with a seed) is taken out of the rows' part, so that it counts once. Where each seed held out rows of its own, the spread
-between seeds has all of theirs, and the interval is Student's alone. `tests/compare` simulates coverage.
+with a seed) is taken out of the rows' part, so that it counts once. Where each seed held out rows of its own, the
+spread between seeds has all of theirs, and the interval is Student's alone. `tests/compare` simulates coverage.
 
 The *detectable* difference is the true difference that this many seeds and rows would have found with a power of 80 %
 at the 5 % level, two-sided, by the noncentral t of the standard error found, with the degrees of freedom of
@@ -214,11 +214,11 @@ def _above(z: float) -> float:
 
 def pareto(points: Sequence[Sequence[float]]) -> list[bool]:
     """Which points are on the front, where less is better in every coordinate; equal points are on it together."""
-    data = np.asarray(points, dtype=np.float64)
-    if not len(data):
-        return []
-    beaten = ((data[None] <= data[:, None]).all(2) & (data[None] < data[:, None]).any(2)).any(1)
-    return [not one for one in beaten.tolist()]
+
+    def beats(one: Sequence[float], other: Sequence[float]) -> bool:
+        return all(a <= b for a, b in zip(one, other, strict=True)) and list(one) != list(other)
+
+    return [not any(beats(other, one) for other in points) for one in points]
 
 
 # ---------------------------------------------------------------- Student's t without scipy
@@ -243,7 +243,7 @@ def t_quantile(p: float, freedom: float) -> float:
 
 
 def t_cdf(t: float, freedom: float) -> float:
-    """Student's distribution function: I_x(freedom / 2, 1 / 2) / 2 is the tail beyond t, x = freedom / (freedom + t²)."""
+    """Student's distribution function. The tail beyond t is I_x(freedom / 2, 1 / 2) / 2, x = freedom / (freedom + t²)."""
     tail = 0.5 * _beta(freedom / 2, 0.5, freedom / (freedom + t * t))
     return 1.0 - tail if t >= 0 else tail
 

@@ -16,9 +16,15 @@ from halfbyte.errors import UsageError
 from halfbyte.run import methods
 from halfbyte.run.config import RunConfig, build, translate
 from halfbyte.run.continued import SHAPE
-from halfbyte.run.yamlfile import Entry
+from halfbyte.yamlfile import Entry
 
-SHORT_NAMES = {"lora_r": "r", "learning_rate": "lr", "target_modules": "targets", "quant_type": "", "blocksize": "block"}
+SHORT_NAMES = {
+    "lora_r": "r",
+    "learning_rate": "lr",
+    "target_modules": "targets",
+    "quant_type": "",
+    "blocksize": "block",
+}
 """How a varied field is called in a variant's name."""
 OWN = ("name", "continue_from", "only_a_start")
 """Keys of a variant that are no fields of a run."""
