@@ -36,7 +36,7 @@ FENCE = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 @pytest.fixture(scope="module")
 def finished(model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = load_config(model=str(model_folder), data=str(data_file), lora_r=4, max_steps=4, eval_split=0.1,
-                         output_dir=tmp_path_factory.mktemp("finished") / "mine", dtype="float32")  # fmt: skip
+                         output_dir=tmp_path_factory.mktemp("finished") / "mine", method="qlora", dtype="float32")  # fmt: skip
     return run(config).path
 
 

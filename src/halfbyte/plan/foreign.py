@@ -87,7 +87,7 @@ def phases(
         "loss": loss,
         "workspace": workspace_bytes(shape, job, batch),
     }
-    read = max(1, memory.EVALUATION_TOKENS // max(job.longest, 1)), *batch[1:]
+    read = max(1, job.eval_batch_tokens // max(job.longest, 1)), *batch[1:]
     activations, loss = activation_bytes(shape, job, read, training=False)
     evaluate = {k: v for k, v in train.items() if k != "gradients"} | {"activations": activations, "loss": loss}
     return {
@@ -237,7 +237,7 @@ def seconds(
     quantizing = shape.linear_parameters / rates.dequantize * 4 if job.method == "qlora" else 0.0
     return {
         "load": time.STARTUP_SECONDS + max(source, values + constants) / time.LOAD_BYTES_A_SECOND + quantizing,
-        "train": train + time.trainable_update_bytes(_as_spec(shape), job) * job.steps / rates.bandwidth,
+        "train": train + time.optimizer_seconds(_as_spec(shape), job, rates) * job.steps,
         "evaluate": train / 3 * job.eval_tokens / max(job.train_tokens, 1),
         "save": 4.0 * memory.trainable_parameters(_as_spec(shape), job) / time.LOAD_BYTES_A_SECOND,
     }

@@ -33,7 +33,7 @@ TOKENIZER_BYTES_A_WORD = 300
 """A fast tokenizer's resident size per vocabulary entry: Gemma's 262,144 words take 0.08 GB, once the garbage of making
 it is given back (`heap.give_back`)."""
 EVALUATION_TOKENS = 4096
-"""Tokens of rows in one forward pass of an evaluation (`evaluate.EvaluateOptions.eval_batch_tokens`)."""
+"""Tokens of rows in one forward pass of an evaluation (`evaluate.EvaluateOptions.eval_batch_tokens`), by default."""
 CUDA_CONTEXT = 500_000_000
 """What a CUDA context takes of the card, beside torch's allocations."""
 SAVED_PIECE = 64_000_000
@@ -55,6 +55,7 @@ class Job:
     train_tokens    all tokens that go through forward and backward, epochs included
     supervised      share of them that is supervised
     eval_tokens     tokens of all evaluation passes together, forward only
+    eval_batch_tokens   tokens of rows in one forward pass of an evaluation; a longer row is alone in its pass
     file_itemsize   bytes of a value in the model's file
     updates         the optimizer's options beside its name
     held            tensors that the model's file brings in blocks of its own (`ModelSource.prequantized_bytes`)
@@ -73,6 +74,7 @@ class Job:
     train_tokens: int = 2048
     supervised: float = 1.0
     eval_tokens: int = 0
+    eval_batch_tokens: int = EVALUATION_TOKENS
     device: str = "cpu"
     held: Mapping[str, int] = field(default_factory=dict)
     file_itemsize: int = 4
@@ -428,7 +430,7 @@ def phases(spec: ModelSpec, job: Job) -> dict[str, dict[str, int]]:
     # Nothing is kept for a backward pass: gate, up and their product, the residual, torch's float32 parts of a norm.
     d, size = spec.hidden_size, DTYPE_BYTES[job.dtype]
     temporaries = 0 if job.native else 2 * 4 * d
-    forward_only = EVALUATION_TOKENS * ((3 * spec.intermediate_size + 3 * d) * size + temporaries)
+    forward_only = max(job.eval_batch_tokens, job.longest) * ((3 * spec.intermediate_size + 3 * d) * size + temporaries)
     evaluate = {k: v for k, v in train.items() if k != "gradients"} | {"activations": forward_only}
     return {
         "load": {**held, "adapters": 0, "loading": loading_bytes(spec, job)},

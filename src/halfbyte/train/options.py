@@ -41,6 +41,11 @@ class TrainOptions(Options):
     eval_steps: int | None = Field(
         None, ge=1, description="Evaluate every so many updates; by default after every epoch. The end always is"
     )
+    eval_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens of rows in one forward pass of an evaluation; by default 4,096, fewer where memory asks for it",
+    )
     logging_steps: int = Field(1, ge=1, description="Updates summed up in one step event of events.jsonl")
     gradient_checkpointing: bool | None = Field(
         None, description="Recompute activations in the backward pass to save memory; by default if memory asks for it"
