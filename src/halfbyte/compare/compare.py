@@ -177,6 +177,7 @@ def layouts(design: Design) -> dict[str, Any]:
     return {
         cell_of(planned, planned.config.seed).id: {
             "layout": dict(planned.layout), "plan": planned.plan, "skipped": planned.skipped,
+            "hardware": list(planned.hardware),
         }
         for planned in design.variants
     }  # fmt: skip
@@ -209,7 +210,7 @@ def _work(
     def next_stage(cell: Cell) -> process.Stage | None:
         path = root / "cells" / cell.id
         if not cell_files.is_finished(root / "cells", cell):
-            return "train", {"config": run_config(cell, root).model_dump(mode="json")}
+            return "train", {"config": run_config(cell, root).model_dump(mode="json", exclude_unset=True)}
         if cell.kind == "tune" or not cell_files.has_model(path):
             return None
         if options.metrics and not _is_measured(path, options):
@@ -358,7 +359,7 @@ def variant_as_dict(planned: PlannedVariant, design: Design, request: Request) -
         "work": vars(planned.work),
         "record": dict(planned.record),
         "command": train_command(planned, design.seeds[0], request),
-        "hardware": [],
+        "hardware": list(planned.hardware),
     }
 
 

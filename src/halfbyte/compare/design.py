@@ -16,16 +16,20 @@ from halfbyte.compare.variants import Variant, variants_of
 from halfbyte.data.options import DataOptions
 from halfbyte.errors import DoesNotFit, HalfbyteError, UsageError
 from halfbyte.models.options import ModelOptions
+from halfbyte.plan.catalog import machines
 from halfbyte.plan.recommend import Plan, check_fits
 from halfbyte.run import folder, planning, tasks
 from halfbyte.run.config import RunConfig
-from halfbyte.run.planning import Survey
+from halfbyte.run.planning import Ask, Survey
 from halfbyte.train.feed import Feed
 from halfbyte.train.options import TrainOptions, count_steps
 
 EVALUATIONS = 5
 """Evaluations of a run where `eval_steps` is not given: a curve needs points, and each one takes time."""
-LAYOUT = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "dtype", "device")
+LAYOUT = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "eval_batch_tokens",
+    "dtype", "device",
+)  # fmt: skip
 """What a plan may choose: decided once a comparison, so that a variant's cells are alike."""
 
 
@@ -52,7 +56,8 @@ class PlannedVariant:
     """A variant with everything that is known before it runs.
 
     layout     fields that the plan chose (LAYOUT)
-    plan       plan.json's content; None for an architecture without one
+    hardware   machines of the catalogue that it would fit, by name
+    plan       plan.json's content
     skipped    why it is not run; None: it is
     """
 
@@ -64,6 +69,7 @@ class PlannedVariant:
     record: Mapping[str, Any]
     pairs: bool
     skipped: str | None = None
+    hardware: tuple[str, ...] = ()
 
     @property
     def key(self) -> str:
@@ -192,7 +198,9 @@ def _planned(
     signature = cell_of(planned, config.seed).id
     kept = known.get(signature)
     if kept is not None:
-        planned = replace(planned, layout=kept["layout"], plan=kept["plan"], skipped=kept["skipped"])
+        planned = replace(
+            planned, layout=kept["layout"], plan=kept["plan"], skipped=kept["skipped"], hardware=tuple(kept["hardware"])
+        )
     if kept is None or planned.skipped is not None:
         planned = _with_plan(planned, found)
     if source is not None and source.skipped is not None:
@@ -210,12 +218,23 @@ def _with_plan(planned: PlannedVariant, found: Survey) -> PlannedVariant:
             f"memory allows {rows} rows an update and not {planned.work.rows_per_update}: give "
             "per_device_train_batch_size and gradient_accumulation_steps, so that all variants learn from the same"
         )
-    return replace(planned, layout=layout, plan=None if made is None else made.as_dict(), skipped=_too_big(made))
+    return replace(
+        planned, layout=layout, plan=made.as_dict(), skipped=_too_big(made), hardware=fitting_machines(found)
+    )
 
 
-def _too_big(made: Plan | None) -> str | None:
-    if made is None:
-        return None
+def fitting_machines(found: Survey) -> tuple[str, ...]:
+    """The catalogue's machines that the run would fit, by the names of their entries, the smallest first."""
+    anywhere = replace(found, config=found.config.replace(memory=None))
+    fitting = []
+    for machine in sorted(machines().values(), key=lambda machine: (machine.usable, machine.name)):
+        made = planning.make(anywhere, ask=Ask(machine=machine))
+        if made.fits(made.chosen):
+            fitting.append(machine.name)
+    return tuple(fitting)
+
+
+def _too_big(made: Plan) -> str | None:
     try:
         check_fits(made)
     except DoesNotFit as error:

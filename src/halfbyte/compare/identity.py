@@ -22,7 +22,7 @@ from halfbyte.train.options import TrainOptions, batch_rows
 ELSEWHERE = (
     "model", "revision", "data", "eval_data", "chat_template", "adapter_path", "output_dir", "report_to", "memory",
     "logging_steps", "save_steps", "save_minutes", "save_total_limit", "optim_offload_dir", "max_bad_share",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "task", "data_format", "columns",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "task", "data_format", "columns", "eval_batch_tokens",
 )  # fmt: skip
 """Fields that say where something is or how it is told (what is there is in the fingerprints), or that are held
 otherwise here (rows of an update, the source of a chain)."""

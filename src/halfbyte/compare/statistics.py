@@ -243,7 +243,7 @@ def t_quantile(p: float, freedom: float) -> float:
 
 
 def t_cdf(t: float, freedom: float) -> float:
-    """Student's distribution function. The tail beyond t is I_x(freedom / 2, 1 / 2) / 2, x = freedom / (freedom + t²)."""
+    """Student's distribution function: beyond t lies I_x(freedom / 2, 1 / 2) / 2 with x = freedom / (freedom + t²)."""
     tail = 0.5 * _beta(freedom / 2, 0.5, freedom / (freedom + t * t))
     return 1.0 - tail if t >= 0 else tail
 

@@ -169,5 +169,5 @@ def _require_different(made: Sequence[Variant]) -> None:
             "--methods lora,qlora or --vary lora_r=8,16"
         )
     for one, other in itertools.combinations(compared, 2):
-        if one.config == other.config and one.continue_from == other.continue_from:
+        if one.config.model_dump() == other.config.model_dump() and one.continue_from == other.continue_from:
             raise UsageError(f"{one.key} and {other.key} are the same run: leave one out")
