@@ -230,6 +230,9 @@ def test_a_chain_goes_on_from_the_same_seeds_adapter(model_folder: Path, data_fi
     again = request_of(model_folder, data_file, tmp_path / "c", methods="lora", variants=variants, seeds=1, max_steps=6)
     assert losses(compare(again, events).report) == losses(report)
     assert events.begun == []
+    shutil.rmtree(made.path / cell["path"])  # what it goes on from is finished already
+    assert losses(compare(again, events).report) == losses(report)
+    assert events.begun == [("switch", "train")]
 
 
 @pytest.mark.slow

@@ -28,6 +28,10 @@ def compare(
     claims: Annotated[
         bool, typer.Option("--claims", help="Hold other people's claims against the reports below --output.")
     ] = False,
+    pack: Annotated[
+        Path | None,
+        typer.Option("--pack", help="Write the report and the runs' small files, without this machine's paths, here."),
+    ] = None,
     json: screen.JsonFlag = False,
 ) -> None:
     """Run several methods with several seeds on the same rows, and write one report: which to use, and what it costs.
@@ -42,6 +46,9 @@ def compare(
     if claims:
         _claims(output, json)
         return
+    if pack is not None:
+        _pack(output or Path("comparison"), pack, json)
+        return
     command = shlex.join(["halfbyte", *sys.argv[1:]]) if sys.argv[1:2] == ["compare"] else "halfbyte compare"
     listener = None if json else _Listener()
     result = compare(load_request(config, flags, options), listener or (lambda event: None), dry_run, command)
@@ -52,6 +59,17 @@ def compare(
         screen.console().print(f"report: {result.path / 'report.html'}", soft_wrap=True, markup=False)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
+
+
+def _pack(root: Path, out: Path, json: bool) -> None:
+    from halfbyte.compare.pack import pack
+
+    files = pack(root, out)
+    if json:
+        screen.print_json([str(file) for file in files])
+    else:
+        size = screen.gigabytes(sum(file.stat().st_size for file in files))
+        screen.console().print(f"{len(files)} files, {size}: {out}", soft_wrap=True, markup=False)
 
 
 def _claims(output: Path | None, json: bool) -> None:
@@ -91,9 +109,9 @@ class _Listener:
         for key, reason in plan["skipped"].items():
             out.print(f"{key} is not run: {reason}", style="yellow", soft_wrap=True, markup=False)
         seconds, cost = plan["seconds"], plan["cost"]
-        work = design.variants[0].work
+        work, count = design.variants[0].work, len(design.seeds)
         out.print(
-            f"{len(design.seeds)} seeds, {work.steps} updates of {work.rows_per_update} rows, "
+            f"{count} seed{'s' * (count > 1)}, {work.steps} updates of {work.rows_per_update} rows, "
             f"{work.supervised_tokens:,} supervised tokens a run; in all {screen.duration(seconds['p50'])} (up to "
             f"{screen.duration(seconds['p95'])})"
             + (f", {cost['amount']:.2f} {cost['currency']}" if cost is not None else ""),

@@ -21,7 +21,8 @@ from halfbyte.compare import identity
 from halfbyte.compare.design import Cell
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.evaluate.rows_file import NAME as ROWS
-from halfbyte.files import fsync_folder, write_atomic
+from halfbyte.export.folder import new_folder
+from halfbyte.files import write_atomic
 from halfbyte.plan.hardware import Hardware
 from halfbyte.run import folder
 from halfbyte.run.continued import SHAPE
@@ -164,15 +165,9 @@ def _runs(place: Path) -> Iterator[Path]:
 
 def _copy(run: Path, out: Path, machine: Mapping[str, Any]) -> None:
     """The small files and the adapter of a run as a cell, whole or not at all."""
-    part = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
-    for name in (*SMALL, *ADAPTER):
-        if (run / name).is_file():
-            shutil.copyfile(run / name, part / name)
     said: dict[str, Any] = {}
     with contextlib.suppress(UsageError):
-        said = folder.read_json(part / CELL)
+        said = folder.read_json(run / CELL)
     theirs = said.get("machine") or {"processor": _processor(run)}
     same = theirs.get("processor") == machine["processor"]
     origin = "an earlier run" if same else f"another machine: {theirs.get('processor') or 'unknown'}"
@@ -185,10 +180,11 @@ def _copy(run: Path, out: Path, machine: Mapping[str, Any]) -> None:
         "machine": theirs,
         "origin": origin,
     }
-    write_atomic(part / CELL, json.dumps(said, indent=1) + "\n")
-    shutil.rmtree(out, ignore_errors=True)  # a run that had not begun
-    part.rename(out)
-    fsync_folder(out.parent)
+    with new_folder(out) as part:
+        for name in (*SMALL, *ADAPTER):
+            if (run / name).is_file():
+                shutil.copyfile(run / name, part / name)
+        (part / CELL).write_text(json.dumps(said, indent=1) + "\n")
 
 
 def _processor(run: Path) -> str | None:

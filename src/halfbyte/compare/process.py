@@ -75,6 +75,7 @@ def run_cells(
     waiting, active, outcome = list(cells), list[Active](), Outcome()
     attempts: dict[tuple[str, str], int] = {}
     done: set[str] = set()
+    begun_from = {cell.id for cell in cells}  # what another cell goes on from and is not here was finished before
     in_all = len(cells)
 
     def begin(cell: Cell) -> None:
@@ -100,7 +101,9 @@ def run_cells(
                     if cell.source in outcome.failed:
                         waiting.remove(cell)
                         fail(cell, "the run that it goes on from failed")
-                    elif len(active) < jobs and _may_begin(cell, active, done, memory):
+                    elif cell.source in begun_from - done:
+                        continue
+                    elif len(active) < jobs and _fits(cell, active, memory):
                         waiting.remove(cell)
                         begin(cell)
                 for one in list(active):
@@ -128,10 +131,8 @@ def run_cells(
     return outcome
 
 
-def _may_begin(cell: Cell, active: Sequence[Active], done: set[str], memory: float) -> bool:
-    """Whether its source is there, and its planned memory fits beside what runs."""
-    if cell.source is not None and cell.source not in done:
-        return False
+def _fits(cell: Cell, active: Sequence[Active], memory: float) -> bool:
+    """Whether its planned memory fits beside what runs; alone it always may."""
     return not active or sum(one.cell.peak_p95 for one in active) + cell.peak_p95 <= memory
 
 

@@ -226,7 +226,7 @@ def _variant(
         "command": said["command"],
         "figures": {name: None if figure is None else figure.as_dict() for name, figure in figures.items()},
         "against_full": _against_full(cells, groups, compared, quality),
-        "components": {name: size for name, size in components.items() if size},
+        "components": {name: size["p50"] for name, size in components.items() if size["p50"]},
         "peak_phase": plan["peak_phase"] if plan else None,
         "predicted": {key: plan[key] for key in ("peak_memory_bytes", "seconds")} if plan and not chained else {},
         "curves": _curves(cells),
@@ -474,10 +474,13 @@ def _notes(
     quality: Mapping[str, Any],
 ) -> list[str]:
     work = compared[0]["work"]
-    notes = [
+    same = (
         f"Every run saw the same {work['train_rows']:,} rows in the order of its seed, {work['rows_per_update']} an "
         f"update for {work['steps']} updates: {work['supervised_tokens']:,} supervised tokens with the first seed. "
-        "Packing and micro-batches lay rows out in memory and change no update.",
+        "Packing and micro-batches lay rows out in memory and change no update."
+    )
+    notes = [
+        *([same] if _equal(compared) else []),
         "Memory by component is planned; the peak beside it is measured, of a process for each run.",
         "A detectable difference is the true one that these seeds and rows would have found with 80 % power at the 5 % "
         "level.",
@@ -495,6 +498,11 @@ def _notes(
     if quality["better"] == "lower":
         notes.append("Against full: the share of what full fine-tuning took off the untrained model's held-out loss.")
     return [*notes, *said["notes"]]
+
+
+def _equal(compared: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all variants learned from the same."""
+    return len({tuple(v["work"][k] for k in ("data", "rows_per_update", "supervised_tokens")) for v in compared}) == 1
 
 
 def _search_notes(search: Mapping[str, Any]) -> list[str]:
@@ -534,9 +542,11 @@ def _warnings(
         found.append("One seed: there are no intervals over seeds, and no difference can be told from chance.")
     if said["options"]["jobs"] > 1:
         found.append("Runs were made side by side: times and rates are of a shared machine.")
-    works = {tuple(v["work"][k] for k in ("data", "rows_per_update", "supervised_tokens")) for v in compared}
-    if len(works) > 1:
+    if not _equal(compared):
         found.append("The variants did not learn from the same: rows or supervised tokens differ (--unequal).")
+    asked = said["options"]["quality"]
+    if asked is not None and not any(asked in m.figures for runs in cells.values() for m in runs.values()):
+        found.append(f"{asked}, by which variants were to be judged, was not measured: another metric decides.")
     origins = sorted({m.origin for runs in cells.values() for m in runs.values()} - {"this comparison"})
     if any(origin.startswith("another machine") for origin in origins):
         found.append("Some runs are of another machine: times and memory beside theirs are not of one machine.")
