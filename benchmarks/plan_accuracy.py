@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import plan_models
 import torch
+from transformers import AutoTokenizer
 
 EVAL_ROWS = 2
 CASES = """
@@ -88,12 +89,16 @@ def reference_rate(seconds: float = 0.4) -> float:
     return float(2 * side**3 / statistics.median(times[1:]))
 
 
-def write_data(folder: Path, case: Case, steps: int) -> tuple[Path, Path]:
-    """Rows that every tokenizer here cuts to exactly `tokens` tokens."""
+def write_data(folder: Path, case: Case, steps: int, model: Path) -> tuple[Path, Path]:
+    """Rows of `tokens` tokens each, give or take one where a text cut in two is read differently."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    room = case.tokens - len(tokenizer("")["input_ids"]) - 1
     files = folder / "train.jsonl", folder / "eval.jsonl"
     counts = case.rows * steps, EVAL_ROWS
     for number, (file, count) in enumerate(zip(files, counts, strict=True)):
-        rows = [{"text": plan_models.words(case.tokens + 8, 1000 * number + i)} for i in range(count)]
+        texts = [plan_models.words(case.tokens, 1000 * number + i) for i in range(count)]
+        found = tokenizer(texts, return_offsets_mapping=True, add_special_tokens=False)["offset_mapping"]
+        rows = [{"text": text[: offsets[room - 1][1]]} for text, offsets in zip(texts, found, strict=True)]
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return files
 
@@ -103,7 +108,7 @@ def measure(case: Case, model: Path, out: Path, steps: int, flags: Sequence[str]
     scratch = out / "run"
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    train, held_out = write_data(scratch, case, steps)
+    train, held_out = write_data(scratch, case, steps, model)
     run = scratch / "out"
     command = [
         sys.executable, "-m", "halfbyte", "train", "--model", model, "--data", train, "--eval-data", held_out,

@@ -56,10 +56,18 @@ class Planned:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_file(path: Path, tensors: Sequence[Planned], on_bytes: Callable[[int], None] | None = None) -> None:
-    """Make the tensors one after the other and write them. `on_bytes` hears how many bytes each piece had."""
+def write_file(
+    path: Path,
+    tensors: Sequence[Planned],
+    on_bytes: Callable[[int], None] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Make the tensors one after the other and write them. `on_bytes` hears how many bytes each piece had.
+
+    metadata   further entries of the header's `__metadata__`
+    """
     with path.open("wb") as file:
-        file.write(_header(tensors))
+        file.write(_header(tensors, metadata or {}))
         for tensor in tensors:
             written = 0
             for piece in tensor.rows():
@@ -74,8 +82,8 @@ def write_file(path: Path, tensors: Sequence[Planned], on_bytes: Callable[[int],
                 raise ValueError(f"{tensor.name}: {written} bytes came, {tensor.nbytes} were planned")
 
 
-def _header(tensors: Sequence[Planned]) -> bytes:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+def _header(tensors: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     at = 0
     for tensor in tensors:
         end = at + tensor.nbytes

@@ -114,13 +114,29 @@ def test_of_paged_state_memory_holds_its_budget_and_two_pages(
     in_memory = sum(page.held.nbytes for page in store.pages if page.held is not None)
     in_memory += sum(buffer.nbytes for buffer in store._buffers)
     assert 0.5 * memory.optimizer_bytes(spec, asked) < in_memory <= 1.01 * memory.optimizer_bytes(spec, asked)
-    standing = memory.phases(spec, asked)["train"]["gradients"]
-    table = spec.vocab_size * spec.hidden_size
-    assert standing == min(6 * table, 2 * spec.total_parameters)
     optimizer.close()
-    assert memory.phases(spec, job("full", "bfloat16"))["train"]["gradients"] == 2 * spec.total_parameters
-    by_layer = job("full", "bfloat16", updates=OptimOptions(per_layer_updates=True))
-    assert memory.phases(spec, by_layer)["train"]["gradients"] == standing
+
+
+@pytest.mark.parametrize("family", ["llama3-gqa", "gemma3-small"])
+@pytest.mark.parametrize("accumulates", [False, True])
+def test_gradients_of_a_trained_vocabulary_stand_where_the_loss_or_the_backward_pass_ends(
+    family: str, accumulates: bool
+) -> None:
+    spec = spec_of(family)
+    table, everything = spec.vocab_size * spec.hidden_size, 2 * spec.total_parameters
+
+    def beside_the_loss(**changes: Any) -> int:
+        asked = job("full", "bfloat16", micro_batches=2 if accumulates else 1, **changes)
+        train = memory.phases(spec, asked)["train"]
+        return train["gradients"] + train["loss"] - memory.loss_bytes(spec, asked)
+
+    tied = 2 * table if spec.tied else 0
+    for updates in (OptimOptions(per_layer_updates=True), OptimOptions(optim="paged_adamw")):
+        assert beside_the_loss(updates=updates, optim=updates.optim) == 6 * table
+    if accumulates:
+        assert beside_the_loss() == everything + 6 * table
+    else:
+        assert beside_the_loss() in (6 * table, everything + tied)
 
 
 def test_qwen_1_5b_is_what_was_measured() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from halfbyte.adapters import heads, saved_modules
@@ -15,8 +14,9 @@ from halfbyte.adapters.lora import adapter_state, shift_of, short_targets
 from halfbyte.adapters.options import LoraOptions
 from halfbyte.adapters.peft_io import A_KEY, B_KEY, CONFIG, PREFIX, SHIFT, WEIGHTS
 from halfbyte.errors import UsageError
-from halfbyte.files import write_atomic
+from halfbyte.files import new_files, write_atomic
 from halfbyte.linear import segments
+from halfbyte.tensorfile import Planned, largest_items_first, write_file
 
 
 def peft_config(model: nn.Module, options: LoraOptions, base: str, revision: str | None = None) -> dict[str, Any]:
@@ -71,7 +71,7 @@ def save_adapter(
     state = {key: tensor.float() for key, tensor in adapter_state(model).items()}
     if not state:
         raise UsageError("the model has no adapter to save")
-    metadata = {"format": "pt"}
+    metadata: dict[str, str] = {}
     shifted = {name: shift for name, segment in segments(model).items() if (shift := shift_of(segment)) is not None}
     if shifted:
         _append_shifts(state, shifted)
@@ -83,13 +83,9 @@ def save_adapter(
         dtype = torch.float32  # a continued adapter's: rounded, the shift would be of another base
     state = {key: tensor.to(dtype) for key, tensor in state.items()}
     state |= {PREFIX + name: tensor for name, tensor in saved_modules.state(model).items()} | heads.head_state(model)
-    state = {key: tensor.cpu().contiguous() for key, tensor in state.items()}
-    seen: set[int] = set()
-    for key, tensor in state.items():  # safetensors refuses one memory under two names
-        if tensor.data_ptr() in seen:
-            state[key] = tensor.clone()
-        seen.add(tensor.data_ptr())
-    write_atomic(folder / WEIGHTS, save_tensors(state, metadata=metadata))
+    planned = largest_items_first([Planned.of(key, tensor) for key, tensor in state.items()])
+    with new_files(folder) as part:  # tensor by tensor: serialized at once they would be in memory twice more
+        write_file(part / WEIGHTS, planned, metadata=metadata)
     config = json.dumps(peft_config(model, options, base, revision), indent=2, sort_keys=True)
     heads.write_labels(model, folder)
     write_atomic(folder / CONFIG, config + "\n")

@@ -298,9 +298,32 @@ def loss_bytes(spec: ModelSpec, job: Job) -> int:
     if job.native_linears:
         return 3 * rows * spec.hidden_size * size + loss_workspace(spec, job, rows)
     chunk = min(chunk_rows(v), rows)
-    logits = chunk * v * (4 + 4 + (0 if size == 4 else size))
+    logits = chunk * v * (4 if size == 4 else 4 + size)
     capped = chunk * v * 4 if spec.final_softcap is not None else 0
     return 2 * rows * spec.hidden_size * size + logits + capped
+
+
+def training_peak(spec: ModelSpec, job: Job) -> dict[str, int]:
+    """Gradients, activations and the loss's memory at the moment of a step that holds most of them.
+
+    Where the vocabulary's matrix is trained there are two such moments. The loss is done and has that matrix' gradient
+    in float32, soon in the compute dtype beside it, with every layer's activations (`linear.cross_entropy`); or the
+    backward pass is done, with all gradients, and those that tied embeddings get from both their ends.
+    """
+    whole = {"gradients": standing_gradients(spec, job), "activations": activation_bytes(spec, job)}
+    whole["loss"] = loss_bytes(spec, job)
+    if job.method != "full":
+        return whole
+    size, table = DTYPE_BYTES[job.dtype], spec.vocab_size * spec.hidden_size
+    one_by_one = _takes_gradients(job)
+    before = gradient_bytes(spec, job) if job.micro_batches > job.steps and not one_by_one else 0
+    early = whole | {"gradients": before, "loss": whole["loss"] + table * (4 + size)}
+    late = {
+        "gradients": table * size if one_by_one else gradient_bytes(spec, job),
+        "activations": activation_bytes(spec, job) // spec.num_layers,
+        "loss": whole["loss"] + (table * size if spec.tied else 0),
+    }
+    return max(early, late, key=lambda parts: sum(parts.values()))
 
 
 def loss_workspace(spec: ModelSpec, job: Job, rows: int) -> int:
@@ -382,14 +405,17 @@ def gradient_bytes(spec: ModelSpec, job: Job) -> int:
 
 
 def standing_gradients(spec: ModelSpec, job: Job) -> int:
-    """Gradients in memory at once. Where a hook takes each one, the vocabulary's is the largest, with the float32 sums
-    that it comes from (`linear.cross_entropy`)."""
-    by_layer, paged = job.updates.per_layer_updates, job.optim.startswith("paged") and job.device == "cpu"
-    if paged or (job.optim.startswith("galore") if by_layer is None else by_layer):
-        table = spec.vocab_size * spec.hidden_size
-        one = table * (4 + DTYPE_BYTES[job.dtype]) if job.method == "full" else 0
-        return min(one, gradient_bytes(spec, job))
+    """Gradients in memory at once; where a hook takes each one, no more than the vocabulary's."""
+    if _takes_gradients(job):
+        table = spec.vocab_size * spec.hidden_size * DTYPE_BYTES[job.dtype]
+        return min(table if job.method == "full" else 0, gradient_bytes(spec, job))
     return gradient_bytes(spec, job)
+
+
+def _takes_gradients(job: Job) -> bool:
+    """Whether gradients leave during the backward pass: into a file, or with their layer's update."""
+    by_layer, paged = job.updates.per_layer_updates, job.optim.startswith("paged") and job.device == "cpu"
+    return paged or (job.optim.startswith("galore") if by_layer is None else by_layer)
 
 
 def runtime_bytes(spec: ModelSpec, job: Job) -> int:
@@ -421,22 +447,21 @@ def phases(spec: ModelSpec, job: Job) -> dict[str, dict[str, int]]:
     held["adapters"] = 0 if job.method == "full" else trainable_bytes(spec, job)
     train = {
         **held,
-        "gradients": standing_gradients(spec, job),
         "optimizer": optimizer_bytes(spec, job),
-        "activations": activation_bytes(spec, job),
-        "loss": loss_bytes(spec, job),
+        **training_peak(spec, job),
         "workspace": workspace_bytes(spec, job),
     }
     # Nothing is kept for a backward pass: gate, up and their product, the residual, torch's float32 parts of a norm.
     d, size = spec.hidden_size, DTYPE_BYTES[job.dtype]
     temporaries = 0 if job.native else 2 * 4 * d
     forward_only = max(job.eval_batch_tokens, job.longest) * ((3 * spec.intermediate_size + 3 * d) * size + temporaries)
-    evaluate = {k: v for k, v in train.items() if k != "gradients"} | {"activations": forward_only}
+    evaluate = {k: v for k, v in train.items() if k != "gradients"}
+    evaluate |= {"activations": forward_only, "loss": loss_bytes(spec, job)}
     return {
         "load": {**held, "adapters": 0, "loading": loading_bytes(spec, job)},
         "train": train,
         "evaluate": evaluate,
-        "save": {k: v for k, v in train.items() if k not in ("gradients", "activations")} | {"pieces": SAVED_PIECE},
+        "save": {k: v for k, v in evaluate.items() if k != "activations"} | {"pieces": SAVED_PIECE},
     }
 
 

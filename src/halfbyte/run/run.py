@@ -377,6 +377,8 @@ def _base_of_full(path: Path, config: RunConfig, loaded: LoadedModel, prepared: 
     if kept is None:
         kept = evaluate(loaded.model, loaded.tokenizer, prepared.eval, labels=prepared.labels)  # type: ignore[arg-type]
         folder.write_base(path, kept)
+        pool.clear()  # what evaluation needed is of other sizes than what training will
+        give_back()
     return kept
 
 
