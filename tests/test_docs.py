@@ -29,14 +29,15 @@ __all__ = ["_no_measuring", "_own_cache", "data_file", "model_folder"]
 DOCS = Path(__file__).parents[1] / "docs"
 WITHOUT_A_PAGE = {"demo"}  # the README's first command
 PAGES = {verb: DOCS / f"{verb}.md" for verb in VERBS if verb not in WITHOUT_A_PAGE}
-EXECUTED = [*PAGES.values(), DOCS / "config.md", DOCS / "optimizers.md"]
+EXECUTED = [*PAGES.values(), DOCS / "config.md", DOCS / "optimizers.md", DOCS / "history.md"]
 FENCE = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
 def finished(model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = load_config(model=str(model_folder), data=str(data_file), lora_r=4, max_steps=4, eval_split=0.1,
-                         output_dir=tmp_path_factory.mktemp("finished") / "mine", dtype="float32")  # fmt: skip
+                         output_dir=tmp_path_factory.mktemp("finished") / "mine", dtype="float32",
+                         method="qlora")  # fmt: skip
     return run(config).path
 
 

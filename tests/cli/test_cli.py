@@ -12,7 +12,20 @@ from halfbyte.cli import VERBS, load
 from halfbyte.run.config import RunConfig
 from tests.cli.conftest import Run
 
-SMALL = ("--dtype", "float32", "--lora-r", "4", "--max-steps", "3", "--lr", "1e-2", "--eval-split", "0.1")
+SMALL = (
+    "--method",
+    "qlora",
+    "--dtype",
+    "float32",
+    "--lora-r",
+    "4",
+    "--max-steps",
+    "3",
+    "--lr",
+    "1e-2",
+    "--eval-split",
+    "0.1",
+)
 
 
 def verbs() -> list[tuple[str, ...]]:
@@ -115,7 +128,7 @@ def test_the_way_through(halfbyte: Run, model_folder: Path, data_file: Path, mon
 def test_plan_and_doctor(halfbyte: Run, model_folder: Path, data_file: Path) -> None:
     text = halfbyte("plan", "--model", model_folder, "--data", data_file)
     assert text.code == 0
-    assert "* qlora" in text.out
+    assert "* lora" in text.out
     made = halfbyte("plan", "--model", model_folder, "--json").json
     assert made["data"]["assumed"]
     assert "are assumed" in halfbyte("plan", "--model", model_folder).out

@@ -57,5 +57,5 @@ def tiny_config(model_folder: Path, data_file: Path, tmp_path: Path) -> RunConfi
     """Six quick steps with everything switched on that a run has."""
     return load_config(
         model=str(model_folder), data=str(data_file), output_dir=tmp_path / "run", dtype="float32", lora_r=4,
-        max_steps=6, eval_split=0.1, learning_rate=1e-2, max_seq_length=64,
+        method="qlora", max_steps=6, eval_split=0.1, learning_rate=1e-2, max_seq_length=64,
     )  # fmt: skip

@@ -48,7 +48,11 @@ def test_unknown_names() -> None:
 def test_the_way_through_in_python(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     config = hb.RunConfig(model=str(model_folder), data=str(data_file), output_dir=tmp_path / "run", max_steps=2)
     plan: Any = hb.plan(config)
-    assert plan.method == "qlora"
+    assert plan.method == "lora"
+    assert "fits with room" in plan.reason
+    asked: Any = hb.plan(config, methods=["lora", "dora"], price="3.6 EUR/h", deadline="6h")
+    assert [e.name for e in asked.estimates] == ["lora", "dora"]
+    assert asked.chosen.cost.p50 == pytest.approx(asked.chosen.total_seconds / 1000)
     result: hb.RunResult = hb.train(config)
     assert result.eval_loss is not None
     assert result.train_loss is not None

@@ -254,7 +254,7 @@ def test_an_adapter_can_be_continued(tiny_config: RunConfig, tmp_path: Path) -> 
     first = run(tiny_config)
     more = tiny_config.replace(adapter_path=str(first.path), output_dir=tmp_path / "more", max_steps=2)
     events = Events()
-    second = run(more.replace(lora_r=16), events)
+    second = run(more.without(["lora_r"]), events)
     start = next(event for event in events if event["event"] == "step")
     assert start["loss"] < first.result["base_eval_loss"] - 1
     assert read_config(second.path)[0].lora_r == 4, "the adapter's own rank"

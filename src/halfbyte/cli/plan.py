@@ -10,45 +10,59 @@ from halfbyte.cli.flags import with_config_flags
 
 app = typer.Typer(add_completion=False)
 
+_METHODS = "What to compare, as full,lora,qdora; by default full, lora, qlora and the config's own."
+_DEVICE = "auto, cpu or cuda: here; or machines of the catalogue, as rtx-3060,a100-80g."
+_PRICE = "What this machine costs, as '0.34 EUR/h'; other machines' prices are in the file of --machines."
+_MACHINES = (
+    "A YAML file of machines beside the catalogue; by default halfbyte/machines.yaml in the user's config folder."
+)
+
 
 @app.command()
-@with_config_flags(leave_out=("report_to", "output_dir"))
+@with_config_flags(leave_out=("report_to", "output_dir", "device"))
 def plan(
     flags: dict[str, Any],
     config: Annotated[Path | None, typer.Argument(help="A YAML config; flags win over it.")] = None,
+    methods: Annotated[list[str] | None, typer.Option("--methods", help=_METHODS)] = None,
+    device: Annotated[list[str] | None, typer.Option("--device", help=_DEVICE)] = None,
+    price: Annotated[str | None, typer.Option("--price", help=_PRICE)] = None,
+    deadline: Annotated[str | None, typer.Option("--deadline", help="When it must be done, as 90m, 6h or 2d.")] = None,
+    pick: Annotated[
+        str | None, typer.Option("--pick", metavar="cheapest|fastest", help="Choose one of the devices.")
+    ] = None,
+    machines: Annotated[Path | None, typer.Option("--machines", help=_MACHINES)] = None,
+    accuracy: Annotated[
+        bool, typer.Option("--accuracy", help="How good past predictions were on this machine.")
+    ] = False,
     json: screen.JsonFlag = False,
 ) -> None:
-    """Which methods fit on this machine, their peak memory and time, and which one to use and why. Reads no weights.
+    """Which methods fit, their memory, disk, time and cost, which one to use and why, or on which machine. Reads no
+    weights.
 
     Example: halfbyte plan --model Qwen/Qwen3-0.6B --data rows.jsonl --memory 6GB
     """
+    from halfbyte.cli import plan_screen
     from halfbyte.run.config import load_config
-    from halfbyte.run.planning import plan_of
+    from halfbyte.run.offer import offer, refuse
 
-    made = plan_of(load_config(config, flags))
-    if json:
-        screen.print_json(made.as_dict())
+    if accuracy:
+        from halfbyte.cli.accuracy import show
+        from halfbyte.run.learning import accuracy_here
+
+        found = accuracy_here()
+        screen.print_json(found) if json else show(found)
         return
-    rows = [
-        (
-            ("* " if e.method == made.method else "  ") + e.method,
-            "yes" if made.fits(e) else "no",
-            f"{screen.gigabytes(e.peak)} (up to {screen.gigabytes(e.peak_p95)})",
-            f"{screen.duration(e.total_seconds)} (up to {screen.duration(e.seconds_p95)})",
-            f"{e.trainable:,}",
-            f"{e.batch[0]} x {e.batch[1]}{', recomputed' if e.job.checkpointing else ''}",
-        )
-        for e in made.estimates
-    ]
-    out = screen.console()
-    out.print(
-        screen.table(("method", "fits", ">peak memory", ">time", ">trained parameters", "rows x accumulated"), rows)
+    answer = offer(
+        load_config(config, flags),
+        methods=methods or (),
+        devices=device or (),
+        price=price,
+        deadline=deadline,
+        pick=pick,
+        machines=machines,
     )
-    parts = sorted(made.chosen.memory[made.chosen.peak_phase].items(), key=lambda item: -item[1])
-    shown = ", ".join(f"{name} {screen.gigabytes(size)}" for name, size in parts if size >= 1e7)
-    out.print(f"{made.method}: {made.reason}", soft_wrap=True)
-    out.print(f"its peak is in phase '{made.chosen.peak_phase}': {shown}", soft_wrap=True)
-    out.print(f"budget: {screen.gigabytes(made.budget)} ({made.budget_reason})", soft_wrap=True)
-    data = made.data
-    if data.assumed:
-        out.print(f"no --data: {data.rows:,} rows of {data.longest} tokens are assumed", style="yellow", soft_wrap=True)
+    if json:
+        screen.print_json(answer.as_dict())
+    else:
+        plan_screen.show(screen.console(), answer)
+    refuse(answer)

@@ -94,7 +94,7 @@ def phases(
         "loss": loss,
         "workspace": workspace_bytes(shape, job, batch),
     }
-    read = max(1, memory.EVALUATION_TOKENS // max(job.longest, 1)), *batch[1:]
+    read = max(1, job.eval_batch_tokens // max(job.longest, 1)), *batch[1:]
     activations, loss = activation_bytes(shape, job, read, training=False)
     evaluate = {k: v for k, v in train.items() if k != "gradients"} | {"activations": activations, "loss": loss}
     return {

@@ -26,14 +26,16 @@ _DENSE_FORMATS = {"bf16": 2, "fp16": 2, "fp32": 4}
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NESTED_BLOCKSIZE = 256
 
-PROCESS_FLOOR = 450_000_000
-"""A process that has imported what a run needs, 0.34 GB, and what a run leaves in its heap, 0.11 GB: resident set,
-measured with torch 2.13 on Linux, QLoRA and LoRA on Gemma 3 270M."""
-TOKENIZER_BYTES_A_WORD = 300
-"""A fast tokenizer's resident size per vocabulary entry: Gemma's 262,144 words take 0.08 GB, once the garbage of making
-it is given back (`heap.give_back`)."""
+PROCESS_FLOOR = 420_000_000
+"""A process that has imported what a run needs, 0.35 GB, and what loading leaves in its heap: resident set, with torch
+2.13 on Linux, the middle of runs on five models (`benchmarks/plan_accuracy.py`)."""
+TOKENIZER_BYTES_A_WORD = 210
+"""A fast tokenizer's resident size per vocabulary entry, once the garbage of making it is given back
+(`heap.give_back`)."""
+TORCH_PRODUCTS = 70_000_000
+"""What PyTorch's own matrix products on a CPU leave: compiled kernels, buffers of their threads."""
 EVALUATION_TOKENS = 4096
-"""Tokens of rows in one forward pass of an evaluation (`evaluate.EvaluateOptions.eval_batch_tokens`)."""
+"""Tokens of rows in one forward pass of an evaluation (`evaluate.EvaluateOptions.eval_batch_tokens`), by default."""
 CUDA_CONTEXT = 500_000_000
 """What a CUDA context takes of the card, beside torch's allocations."""
 SAVED_PIECE = 64_000_000
@@ -55,6 +57,7 @@ class Job:
     train_tokens    all tokens that go through forward and backward, epochs included
     supervised      share of them that is supervised
     eval_tokens     tokens of all evaluation passes together, forward only
+    eval_batch_tokens   tokens of rows in one forward pass of an evaluation; a longer row is alone in its pass
     file_itemsize   bytes of a value in the model's file
     updates         the optimizer's options beside its name
     held            tensors that the model's file brings in blocks of its own (`ModelSource.prequantized_bytes`)
@@ -73,6 +76,7 @@ class Job:
     train_tokens: int = 2048
     supervised: float = 1.0
     eval_tokens: int = 0
+    eval_batch_tokens: int = EVALUATION_TOKENS
     device: str = "cpu"
     held: Mapping[str, int] = field(default_factory=dict)
     file_itemsize: int = 4
@@ -350,6 +354,7 @@ def workspace_bytes(spec: ModelSpec, job: Job) -> int:
         packed = _round_up(min(job.micro_tokens, 2048), 64) * widest * size
         return packed + THREAD_PANELS * torch.get_num_threads() + attention
     coded = [linear.parameters for linear in spec.linears() if job.is_coded(linear.name)]
+    attention += TORCH_PRODUCTS if job.device == "cpu" else 0
     return attention + max(coded, default=0) * size + (PANEL_BYTES if coded else 0)
 
 
@@ -452,7 +457,7 @@ def phases(spec: ModelSpec, job: Job) -> dict[str, dict[str, int]]:
     # Nothing is kept for a backward pass: gate, up and their product, the residual, torch's float32 parts of a norm.
     d, size = spec.hidden_size, DTYPE_BYTES[job.dtype]
     temporaries = 0 if job.native else 2 * 4 * d
-    forward_only = EVALUATION_TOKENS * ((3 * spec.intermediate_size + 3 * d) * size + temporaries)
+    forward_only = max(job.eval_batch_tokens, job.longest) * ((3 * spec.intermediate_size + 3 * d) * size + temporaries)
     evaluate = {k: v for k, v in train.items() if k != "gradients"}
     evaluate |= {"activations": forward_only, "loss": loss_bytes(spec, job)}
     return {

@@ -1,154 +1,45 @@
-"""Which method to use, and why: every method's memory and time on this machine, and one rule that a person can check.
+"""What `halfbyte plan` says: every method's memory, disk, time and cost, which fit, which one to use and why.
 
-The rule of `method: auto`, in order:
-
-1. A method fits if its p95 peak is within the budget. If none fits, the answer is DoesNotFit, with the smallest.
-2. Full fine-tuning is never chosen for you: it writes a whole model for every task and forgets more of the old one
-   ("LoRA learns less and forgets less", arXiv 2405.09673). Ask for it with `--method full`.
-3. On a processor: QLoRA. The memory is shared with everything else that the machine does, a quantized step costs
-   about the same time, and the published comparisons find no difference in quality (QLoRA, arXiv 2305.14314, table 4).
-4. On a GPU: LoRA if its p95 is within 80 % of the budget, since there the 16-bit step is the faster one; else QLoRA.
+The arithmetic of one method is in `plan.estimate`, the rule that chooses among them in `plan.rule`, and what would have
+to change for one that does not fit in `plan.change`.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, cast
 
-from halfbyte.adapters.lora import LoraOptions
 from halfbyte.errors import DoesNotFit
+from halfbyte.models.foreign_spec import ForeignSpec
 from halfbyte.models.spec import ModelSpec
-from halfbyte.optim.options import OptimOptions
-from halfbyte.plan import memory, time
+from halfbyte.plan import calibration, change, foreign, memory, rule
+from halfbyte.plan.calibration import Calibration
+from halfbyte.plan.estimate import Candidate, DataShape, Estimate, Request, Shape, estimate, least_peak
 from halfbyte.plan.hardware import Hardware, Rates
-from halfbyte.plan.memory import Job
-from halfbyte.quant.options import QuantOptions
+from halfbyte.plan.price import Price
+from halfbyte.plan.rule import gb
 
-SCHEMA_VERSION = 1
+__all__ = [
+    "Candidate", "DataShape", "Estimate", "Plan", "Request", "Shape", "check_fits", "estimate",
+    "least_peak", "make_plan", "too_big",
+]  # fmt: skip
+
+SCHEMA_VERSION = 2
+"""Of plan.json. Before 2, phases and components had one figure instead of an interval."""
 METHODS = ("qlora", "lora", "full")
-MICRO_TOKENS = {"cpu": 2048, "cuda": 16_384}
-"""Tokens of a micro-batch beyond which matrix products get no faster; memory may ask for fewer."""
-MEMORY_P95, MEMORY_MARGIN = 1.15, 150_000_000
-"""p95 = 1.15 times the estimate plus 0.15 GB: allocator slack and library versions; to be calibrated on past runs."""
-TIME_P95 = 1.6
-"""p95 = 1.6 times the estimate: other work on the machine, and thermal limits."""
 
-
-@dataclass(frozen=True)
-class DataShape:
-    """What the rows are, in tokens; `spread` is the standard deviation of a row's length.
-
-    `assumed` says that no data was given and these are stand-ins.
-    """
-
-    rows: int
-    tokens: int
-    longest: int
-    supervised_share: float
-    spread: float = 0.0
-    eval_tokens: int = 0
-    assumed: bool = False
-
-    @property
-    def mean(self) -> float:
-        return self.tokens / max(self.rows, 1)
-
-    def largest_micro_batch(self, rows_at_once: int, rows_per_update: int) -> int:
-        """Tokens of the largest micro-batch to expect, of which no more than `rows_at_once` longest rows are possible.
-
-        With packing it takes what an update has, which hardly ever exceeds its mean by three standard deviations.
-        """
-        update = rows_per_update * self.mean + 3 * self.spread * math.sqrt(rows_per_update)
-        return math.ceil(max(self.longest, min(rows_at_once * self.longest, update)))
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a run asks for; what it leaves open is chosen here.
-
-    method         auto, or one of METHODS
-    batches        (rows at once, accumulation) that are allowed, largest first
-    checkpointing  None: only if memory asks for it
-    evaluations    passes over the held-out rows, base against tuned at the end included
-    forward_tokens further tokens that are only read: training rows that a preference run's reference is asked about
-    held           bytes of the tensors that the model's file brings in blocks of its own
-    file_itemsize  bytes of a value in the model's file
-    updates        the optimizer's other options
-    """
-
-    method: str
-    dtype: str
-    device: str
-    quant: QuantOptions
-    lora: LoraOptions
-    optim: str
-    batches: tuple[tuple[int, int], ...]
-    checkpointing: bool | None
-    epochs: float
-    max_steps: int | None
-    evaluations: int = 1
-    forward_tokens: int = 0
-    held: Mapping[str, int] = field(default_factory=dict)
-    file_itemsize: int = 4
-    updates: OptimOptions = field(default_factory=OptimOptions)
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """One method on one machine: bytes by phase and component, seconds by phase."""
-
-    job: Job
-    batch: tuple[int, int]
-    memory: dict[str, dict[str, int]]
-    seconds: dict[str, float]
-    trainable: int
-
-    @property
-    def method(self) -> str:
-        return self.job.method
-
-    @property
-    def peak_phase(self) -> str:
-        return max(self.memory, key=lambda phase: sum(self.memory[phase].values()))
-
-    @property
-    def peak(self) -> int:
-        """Expected peak, p50."""
-        return sum(self.memory[self.peak_phase].values())
-
-    @property
-    def peak_p95(self) -> int:
-        return int(self.peak * MEMORY_P95) + MEMORY_MARGIN
-
-    @property
-    def total_seconds(self) -> float:
-        return sum(self.seconds.values())
-
-    @property
-    def seconds_p95(self) -> float:
-        return self.total_seconds * TIME_P95
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "method": self.method,
-            "trainable_parameters": self.trainable,
-            "per_device_train_batch_size": self.batch[0],
-            "gradient_accumulation_steps": self.batch[1],
-            "gradient_checkpointing": self.job.checkpointing,
-            "steps": self.job.steps,
-            "tokens": self.job.train_tokens,
-            "peak_memory_bytes": {"p50": self.peak, "p95": self.peak_p95},
-            "seconds": {"p50": round(self.total_seconds, 1), "p95": round(self.seconds_p95, 1)},
-            "peak_phase": self.peak_phase,
-            "memory_by_phase": {phase: sum(parts.values()) for phase, parts in self.memory.items()},
-            "memory_by_component": self.memory,
-            "seconds_by_phase": {phase: round(value, 1) for phase, value in self.seconds.items()},
-        }
+Verdict = Literal["fits", "tight", "does not fit"]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Every method's estimate, which fit, the chosen one and the reason. `as_dict()` is plan.json."""
+    """Every method's estimate, which fit, the chosen one and the reason. `as_dict()` is plan.json.
+
+    method     how the chosen one holds its base: full, lora or qlora; `name` is what people call it
+    clause     the clause of the rule that chose it, or `asked`
+    changes    name → what would have to change for a method that does not fit surely
+    machine    the catalogue's name of another machine; None: this one
+    assumed    what the figures take for granted, a sentence each
+    """
 
     estimates: tuple[Estimate, ...]
     budget: int
@@ -158,122 +49,193 @@ class Plan:
     data: DataShape
     hardware: dict[str, Any]
     rates: dict[str, Any]
+    name: str = ""
+    clause: str = "asked"
+    changes: Mapping[str, tuple[change.Change, ...]] | None = None
+    deadline: float | None = None
+    machine: str | None = None
+    assumed: tuple[str, ...] = ()
 
     @property
     def chosen(self) -> Estimate:
-        return next(e for e in self.estimates if e.method == self.method)
+        return next(e for e in self.estimates if e.name == self.name and e.method == self.method)
 
     def fits(self, estimate: Estimate) -> bool:
         return estimate.peak_p95 <= self.budget
+
+    def verdict(self, estimate: Estimate) -> Verdict:
+        """`fits` is a promise (P95), `tight` is more likely than not (P50)."""
+        if self.fits(estimate):
+            return "fits"
+        return "tight" if estimate.peak <= self.budget else "does not fit"
+
+    def corrected(self, seconds: Mapping[str, float]) -> "Plan":
+        """After a probe of the run itself: the chosen method's seconds by phase are these, their interval narrower."""
+        chosen = self.chosen
+        better = replace(chosen, seconds={**chosen.seconds, **seconds}, probed=True)
+        return replace(self, estimates=tuple(better if e is chosen else e for e in self.estimates))
 
     def as_dict(self) -> dict[str, Any]:
         return {
             "schema_version": SCHEMA_VERSION,
             **self.chosen.as_dict(),
+            "verdict": self.verdict(self.chosen),
             "reason": self.reason,
+            "clause": self.clause,
             "budget_bytes": self.budget,
             "budget_reason": self.budget_reason,
-            "methods": [{**e.as_dict(), "fits": self.fits(e)} for e in self.estimates],
+            "deadline_seconds": self.deadline,
+            "methods": [
+                {
+                    **e.as_dict(),
+                    "fits": self.fits(e),
+                    "verdict": self.verdict(e),
+                    "changes": [c.as_dict() for c in (self.changes or {}).get(e.name, ())],
+                }
+                for e in self.estimates
+            ],
             "data": asdict(self.data),
+            "machine": self.machine,
             "hardware": self.hardware,
             "rates": self.rates,
+            "price": None if self.chosen.price is None else str(self.chosen.price),
+            "calibration": asdict(self.chosen.calibration),
+            "assumptions": list(self.assumed),
         }
 
 
-def estimate(spec: ModelSpec, request: Request, method: str, data: DataShape, rates: Rates, limit: int) -> Estimate:
-    """Memory and time of one method, laid out in the largest micro-batch that fits `limit` (else the smallest)."""
-    made: Estimate | None = None
-    for batch, checkpointing in _layouts(request, data):
-        job = _job(request, method, data, batch, checkpointing)
-        made = Estimate(
-            job,
-            batch,
-            memory.phases(spec, job),
-            time.phases(spec, job, rates, data.mean),
-            memory.trainable_parameters(spec, job),
-        )
-        if made.peak_p95 <= limit:
-            return made
-    assert made is not None
-    return made
-
-
-def _layouts(request: Request, data: DataShape) -> list[tuple[tuple[int, int], bool]]:
-    """Micro-batches from large to small, then again with recomputed activations, as far as these are left open."""
-    target = MICRO_TOKENS[request.device]
-    useful = [b for b in request.batches if b[0] * data.longest <= target] or [request.batches[-1]]
-    modes = (False, True) if request.checkpointing is None else (request.checkpointing,)
-    return [(batch, mode) for mode in modes for batch in useful]
-
-
-def _job(request: Request, method: str, data: DataShape, batch: tuple[int, int], checkpointing: bool) -> Job:
-    rows_per_update = batch[0] * batch[1]
-    per_epoch = math.ceil(data.rows / rows_per_update)
-    steps = request.max_steps or max(1, math.ceil(per_epoch * request.epochs - 1e-9))
-    tokens = int(data.tokens * steps / per_epoch)
-    micro_tokens = data.largest_micro_batch(batch[0], rows_per_update)
-    return Job(
-        method=method,
-        dtype=request.dtype,
-        quant=request.quant,
-        lora=request.lora,
-        optim=request.optim,
-        updates=request.updates,
-        checkpointing=checkpointing,
-        micro_tokens=micro_tokens,
-        longest=data.longest,
-        micro_batches=max(steps, math.ceil(tokens / (0.8 * micro_tokens))),
-        steps=steps,
-        train_tokens=tokens,
-        supervised=data.supervised_share,
-        eval_tokens=data.eval_tokens * request.evaluations + request.forward_tokens,
-        device=request.device,
-        held=request.held,
-        file_itemsize=request.file_itemsize,
-    )
-
-
 def make_plan(
-    spec: ModelSpec, request: Request, data: DataShape, hardware: Hardware, rates: Rates, budget: int | None
+    spec: Shape,
+    request: Request,
+    data: DataShape,
+    hardware: Hardware,
+    rates: Rates,
+    budget: int | None,
+    candidates: Sequence[Candidate] | None = None,
+    *,
+    asked: str | None = None,
+    budget_reason: str | None = None,
+    stated: bool | None = None,
+    constants: Calibration | None = None,
+    price: Price | None = None,
+    deadline: float | None = None,
+    advise: bool = False,
 ) -> Plan:
-    """Estimate every method and choose one; `request.method` of `auto` leaves the choice to the rule above.
+    """Estimate every method and choose one; `request.method` of `auto` leaves the choice to `plan.rule`.
 
-    DoesNotFit if under `auto` no method is within the budget at p95 (see `check_fits` for a method that was asked for).
+    candidates  what to estimate, by default the three ways to hold a base, each with `request`'s other fields
+    asked       the candidate's name that `request` is, by default its method
+    stated      whether the user gave the budget; by default whether there is one
+    constants   of this machine, by default those that ship for the kind of device
+    deadline    seconds
+    advise      also look for changes that make fit what does not
+
+    Nothing is refused here: where no method fits, the plan is of the one that needs least (see `check_fits`).
     """
     limit = hardware.usable if budget is None else budget
-    where = "GPU memory" if hardware.gpus else "memory"
-    why = f"90 % of the {where} that is free now" if budget is None else "--memory"
-    estimates = tuple(estimate(spec, request, method, data, rates, limit) for method in METHODS)
-    method, reason = _choose(estimates, request.method, limit, why, on_gpu=request.device == "cuda")
-    return Plan(estimates, limit, why, method, reason, data, hardware.as_dict(), asdict(rates))
+    why = budget_reason or (f"90 % of the {where(request.device)} that is free now" if budget is None else "--memory")
+    whole = not isinstance(spec, ForeignSpec)
+    made = constants or (calibration.of(request.device) if whole else foreign.CALIBRATION)
+    if candidates is None:
+        bases = [method for method in METHODS if whole or method != "full"]
+        candidates = [Candidate(method, replace(request, method=method)) for method in bases]
+    ranked = [_ranked(spec, candidate, data, rates, limit, made, price) for candidate in candidates]
+    estimates = tuple(found for _, found in ranked)
+    if request.method == "auto":
+        offered = [e for c, e in ranked if c.choosable]
+        name, clause, reason = _choose(
+            spec, request, offered, data, limit, (budget is not None) if stated is None else stated, deadline
+        )
+    else:
+        name, clause, reason = asked or request.method, "asked", "asked for"
+    chosen = next(e for e in estimates if e.name == name)
+    changes = _changes(spec, ranked, data, rates, limit, made) if advise else None
+    return Plan(
+        estimates, limit, why, chosen.method, reason, data, hardware.as_dict(), asdict(rates),
+        name=name, clause=clause, changes=changes, deadline=deadline,
+    )  # fmt: skip
 
 
-def _choose(estimates: Sequence[Estimate], asked: str, budget: int, why: str, on_gpu: bool) -> tuple[str, str]:
-    by_name = {e.method: e for e in estimates}
-    if asked != "auto":
-        return asked, "asked for"
-    fitting = [e.method for e in estimates if e.peak_p95 <= budget and e.method != "full"]
-    qlora, lora = by_name["qlora"], by_name["lora"]
-    if not fitting:
-        smallest = min((qlora, lora), key=lambda e: e.peak_p95)
-        raise DoesNotFit(too_big(smallest, budget, why))
-    if on_gpu and "lora" in fitting and lora.peak_p95 <= 0.8 * budget:
-        return "lora", f"its 16-bit base fits with room to spare ({_gb(lora.peak_p95)} of {_gb(budget)}) and is faster"
-    if "qlora" not in fitting:
-        return "lora", f"it needs the least memory here ({_gb(lora.peak_p95)})"
-    if "lora" not in fitting:
-        return "qlora", f"it fits in {_gb(budget)}, which LoRA on a 16-bit base ({_gb(lora.peak_p95)}) does not"
-    return "qlora", _saving(qlora, lora)
+def where(device: str) -> str:
+    return "GPU memory" if device == "cuda" else "memory"
 
 
-def _saving(qlora: Estimate, lora: Estimate) -> str:
-    slower = qlora.total_seconds / max(lora.total_seconds, 1e-9) - 1
-    pace = "no slower" if slower < 0.03 else f"{slower:.0%} slower"
-    weights = [sum(e.memory["train"][k] for k in ("base weights", "quantization constants")) for e in (qlora, lora)]
-    return (
-        f"its base takes {_gb(weights[0])} instead of LoRA's {_gb(weights[1])}, it is expected to be {pace}, "
-        "and published comparisons find the same quality"
+def _ranked(
+    spec: Shape,
+    candidate: Candidate,
+    data: DataShape,
+    rates: Rates,
+    limit: int,
+    constants: Calibration,
+    price: Price | None,
+) -> tuple[Candidate, Estimate]:
+    """A candidate with its rank made out, and its estimate: a raised rank must not cost the layout."""
+    request = candidate.request
+    tries = [request]
+    if request.open_rank and request.method != "full":
+        each, linears = adapter_sizes(spec, request)
+        tries = [request.with_rank(r) for r in rule.ranks(request.method == "qlora", data.supervised, each, linears)]
+    for tried in tries:
+        one = replace(candidate, request=tried)
+        made = estimate(spec, one, data, rates, limit, constants, price)
+        if made.peak_p95 <= limit and (not made.job.checkpointing or request.checkpointing):
+            break
+    return one, made
+
+
+def _changes(
+    spec: Shape,
+    ranked: Sequence[tuple[Candidate, Estimate]],
+    data: DataShape,
+    rates: Rates,
+    limit: int,
+    constants: Calibration,
+) -> dict[str, tuple[change.Change, ...]]:
+    """By name, for each method that does not fit: what would make it fit, and the same method on a quantized base."""
+    qlora = next((e for _, e in ranked if e.name == "qlora" and e.peak_p95 <= limit), None)
+    found = {}
+    for candidate, made in ranked:
+        if made.peak_p95 <= limit:
+            continue
+        changes = change.find(spec, candidate, data, rates, limit, constants)
+        if qlora is not None:
+            changes += (change.Change({"method": "qlora"}, qlora.peak_p95),)
+        found[made.name] = changes
+    return found
+
+
+def adapter_sizes(spec: Shape, request: Request) -> tuple[int, int]:
+    """(adapter parameters that a rank adds, parameters of the linears that are adapted)."""
+    job = memory.Job("lora", request.dtype, request.quant, request.lora)
+    linears = memory.targets(cast(ModelSpec, spec), job)
+    return sum(x.in_features + x.out_features for x in linears), sum(x.parameters for x in linears)
+
+
+def _choose(
+    spec: Shape,
+    request: Request,
+    estimates: Sequence[Estimate],
+    data: DataShape,
+    budget: int,
+    stated: bool,
+    deadline: float | None,
+) -> tuple[str, str, str]:
+    """(name, clause, reason) by the rule; the method that needs least if nothing fits."""
+    adapters = [e for e in estimates if e.method != "full"]
+    case = rule.Case(
+        budget=budget,
+        stated=stated,
+        deadline=deadline,
+        tokens=data.supervised,
+        parameters=spec.total_parameters,
+        own_blocks=request.own_blocks,
+        capacity=rule.largest_adapters(*adapter_sizes(spec, request)),
     )
+    choice = rule.choose(case, [e.offer for e in estimates])
+    if choice is None:
+        least = min(adapters or estimates, key=lambda e: e.peak_p95)
+        return least.name, "none", f"no method fits in {gb(budget)}; this one needs the least, {gb(least.peak_p95)}"
+    return choice.name, choice.clause, choice.reason
 
 
 def check_fits(plan: Plan) -> None:
@@ -283,26 +245,22 @@ def check_fits(plan: Plan) -> None:
 
 
 def too_big(e: Estimate, budget: int, why: str, plan: Plan | None = None) -> str:
-    """One line: what does not fit, by how much, and the nearest thing that would."""
+    """One line: what does not fit, by how much, the minimum, and the nearest thing that would."""
     smaller = [o for o in plan.estimates if plan.fits(o)] if plan is not None else []
     if smaller:
         best = min(smaller, key=lambda o: o.peak_p95)
-        advice = f"--method {best.method} fits ({_gb(best.peak_p95)})"
+        advice = f"--method {best.name} fits ({gb(best.peak_p95)})"
     else:
         parts = e.memory[e.peak_phase]
         largest = max(parts, key=lambda name: parts[name])
         tips = {
-            "activations": "try a smaller --max-seq-length or --per-device-train-batch-size",
+            "activations": "try a smaller --max-seq-length",
             "optimizer": "try --optim adamw_8bit, or paged_adamw, which keeps it on the disk",
             "gradients": "try --optim paged_adamw, which keeps them on the disk",
             "runtime": "that is Python, torch and the tokenizer, which every run needs",
         }
-        advice = f"most of it is {largest} ({_gb(parts[largest])}): {tips.get(largest, 'try a smaller model')}"
+        advice = f"most of it is {largest} ({gb(parts[largest])}): {tips.get(largest, 'try a smaller model')}"
     return (
-        f"{e.method} needs {_gb(e.peak)} (up to {_gb(e.peak_p95)}) while it does phase '{e.peak_phase}', "
-        f"and the budget is {_gb(budget)} ({why}): {advice}"
+        f"{e.name} needs at least {gb(e.peak_p95)} (expected {gb(e.peak)}, in phase '{e.peak_phase}', with "
+        f"{e.layout} rows), and the budget is {gb(budget)} ({why}): {advice}"
     )
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e7 else f"{count / 1e6:.2f} MB"

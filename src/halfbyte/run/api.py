@@ -14,7 +14,7 @@ from halfbyte.evaluate.evaluate import BaseAndTuned, EvaluateOptions, EvaluateRe
 from halfbyte.plan.recommend import Plan
 from halfbyte.run import target
 from halfbyte.run.config import RunConfig, load_config
-from halfbyte.run.planning import plan_of
+from halfbyte.run.offer import offer
 from halfbyte.run.run import Listener, RunResult, run, silent
 from halfbyte.run.run import resume as resume_run
 
@@ -29,9 +29,22 @@ def config_of(config: Config, values: dict[str, Any]) -> RunConfig:
     return load_config(Path(config) if config is not None else None, None, **values)
 
 
-def plan(config: Config = None, /, **values: Any) -> Plan:
-    """Every method's memory and time on this machine, and the one to use. `hb.plan(model="…", data="…").reason`"""
-    return plan_of(config_of(config, values))
+def plan(
+    config: Config = None,
+    /,
+    *,
+    methods: Sequence[str] = (),
+    price: str | None = None,
+    deadline: str | None = None,
+    **values: Any,
+) -> Plan:
+    """Every method's memory, time and cost on this machine, and the one to use. `hb.plan(model="…", data="…").reason`
+
+    methods, price, deadline   as `halfbyte plan` takes them: ("lora", "qdora"), "0.34 EUR/h", "6h"
+    """
+    answer = offer(config_of(config, values), methods=methods, price=price, deadline=deadline)
+    assert isinstance(answer, Plan)  # one machine, and no pick
+    return answer
 
 
 def train(

@@ -7,7 +7,7 @@ keys are answered with the nearest known one, wrong values with the file, the li
 
 import difflib
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -113,10 +113,22 @@ class RunConfig(
         """The part of this config that a component declared, as that component's own class."""
         return options.model_validate({name: getattr(self, name) for name in options.model_fields})
 
+    def given(self, name: str) -> bool:
+        """Whether the user chose this field. In a config with every field (a run.yaml) only what is not the default
+        tells."""
+        if self.model_fields_set >= type(self).model_fields.keys():
+            return bool(getattr(self, name) != type(self).model_fields[name].get_default(call_default_factory=True))
+        return name in self.model_fields_set
+
     def replace(self, **changes: Any) -> "RunConfig":
-        """A copy with fields changed, validated again. UsageError for what cannot be."""
+        """A copy with fields changed, validated again; what was left open stays so. UsageError for what cannot be."""
+        return self.without((), **changes)
+
+    def without(self, left_out: Iterable[str], **changes: Any) -> "RunConfig":
+        """A copy with some fields left open again, and others changed."""
+        own = {k: v for k, v in self.model_dump(exclude_unset=True).items() if k not in set(left_out)}
         try:
-            return RunConfig.model_validate({**self.model_dump(), **methods.expand(changes)})
+            return RunConfig.model_validate({**own, **methods.expand(changes)})
         except ValidationError as error:
             raise UsageError(
                 _describe(error, {name: Entry(value, "argument") for name, value in changes.items()})

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.adapters import read_options
-from halfbyte.adapters.options import ALL_LINEAR, LoraOptions
+from halfbyte.adapters.options import ALL_LINEAR
 from halfbyte.adapters.peft_io import CONFIG as ADAPTER_CONFIG
 from halfbyte.errors import UsageError
 from halfbyte.run.config import RunConfig
@@ -51,21 +51,12 @@ def with_adapter(config: RunConfig) -> RunConfig:
     options = read_options(folder)
     for name in SHAPE:
         asked, own = getattr(config, name), getattr(options, name)
-        if _is_given(config, name) and not _same(name, asked, own):
+        if config.given(name) and not _same(name, asked, own):
             raise UsageError(f"{name} is {asked!r}, and the adapter in {folder} has {own!r}: leave it out")
     changes = {name: getattr(options, name) for name in SHAPE}
-    if not _is_given(config, "lora_dropout"):
+    if not config.given("lora_dropout"):
         changes["lora_dropout"] = options.lora_dropout
     return config.replace(adapter_path=str(folder.resolve()), **changes)
-
-
-def _is_given(config: RunConfig, name: str) -> bool:
-    """Whether the user chose this field. In a config with every field (a run.yaml, a changed copy) only what is not the
-    default tells."""
-    given = config.model_fields_set
-    if given >= RunConfig.model_fields.keys():
-        return bool(getattr(config, name) != LoraOptions.model_fields[name].get_default(call_default_factory=True))
-    return name in given
 
 
 def _same(name: str, asked: Any, own: Any) -> bool:

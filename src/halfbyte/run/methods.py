@@ -149,12 +149,13 @@ def name_of(values: Mapping[str, Any]) -> str:
         for name, preset in PRESETS.items()
         if preset.method == method
         and preset.fields
-        and all(_is_set(preset, field, values.get(field)) for field in preset.fields)
+        and all(sets(preset, field, values.get(field)) for field in preset.fields)
     ]
     return "+".join(sorted(found)) or method
 
 
-def _is_set(preset: Preset, field: str, value: Any) -> bool:
+def sets(preset: Preset, field: str, value: Any) -> bool:
+    """Whether this value of a field is the preset's, or one that still is this method."""
     return value is not None and value is not False and preset.is_one(field, value)
 
 

@@ -41,6 +41,12 @@ class TrainOptions(Options):
     eval_steps: int | None = Field(
         None, ge=1, description="Evaluate every so many updates; by default after every epoch. The end always is"
     )
+    eval_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens of rows in one forward pass of an evaluation; by default 4,096, fewer where memory asks "
+        "for it",
+    )
     logging_steps: int = Field(1, ge=1, description="Updates summed up in one step event of events.jsonl")
     gradient_checkpointing: bool | None = Field(
         None, description="Recompute activations in the backward pass to save memory; by default if memory asks for it"
@@ -52,6 +58,11 @@ class TrainOptions(Options):
         False, description="Finish with the weights of the best evaluation instead of the last ones"
     )
     seed: int = Field(42, ge=0, lt=2**63, description="Seed of everything random: order of rows, adapters, dropout")
+    rehearsal: bool | None = Field(
+        None,
+        description="Try the longest micro-batch, evaluation and checkpoint before the first step, and time them; by "
+        "default where that takes under 2 % of the run",
+    )
     report_to: tuple[SinkName, ...] = Field(
         (), description="Also send events to: tensorboard, wandb, mlflow, trackio (several: a list)"
     )
