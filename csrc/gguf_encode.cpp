@@ -303,7 +303,9 @@ Encode encoder() {
 using namespace hb;
 
 // `blocks` blocks of 256 weights as Q4_K (kind 4), Q5_K (5) or Q6_K (6): 144, 176 or 210 bytes each.
-EXPORT void hb_gguf_encode(const float* x, int kind, int64_t blocks, uint8_t* out) {
-  const Encode encode = encoder();
-  over_range(blocks, 64, [&](int64_t begin, int64_t end) { encode(x, kind, begin, end, out); });
+EXPORT int hb_gguf_encode(const float* x, int kind, int64_t blocks, uint8_t* out) {
+  return guarded([&] {
+    const Encode encode = encoder();
+    over_range(blocks, 64, [&](int64_t begin, int64_t end) { encode(x, kind, begin, end, out); });
+  });
 }

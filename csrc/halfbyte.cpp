@@ -175,59 +175,63 @@ EXPORT int hb_use(const char* isa, void* torch_parallel_for, void* torch_get_num
 EXPORT int hb_multiplies(int dtype) { return engine->block[dtype] != nullptr; }
 
 // Raised whenever a signature below changes, so that a stale library is refused rather than called wrongly.
-EXPORT int hb_version() { return 7; }
+EXPORT int hb_version() { return 8; }
 
-EXPORT void hb_dequantize(const uint8_t* codes, const void* absmax, const float* table, int64_t blocksize,
-                          int64_t start, int64_t count, void* out, int dtype, const float* nested_absmax,
-                          const float* nested_offset, const float* nested_table, int64_t nested_blocksize) {
-  if (count == 0) return;
-  Dequantize work{};
-  work.codes = codes;
-  work.absmax = nested_absmax ? nullptr : static_cast<const float*>(absmax);
-  work.nested_codes = static_cast<const uint8_t*>(absmax);
-  work.nested_absmax = nested_absmax;
-  work.nested_table = nested_table;
-  work.nested_offset = nested_offset ? *nested_offset : 0;
-  work.nested_blocksize = nested_blocksize;
-  work.table = table;
-  work.blocksize = blocksize;
-  work.start = start;
-  work.stop = start + count;
-  work.out = static_cast<uint8_t*>(out);
-  work.dtype = dtype;
-  int64_t first = start / blocksize, last = (work.stop + blocksize - 1) / blocksize;
-  over_blocks(last - first, blocksize, [&](int64_t begin, int64_t end) { work(first + begin, first + end); });
+EXPORT int hb_dequantize(const uint8_t* codes, const void* absmax, const float* table, int64_t blocksize,
+                         int64_t start, int64_t count, void* out, int dtype, const float* nested_absmax,
+                         const float* nested_offset, const float* nested_table, int64_t nested_blocksize) {
+  return guarded([&] {
+    if (count == 0) return;
+    Dequantize work{};
+    work.codes = codes;
+    work.absmax = nested_absmax ? nullptr : static_cast<const float*>(absmax);
+    work.nested_codes = static_cast<const uint8_t*>(absmax);
+    work.nested_absmax = nested_absmax;
+    work.nested_table = nested_table;
+    work.nested_offset = nested_offset ? *nested_offset : 0;
+    work.nested_blocksize = nested_blocksize;
+    work.table = table;
+    work.blocksize = blocksize;
+    work.start = start;
+    work.stop = start + count;
+    work.out = static_cast<uint8_t*>(out);
+    work.dtype = dtype;
+    int64_t first = start / blocksize, last = (work.stop + blocksize - 1) / blocksize;
+    over_blocks(last - first, blocksize, [&](int64_t begin, int64_t end) { work(first + begin, first + end); });
+  });
 }
 
 // 4-bit where there are midpoints, INT8 where not.
-EXPORT void hb_quantize(const void* x, int dtype, int64_t count, const float* midpoints, const uint8_t* order,
-                        int64_t blocksize, uint8_t* codes, float* absmax) {
-  const int64_t blocks = count / blocksize, tail = count % blocksize;
-  const int64_t item_size = dtype == float32 ? 4 : 2;
-  over_blocks(blocks, blocksize, [&](int64_t begin, int64_t end) {
-    const uint8_t* from = static_cast<const uint8_t*>(x) + begin * blocksize * item_size;
-    if (midpoints) {
-      kernels->quantize4[dtype](from, midpoints, order, blocksize, end - begin, codes + begin * blocksize / 2,
-                                absmax + begin);
-    } else {
-      kernels->quantize8[dtype](from, blocksize, end - begin, codes + begin * blocksize, absmax + begin);
-    }
-  });
-  if (tail == 0) return;
-  with_type(dtype, [&](auto type) {
-    using T = decltype(type);
-    const T* from = static_cast<const T*>(x) + blocks * blocksize;
-    uint8_t* to = codes + blocks * blocksize / (midpoints ? 2 : 1);
-    encode_tail(from, tail, absmax + blocks, [&](int64_t i, float value) {
-      if (!midpoints) {
-        to[i] = code8(value);
-      } else if (i % 2) {
-        to[i / 2] = uint8_t(to[i / 2] | order[rank(midpoints, value)]);
+EXPORT int hb_quantize(const void* x, int dtype, int64_t count, const float* midpoints, const uint8_t* order,
+                       int64_t blocksize, uint8_t* codes, float* absmax) {
+  return guarded([&] {
+    const int64_t blocks = count / blocksize, tail = count % blocksize;
+    const int64_t item_size = dtype == float32 ? 4 : 2;
+    over_blocks(blocks, blocksize, [&](int64_t begin, int64_t end) {
+      const uint8_t* from = static_cast<const uint8_t*>(x) + begin * blocksize * item_size;
+      if (midpoints) {
+        kernels->quantize4[dtype](from, midpoints, order, blocksize, end - begin, codes + begin * blocksize / 2,
+                                  absmax + begin);
       } else {
-        // The low half stays the code of 0 where no further value comes.
-        uint8_t padding = i + 1 < tail ? 0 : order[rank(midpoints, 0)];
-        to[i / 2] = uint8_t(order[rank(midpoints, value)] << 4 | padding);
+        kernels->quantize8[dtype](from, blocksize, end - begin, codes + begin * blocksize, absmax + begin);
       }
+    });
+    if (tail == 0) return;
+    with_type(dtype, [&](auto type) {
+      using T = decltype(type);
+      const T* from = static_cast<const T*>(x) + blocks * blocksize;
+      uint8_t* to = codes + blocks * blocksize / (midpoints ? 2 : 1);
+      encode_tail(from, tail, absmax + blocks, [&](int64_t i, float value) {
+        if (!midpoints) {
+          to[i] = code8(value);
+        } else if (i % 2) {
+          to[i / 2] = uint8_t(to[i / 2] | order[rank(midpoints, value)]);
+        } else {
+          // The low half stays the code of 0 where no further value comes.
+          uint8_t padding = i + 1 < tail ? 0 : order[rank(midpoints, 0)];
+          to[i / 2] = uint8_t(order[rank(midpoints, value)] << 4 | padding);
+        }
+      });
     });
   });
 }
@@ -247,15 +251,18 @@ static void encode_dynamic(const T* from, int64_t size, int64_t blocksize, const
   }
 }
 
-EXPORT void hb_quantize_dynamic(const void* x, int dtype, int64_t count, const uint8_t* first, const float* midpoints,
-                                int64_t blocksize, uint8_t* codes, float* absmax) {
-  over_blocks((count + blocksize - 1) / blocksize, blocksize, [&](int64_t begin, int64_t end) {
-    with_type(dtype, [&](auto type) {
-      using T = decltype(type);
-      for (int64_t block = begin; block < end; block++) {
-        const int64_t base = block * blocksize, size = std::min(blocksize, count - base);
-        encode_dynamic(static_cast<const T*>(x) + base, size, blocksize, first, midpoints, codes + base, absmax + block);
-      }
+EXPORT int hb_quantize_dynamic(const void* x, int dtype, int64_t count, const uint8_t* first, const float* midpoints,
+                               int64_t blocksize, uint8_t* codes, float* absmax) {
+  return guarded([&] {
+    over_blocks((count + blocksize - 1) / blocksize, blocksize, [&](int64_t begin, int64_t end) {
+      with_type(dtype, [&](auto type) {
+        using T = decltype(type);
+        for (int64_t block = begin; block < end; block++) {
+          const int64_t base = block * blocksize, size = std::min(blocksize, count - base);
+          encode_dynamic(static_cast<const T*>(x) + base, size, blocksize, first, midpoints, codes + base,
+                         absmax + block);
+        }
+      });
     });
   });
 }
@@ -273,39 +280,43 @@ struct ByteMoment {
 // moments exists in float but the block at hand.
 //   numbers: gradient's factor, beta1, beta2, learning rate / correction of the first moment, root of the correction of
 //            the second, epsilon, what decay leaves of a weight
-EXPORT void hb_adamw_bytes(int64_t count, float* weights, const float* gradients, const ByteMoment* moments,
-                           const float* numbers) {
-  constexpr int64_t blocksize = 256;
-  const float factor = numbers[0], beta1 = numbers[1], beta2 = numbers[2], step = numbers[3], root = numbers[4],
-              epsilon = numbers[5], keep = numbers[6];
-  const ByteMoment &m = moments[0], &v = moments[1];
-  over_blocks((count + blocksize - 1) / blocksize, blocksize, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; block++) {
-      const int64_t base = block * blocksize, size = std::min(blocksize, count - base);
-      Float32 first[blocksize], second[blocksize];
-      for (int64_t i = 0; i < size; i++) {
-        first[i].raw = m.table[m.codes[base + i]] * m.absmax[block];
-        second[i].raw = v.table[v.codes[base + i]] * v.absmax[block];
+EXPORT int hb_adamw_bytes(int64_t count, float* weights, const float* gradients, const ByteMoment* moments,
+                          const float* numbers) {
+  return guarded([&] {
+    constexpr int64_t blocksize = 256;
+    const float factor = numbers[0], beta1 = numbers[1], beta2 = numbers[2], step = numbers[3], root = numbers[4],
+                epsilon = numbers[5], keep = numbers[6];
+    const ByteMoment &m = moments[0], &v = moments[1];
+    over_blocks((count + blocksize - 1) / blocksize, blocksize, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; block++) {
+        const int64_t base = block * blocksize, size = std::min(blocksize, count - base);
+        Float32 first[blocksize], second[blocksize];
+        for (int64_t i = 0; i < size; i++) {
+          first[i].raw = m.table[m.codes[base + i]] * m.absmax[block];
+          second[i].raw = v.table[v.codes[base + i]] * v.absmax[block];
+        }
+        for (int64_t i = 0; i < size; i++) {
+          const float gradient = gradients[base + i] * factor;
+          first[i].raw += (gradient - first[i].raw) * (1 - beta1);
+          second[i].raw = second[i].raw * beta2 + gradient * gradient * (1 - beta2);
+          const float change = first[i].raw / (std::sqrt(second[i].raw) / root + epsilon);
+          weights[base + i] = weights[base + i] * keep - step * change;
+        }
+        encode_dynamic(first, size, blocksize, m.first, m.midpoints, m.codes + base, m.absmax + block);
+        encode_dynamic(second, size, blocksize, v.first, v.midpoints, v.codes + base, v.absmax + block);
       }
-      for (int64_t i = 0; i < size; i++) {
-        const float gradient = gradients[base + i] * factor;
-        first[i].raw += (gradient - first[i].raw) * (1 - beta1);
-        second[i].raw = second[i].raw * beta2 + gradient * gradient * (1 - beta2);
-        const float change = first[i].raw / (std::sqrt(second[i].raw) / root + epsilon);
-        weights[base + i] = weights[base + i] * keep - step * change;
-      }
-      encode_dynamic(first, size, blocksize, m.first, m.midpoints, m.codes + base, m.absmax + block);
-      encode_dynamic(second, size, blocksize, v.first, v.midpoints, v.codes + base, v.absmax + block);
-    }
+    });
   });
 }
 
-EXPORT void hb_dequantize_dynamic(const uint8_t* codes, const float* absmax, const float* table, int64_t blocksize,
-                                  int64_t count, float* out) {
-  over_blocks((count + blocksize - 1) / blocksize, blocksize, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; block++) {
-      const int64_t first = block * blocksize, last = std::min(first + blocksize, count);
-      for (int64_t i = first; i < last; i++) out[i] = table[codes[i]] * absmax[block];
-    }
+EXPORT int hb_dequantize_dynamic(const uint8_t* codes, const float* absmax, const float* table, int64_t blocksize,
+                                 int64_t count, float* out) {
+  return guarded([&] {
+    over_blocks((count + blocksize - 1) / blocksize, blocksize, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; block++) {
+        const int64_t first = block * blocksize, last = std::min(first + blocksize, count);
+        for (int64_t i = first; i < last; i++) out[i] = table[codes[i]] * absmax[block];
+      }
+    });
   });
 }

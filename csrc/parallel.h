@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <new>
 
 namespace hb {
 
@@ -21,13 +22,26 @@ inline int64_t threads() {
   return count;
 }
 
-// function(begin, end) over [0, count), in pieces of at least `grain`.
+// function(begin, end) over [0, count), in pieces of at least `grain`. std::bad_alloc of a piece is thrown when all are
+// done: torch's threads know nothing of our exceptions.
 template <class Function>
 void over_range(int64_t count, int64_t grain, const Function& function) {
-  auto body = [](int64_t begin, int64_t end, void* context) { (*static_cast<const Function*>(context))(begin, end); };
-  if (count <= grain || !parallel_for ||
-      parallel_for(0, count, grain, body, const_cast<Function*>(&function)) != 0) {
+  struct Context {
+    const Function& function;
+    std::atomic<bool> out_of_memory{false};
+  } context{function};
+  auto body = [](int64_t begin, int64_t end, void* shared) {
+    Context& of = *static_cast<Context*>(shared);
+    try {
+      of.function(begin, end);
+    } catch (const std::bad_alloc&) {
+      of.out_of_memory = true;
+    }
+  };
+  if (count <= grain || !parallel_for || parallel_for(0, count, grain, body, &context) != 0) {
     function(0, count);
+  } else if (context.out_of_memory) {
+    throw std::bad_alloc();
   }
 }
 

@@ -1,6 +1,7 @@
 """Fixtures for all tests: where the shared data and the real models are, skipped visibly where they are not."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,18 @@ def shared() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("no shared/data beside the checkout")
     return SHARED
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_history() -> Iterator[None]:
+    """Tests leave nothing in the history of the person who runs them, and their plans do not depend on it."""
+    before = os.environ.get("HALFBYTE_HISTORY")
+    os.environ["HALFBYTE_HISTORY"] = "0"
+    yield
+    if before is None:
+        del os.environ["HALFBYTE_HISTORY"]
+    else:
+        os.environ["HALFBYTE_HISTORY"] = before
 
 
 def _model(name: str) -> Path:

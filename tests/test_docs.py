@@ -29,7 +29,7 @@ __all__ = ["_no_measuring", "_own_cache", "data_file", "model_folder"]
 DOCS = Path(__file__).parents[1] / "docs"
 WITHOUT_A_PAGE = {"demo"}  # the README's first command
 PAGES = {verb: DOCS / f"{verb}.md" for verb in VERBS if verb not in WITHOUT_A_PAGE}
-EXECUTED = [*PAGES.values(), DOCS / "config.md", DOCS / "optimizers.md"]
+EXECUTED = [*PAGES.values(), DOCS / "config.md", DOCS / "optimizers.md", DOCS / "history.md"]
 FENCE = re.compile(r"^```(sh|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

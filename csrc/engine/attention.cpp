@@ -66,69 +66,73 @@ using namespace hb;
 // numbers  scale, softcap (0: none)
 // data, strides  of q, k, v, out: pointers, and for each (token stride, head stride) in elements
 // lse      float32 [heads, tokens], written
-EXPORT void hb_attention(int dtype, const int64_t* shape, const float* numbers, const int64_t* lengths,
-                         int64_t documents, const void* const* data, const int64_t* strides, float* lse) {
-  const AttentionKernels& kernels = *engine->attention[dtype];
-  const int64_t item = dtype == float32 ? 4 : 2;
-  Attention a = describe(shape, lengths, documents, numbers);
-  a.q = rows(data, strides, 0);
-  a.k = rows(data, strides, 1);
-  a.v = rows(data, strides, 2);
-  a.out = rows(data, strides, 3);
-  a.lse = lse;
-  const std::vector<Span> queries = spans_of(lengths, documents, query_block);
-  const std::vector<Span> keys = spans_of(lengths, documents, key_block);
-  const int64_t scratch = round_up(kernels.scratch(a.features), 64), turned = a.kv_heads * a.room * a.features * item;
-  char* memory = workspace.get<char>(round_up(turned, 64) + threads() * scratch);
-  a.turned_v = memory;
-  memory += round_up(turned, 64);
-  over_tasks(int64_t(keys.size()) * a.kv_heads,
-             [&](int64_t task, int64_t) { kernels.turn_values(a, keys[task / a.kv_heads], task % a.kv_heads); });
-  // From the last query block, which sees most, to the first.
-  const int64_t count = int64_t(queries.size());
-  over_tasks(count * a.heads, [&](int64_t task, int64_t worker) {
-    kernels.forward(a, queries[count - 1 - task / a.heads], task % a.heads, memory + worker * scratch);
+EXPORT int hb_attention(int dtype, const int64_t* shape, const float* numbers, const int64_t* lengths,
+                        int64_t documents, const void* const* data, const int64_t* strides, float* lse) {
+  return guarded([&] {
+    const AttentionKernels& kernels = *engine->attention[dtype];
+    const int64_t item = dtype == float32 ? 4 : 2;
+    Attention a = describe(shape, lengths, documents, numbers);
+    a.q = rows(data, strides, 0);
+    a.k = rows(data, strides, 1);
+    a.v = rows(data, strides, 2);
+    a.out = rows(data, strides, 3);
+    a.lse = lse;
+    const std::vector<Span> queries = spans_of(lengths, documents, query_block);
+    const std::vector<Span> keys = spans_of(lengths, documents, key_block);
+    const int64_t scratch = round_up(kernels.scratch(a.features), 64), turned = a.kv_heads * a.room * a.features * item;
+    char* memory = workspace.get<char>(round_up(turned, 64) + threads() * scratch);
+    a.turned_v = memory;
+    memory += round_up(turned, 64);
+    over_tasks(int64_t(keys.size()) * a.kv_heads,
+               [&](int64_t task, int64_t) { kernels.turn_values(a, keys[task / a.kv_heads], task % a.kv_heads); });
+    // From the last query block, which sees most, to the first.
+    const int64_t count = int64_t(queries.size());
+    over_tasks(count * a.heads, [&](int64_t task, int64_t worker) {
+      kernels.forward(a, queries[count - 1 - task / a.heads], task % a.heads, memory + worker * scratch);
+    });
   });
 }
 
 // As above, with data of q, k, v, out, dout, dq, dk, dv; the last three are written.
-EXPORT void hb_attention_backward(int dtype, const int64_t* shape, const float* numbers, const int64_t* lengths,
-                                  int64_t documents, const void* const* data, const int64_t* strides, float* lse) {
-  const AttentionKernels& kernels = *engine->attention[dtype];
-  const int64_t item = dtype == float32 ? 4 : 2;
-  Attention a = describe(shape, lengths, documents, numbers);
-  Rows* all[] = {&a.q, &a.k, &a.v, &a.out, &a.dout, &a.dq, &a.dk, &a.dv};
-  for (int i = 0; i < 8; i++) *all[i] = rows(data, strides, i);
-  a.lse = lse;
-  const std::vector<Span> queries = spans_of(lengths, documents, query_block);
-  const std::vector<Span> keys = spans_of(lengths, documents, key_block);
-  const int64_t tasks = int64_t(keys.size()) * a.kv_heads, group = a.heads / a.kv_heads;
-  const bool split = group > 1 && tasks < enough_tasks;
-  const int64_t scratch = round_up(kernels.scratch(a.features), 64), flags = a.heads * (a.room / 16);
-  char* scratches = nullptr;
-  auto place = [&](Layout layout) {
-    const int64_t all_heads = a.heads * a.room;
-    a.packed_q = layout.take<void>(all_heads * a.features * item);
-    a.packed_dout = layout.take<void>(all_heads * a.features * item);
-    a.dq_sums = layout.take<float>(all_heads * a.features * 4);
-    a.delta = layout.take<float>(all_heads * 4);
-    a.progress = layout.take<std::atomic<int32_t>>(flags * int64_t(sizeof(std::atomic<int32_t>)));
-    const int64_t sums = split ? all_heads * round_up(a.features, 16) * 4 : 0;
-    a.dk_sums = layout.take<float>(sums);
-    a.dv_sums = layout.take<float>(sums);
-    scratches = layout.take<char>(threads() * scratch);
-    return layout.size;
-  };
-  place({workspace.get<char>(place({}))});
-  if (!split) a.dk_sums = a.dv_sums = nullptr;
-  for (int64_t i = 0; i < flags; i++) new (a.progress + i) std::atomic<int32_t>(0);
-  over_tasks(int64_t(queries.size()) * a.heads,
-             [&](int64_t task, int64_t) { kernels.prepare(a, queries[task / a.heads], task % a.heads); });
-  // In the order of the key blocks: a task that waits for an earlier block's share waits for one that has begun.
-  const int64_t parts = split ? a.heads : a.kv_heads, together = split ? 1 : group;
-  over_tasks(int64_t(keys.size()) * parts, [&](int64_t task, int64_t worker) {
-    kernels.backward(a, keys[task / parts], task % parts * together, together, scratches + worker * scratch);
+EXPORT int hb_attention_backward(int dtype, const int64_t* shape, const float* numbers, const int64_t* lengths,
+                                 int64_t documents, const void* const* data, const int64_t* strides, float* lse) {
+  return guarded([&] {
+    const AttentionKernels& kernels = *engine->attention[dtype];
+    const int64_t item = dtype == float32 ? 4 : 2;
+    Attention a = describe(shape, lengths, documents, numbers);
+    Rows* all[] = {&a.q, &a.k, &a.v, &a.out, &a.dout, &a.dq, &a.dk, &a.dv};
+    for (int i = 0; i < 8; i++) *all[i] = rows(data, strides, i);
+    a.lse = lse;
+    const std::vector<Span> queries = spans_of(lengths, documents, query_block);
+    const std::vector<Span> keys = spans_of(lengths, documents, key_block);
+    const int64_t tasks = int64_t(keys.size()) * a.kv_heads, group = a.heads / a.kv_heads;
+    const bool split = group > 1 && tasks < enough_tasks;
+    const int64_t scratch = round_up(kernels.scratch(a.features), 64), flags = a.heads * (a.room / 16);
+    char* scratches = nullptr;
+    auto place = [&](Layout layout) {
+      const int64_t all_heads = a.heads * a.room;
+      a.packed_q = layout.take<void>(all_heads * a.features * item);
+      a.packed_dout = layout.take<void>(all_heads * a.features * item);
+      a.dq_sums = layout.take<float>(all_heads * a.features * 4);
+      a.delta = layout.take<float>(all_heads * 4);
+      a.progress = layout.take<std::atomic<int32_t>>(flags * int64_t(sizeof(std::atomic<int32_t>)));
+      const int64_t sums = split ? all_heads * round_up(a.features, 16) * 4 : 0;
+      a.dk_sums = layout.take<float>(sums);
+      a.dv_sums = layout.take<float>(sums);
+      scratches = layout.take<char>(threads() * scratch);
+      return layout.size;
+    };
+    place({workspace.get<char>(place({}))});
+    if (!split) a.dk_sums = a.dv_sums = nullptr;
+    for (int64_t i = 0; i < flags; i++) new (a.progress + i) std::atomic<int32_t>(0);
+    over_tasks(int64_t(queries.size()) * a.heads,
+               [&](int64_t task, int64_t) { kernels.prepare(a, queries[task / a.heads], task % a.heads); });
+    // In the order of the key blocks: a task that waits for an earlier block's share waits for one that has begun.
+    const int64_t parts = split ? a.heads : a.kv_heads, together = split ? 1 : group;
+    over_tasks(int64_t(keys.size()) * parts, [&](int64_t task, int64_t worker) {
+      kernels.backward(a, keys[task / parts], task % parts * together, together, scratches + worker * scratch);
+    });
+    if (!split) return;
+    over_tasks(tasks, [&](int64_t task, int64_t) { kernels.reduce(a, keys[task / a.kv_heads], task % a.kv_heads); });
   });
-  if (!split) return;
-  over_tasks(tasks, [&](int64_t task, int64_t) { kernels.reduce(a, keys[task / a.kv_heads], task % a.kv_heads); });
 }

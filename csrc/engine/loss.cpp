@@ -7,7 +7,9 @@
 using namespace hb;
 
 // dtype is one that `hb_multiplies`; every target lies in the vocabulary.
-EXPORT void hb_loss(int dtype, int64_t rows, const void* hidden, int64_t ldh, const WeightView* head,
-                    const int64_t* targets, double softcap, int64_t workspace, float* nll, void* grad) {
-  if (rows) engine->loss[dtype]->forward(rows, hidden, ldh, head, targets, softcap, workspace, nll, grad);
+EXPORT int hb_loss(int dtype, int64_t rows, const void* hidden, int64_t ldh, const WeightView* head,
+                   const int64_t* targets, double softcap, int64_t workspace, float* nll, void* grad) {
+  return guarded([&] {
+    if (rows) engine->loss[dtype]->forward(rows, hidden, ldh, head, targets, softcap, workspace, nll, grad);
+  });
 }

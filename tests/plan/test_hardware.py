@@ -1,4 +1,6 @@
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -95,3 +97,19 @@ def test_the_device_is_the_gpu_where_there_is_one() -> None:
     machine = Hardware("Linux", "cpu", 8, 64, 32, "physical memory", (), (gpu,))
     assert machine.device == "cuda"
     assert machine.usable == 6_300_000_000
+
+
+def test_the_reference_product_is_timed_now() -> None:
+    started = time.perf_counter()
+    rate = hardware.reference_gemm(0.05)
+    assert time.perf_counter() - started < 5
+    assert 1e8 < rate < 1e14
+
+
+def test_the_key_of_a_machine_changes_with_what_changes_its_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = detect()
+    key = hardware.machine_key(machine)
+    assert key == hardware.machine_key(replace(machine, memory_available=1, system="another"))
+    assert key != hardware.machine_key(replace(machine, cores=machine.cores + 1))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
+    assert key != hardware.machine_key(machine)

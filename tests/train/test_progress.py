@@ -2,7 +2,6 @@
 
 import io
 import json
-import random
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from rich.console import Console
 
 from halfbyte.train.events import EventLog, drop_after
 from halfbyte.train.lock import Lock
-from halfbyte.train.progress import Progress, TimeLeft, describe, duration, follow
+from halfbyte.train.progress import Progress, describe, duration, follow
 
 from . import tiny
 
@@ -21,39 +20,6 @@ START = {"event": "start", "time": 0.0, "step": 0, "total_steps": 500, "total_to
 def step(number: int, tokens: int = 1000, seconds: float = 1.0, **more: Any) -> dict[str, Any]:
     fields = {"event": "step", "time": number * seconds, "step": number, "tokens": tokens, "seconds": seconds}
     return {**fields, "loss": 1.0, "memory_bytes": 2_000_000_000, **more}
-
-
-def test_time_left_is_steady_under_noise_and_outliers() -> None:
-    """Batches of unlike length, 10 % noise, and every 25th step twenty times slower."""
-    random.seed(1)
-    tokens = [random.randint(200, 3000) for _ in range(500)]
-    left = TimeLeft()
-    left.take({**START, "total_tokens": sum(tokens)})
-    errors = []
-    for number, count in enumerate(tokens, start=1):
-        slow = 20.0 if number % 25 == 24 else 1.0
-        left.take(step(number, count, count / 1000 * random.uniform(0.9, 1.1) * slow))
-        if number > 20 and number < 480:
-            assert left.seconds is not None
-            errors.append(left.seconds / (sum(tokens[number:]) / 1000))
-    assert min(errors) > 0.95
-    assert max(errors) < 1.05
-
-
-def test_time_left_follows_a_lasting_change_and_counts_evaluations() -> None:
-    left = TimeLeft()
-    left.take(START)
-    assert left.seconds is None
-    for number in range(1, 101):
-        left.take(step(number))
-    assert left.seconds == pytest.approx(400)
-    for number in range(101, 166):
-        left.take(step(number, seconds=2.0))
-    assert left.seconds == pytest.approx(670)
-    left.take({"event": "eval", "time": 0.0, "step": 165, "seconds": 23.0, "loss": 1.0})
-    assert left.seconds == pytest.approx(737)
-    left.take({**START, "event": "resume", "step": 495, "tokens": 495_000})
-    assert left.seconds == pytest.approx(11)
 
 
 @pytest.mark.parametrize(
@@ -94,6 +60,15 @@ def test_plain_lines() -> None:
         "warning: something [odd]",
         "interrupted after step 7 of 500: 30 s, 250 tokens/s, loss 1.0000, eval loss 0.5000, peak memory 2.10 GB",
     ]
+
+
+def test_what_was_predicted_is_said_at_the_start_and_after_a_rehearsal() -> None:
+    start = {**START, "total_tokens": 5000, "predicted": {"seconds": {"train": 600.0}, "probed": False}}
+    rehearsal = {"event": "rehearsal", "time": 1.0, "step": 0, "seconds": 8.0, "peak_memory_bytes": 2_000_000_000}
+    rehearsal |= {"predicted": {"seconds": {"train": 1200.0}, "probed": True}, "memory_limit_bytes": None}
+    lines = show([start, rehearsal], terminal=False).splitlines()
+    assert lines[0] == "training 9 parameters for 500 steps; about 10 min to go"
+    assert lines[1].endswith("; about 20 min to go")
 
 
 def test_the_live_display_ends_with_the_last_state() -> None:

@@ -41,10 +41,10 @@ CONFIG = {
 }
 
 
-def decoder(dropout: float = 0.0, quantized: bool = False) -> Decoder:
+def decoder(dropout: float = 0.0, quantized: bool = False, layers: int = 2) -> Decoder:
     """Random weights, LoRA on every linear; B is not zero, so that every gradient is alive."""
     torch.set_num_threads(1)
-    spec = ModelSpec.from_config(CONFIG)
+    spec = ModelSpec.from_config(CONFIG | {"num_hidden_layers": layers})
     generator = torch.Generator().manual_seed(0)
     values = {name: torch.randn(shape, generator=generator) / 8 for name, shape in spec.tensors()}
 

@@ -31,6 +31,9 @@ def plan(
         str | None, typer.Option("--pick", metavar="cheapest|fastest", help="Choose one of the devices.")
     ] = None,
     machines: Annotated[Path | None, typer.Option("--machines", help=_MACHINES)] = None,
+    accuracy: Annotated[
+        bool, typer.Option("--accuracy", help="How good past predictions were on this machine.")
+    ] = False,
     json: screen.JsonFlag = False,
 ) -> None:
     """Which methods fit, their memory, disk, time and cost, which one to use and why, or on which machine. Reads no
@@ -42,6 +45,13 @@ def plan(
     from halfbyte.run.config import load_config
     from halfbyte.run.offer import offer, refuse
 
+    if accuracy:
+        from halfbyte.cli.accuracy import show
+        from halfbyte.run.learning import accuracy_here
+
+        found = accuracy_here()
+        screen.print_json(found) if json else show(found)
+        return
     answer = offer(
         load_config(config, flags),
         methods=methods or (),

@@ -22,7 +22,7 @@ from halfbyte.errors import UsageError
 ISAS = ("amx", "avx512bf16", "avx512", "avx2", "portable")
 EMULATED = "amx_emulated"
 """amx with its instructions in plain C++: for tests on machines without them."""
-_VERSION = 7
+_VERSION = 8
 DTYPE = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 POINTER, INT64, INT, FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
@@ -35,7 +35,7 @@ _RETURNING_INT = frozenset(_SIGNATURES)
 
 
 def declare(signatures: Mapping[str, list[Any]]) -> None:
-    """Functions of the library by name with the ctypes of their arguments; they return nothing.
+    """Functions of the library by name with the ctypes of their arguments; they return nothing, and raise MemoryError.
 
     A module that is imported after the library was loaded is served too: called without argument types, ctypes cuts
     every address to 32 bits.
@@ -49,7 +49,15 @@ def _bind(library: ctypes.CDLL, signatures: Mapping[str, list[Any]]) -> None:
     """AttributeError where the library lacks a function."""
     for name, arguments in signatures.items():
         function = getattr(library, name)
-        function.argtypes, function.restype = arguments, INT if name in _RETURNING_INT else None
+        function.argtypes, function.restype = arguments, INT
+        if name not in _RETURNING_INT:
+            function.errcheck = _require_memory
+
+
+def _require_memory(failed: int, function: Any, arguments: Any) -> None:
+    """MemoryError where a function of the library found no memory for what it works with; its results are then void."""
+    if failed:
+        raise MemoryError(f"{function.__name__} of the native library found no memory to work with")
 
 
 @dataclass(frozen=True)

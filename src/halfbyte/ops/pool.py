@@ -56,7 +56,15 @@ class Pool:
         while self._idle and self.held + size > max(self.peak, self.used + size):
             self.held -= len(self._idle[0])
             del self._idle[0]
-        block = mmap.mmap(-1, size)
+        try:
+            block = _mapping(size)
+        except OSError:  # what lies idle may be what is missing
+            self.held -= sum(len(idle) for idle in self._idle)
+            self._idle.clear()
+            try:
+                block = _mapping(size)
+            except OSError as error:
+                raise MemoryError(f"no memory for {size:,} bytes of activations") from error
         if _HUGE is not None and size >= 1 << 22:
             block.madvise(_HUGE)
         self.held += size
@@ -73,6 +81,13 @@ class Pool:
             self.held -= sum(len(block) for block in self._idle)
             self._idle.clear()
             self.peak = self.used
+
+
+def _mapping(size: int) -> mmap.mmap:
+    """Private where the system makes a difference: shared memory gets no huge pages, and no limit on data counts it."""
+    if hasattr(mmap, "MAP_PRIVATE"):
+        return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return mmap.mmap(-1, size)
 
 
 pool = Pool()

@@ -75,6 +75,7 @@ class AdamW:
     zero_grad()                          drop the gradients
     updating(learning_rate)              with per-layer updates: `backward()` inside of it is the update
     planned() / state_dict() / load_state_dict(state)     plain tensors by name, "step" among them
+    reset()                              the state as before the first update; the parameters keep their values
     close()                              remove hooks and the file
 
     With paged state on a CPU the gradients are not in `.grad`: a hook takes each as soon as it is there. With per-layer
@@ -279,6 +280,14 @@ class AdamW:
             for end, tensor in slot.tensors().items():
                 tensor.copy_(part_of(state, slot.name + end, 0, tensor.numel()).view(tensor.shape))
         self.updates = int(state[STEP])
+
+    def reset(self) -> None:
+        """As it was made: no update, no gradient, every moment zero. Parameters are left as they are."""
+        self.zero_grad()
+        self.store.reset()
+        for slot in self._galore_slots():
+            slot.reset()
+        self.updates = 0
 
     def _galore_slots(self) -> list[GaloreSlot]:
         return [slot for slot in self.slots if isinstance(slot, GaloreSlot)]

@@ -109,6 +109,14 @@ class GaloreSlot(Slot):
         named = {".galore_left": self.left, ".galore_right": self.right, LOW_BITS: self.low_bits}
         return found | {end: tensor for end, tensor in named.items() if tensor is not None}
 
+    @torch.no_grad()
+    def reset(self) -> None:
+        """The state as before the first update, its next projection due."""
+        self.state.reset()
+        for tensor in (self.left, self.right, self.low_bits, self.made):
+            if tensor is not None:
+                tensor.zero_()
+
     def update(self, learning_rate: float, scale: float, updates: int) -> None:
         """One update, number `updates` of the run, from the parameter's gradient times `scale`."""
         options, projection = self.options, self.projection

@@ -97,6 +97,11 @@ class HeldStates:
                 stop = min(start + RESTORED_AT_ONCE, tensor.numel())
                 tensor[start:stop].copy_(part_of(saved, key, start, stop))
 
+    def reset(self) -> None:
+        """Every state as before the first step."""
+        for state in self.states.values():
+            state.reset()
+
     def close(self) -> None:
         """Nothing to remove."""
 

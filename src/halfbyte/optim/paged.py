@@ -273,6 +273,12 @@ class PagedStates:
         for page in self.pages:
             page.new = False
 
+    def reset(self) -> None:
+        """Every page as before the first step: its state is made anew when it is next wanted."""
+        self.forget_gradients()
+        for page in self.pages:
+            page.new = True
+
     def _slots(self) -> list[Slot]:
         slots = {span.slot.name: span.slot for page in self.pages for chunk in page.chunks for span in chunk}
         return list(slots.values())

@@ -13,6 +13,8 @@ import hashlib
 import json
 import os
 import platform
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -120,6 +122,11 @@ def detect() -> Hardware:
     )
 
 
+def memory_available() -> int:
+    """Bytes that are free now, limits of containers applied."""
+    return min([psutil.virtual_memory().available, *(max(most - used, 0) for _, most, used in _cgroup_memory())])
+
+
 def usable_cores(root: Path = Path("/")) -> int:
     """Cores that this process may use: its affinity, and a control group's CPU quota rounded up."""
     affinity = getattr(os, "sched_getaffinity", None)
@@ -222,12 +229,8 @@ def _gpus() -> tuple[Gpu, ...]:
     return tuple(gpus)
 
 
-def measure(hardware: Hardware, cache: Path | None = None, refresh: bool = False) -> Rates:
-    """Matrix-product rate by dtype and copy bandwidth of the default device; about 2 s, then read from `cache`.
-
-    The key holds processor, cores, threads, GPU and torch version. A damaged cache file is measured again.
-    """
-    key = {
+def _key_facts(hardware: Hardware) -> dict[str, Any]:
+    return {
         "version": _MEASUREMENT_VERSION,
         "processor": hardware.processor,
         "cores": hardware.cores,
@@ -236,8 +239,21 @@ def measure(hardware: Hardware, cache: Path | None = None, refresh: bool = False
         "torch": torch.__version__,
         "backend": ops.backend().name,
     }
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-    path = (cache or cache_folder()) / f"rates-{digest}.json"
+
+
+def machine_key(hardware: Hardware) -> str:
+    """16 hex digits of everything that changes how fast this machine is: processor, cores, threads, GPU, torch version,
+    backend. What was measured under another key says nothing here."""
+    return hashlib.sha256(json.dumps(_key_facts(hardware), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def measure(hardware: Hardware, cache: Path | None = None, refresh: bool = False) -> Rates:
+    """Matrix-product rate by dtype and copy bandwidth of the default device; about 2 s, then read from `cache`.
+
+    Kept by `machine_key`. A damaged cache file is measured again.
+    """
+    key = _key_facts(hardware)
+    path = (cache or cache_folder()) / f"rates-{machine_key(hardware)}.json"
     if not refresh:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             saved = json.loads(path.read_text())
@@ -249,6 +265,27 @@ def measure(hardware: Hardware, cache: Path | None = None, refresh: bool = False
     with contextlib.suppress(HalfbyteError):
         write_atomic(path, json.dumps({"schema_version": 1, "key": key, **asdict(rates)}, indent=2) + "\n")
     return rates
+
+
+def reference_gemm(seconds: float = 0.3) -> float:
+    """FLOP/s at this moment of one fixed product, 512 x 1,024 by 1,024 x 2,048 in float32 on the processor.
+
+    The median over about `seconds` (at least five calls): how fast the machine is *now*, neighbours included, where
+    `measure` looks for what it can do at best. Timed before and after something else, it tells whether a slow run was a
+    slow machine.
+    """
+    m, k, n = 512, 1024, 2048
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(m, k, generator=generator), torch.randn(k, n, generator=generator)
+    out = torch.empty(m, n)
+    torch.mm(x, w, out=out)  # page faults and kernel choice
+    taken: list[float] = []
+    deadline = time.perf_counter() + seconds
+    while len(taken) < 5 or time.perf_counter() < deadline:
+        start = time.perf_counter()
+        torch.mm(x, w, out=out)
+        taken.append(time.perf_counter() - start)
+    return 2.0 * m * k * n / statistics.median(taken)
 
 
 def cache_folder() -> Path:

@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from halfbyte.adapters import save_adapter
 from halfbyte.adapters.lora import LoraOptions
+from halfbyte.evaluate import rows_file
 from halfbyte.evaluate.evaluate import BaseAndTuned
 from halfbyte.export.card import model_card
 from halfbyte.export.model_files import write_model_files
@@ -19,14 +21,17 @@ from halfbyte.models.classifier import Classifier
 from halfbyte.models.load import LoadedModel
 from halfbyte.run.config import RunConfig
 from halfbyte.run.planning import Survey
+from halfbyte.train.events import read_events
 from halfbyte.train.memory import process_memory
-from halfbyte.train.run_directory import PLAN, RESULT
+from halfbyte.train.run_directory import EVENTS, PLAN, RESULT
 from halfbyte.train.state import TrainResult
 
 SCHEMA_VERSION = 1
 SHARD_BYTES = 5_000_000_000
 CARD = "README.md"
 TEMPLATE = "chat_template.jinja"
+PHASE_OF = {"eval": "evaluate", "checkpoint": "save", "rehearsal": "rehearsal"}
+"""The phase of an event that takes time beside the updates."""
 
 
 def write(
@@ -37,15 +42,19 @@ def write(
     loaded: LoadedModel,
     trained: TrainResult,
     scores: BaseAndTuned | None,
-    other_seconds: float,
+    beside: Mapping[str, float],
 ) -> dict[str, Any]:
-    """Write everything; returns result.json's content. `other_seconds`: of loading and scoring."""
+    """Write everything; returns result.json's content. `beside`: seconds of what was not training, by phase."""
+    started = time.perf_counter()
     if config.method == "full":
         write_weights(path, loaded, config.dtype)
     else:
         write_adapter(path, config, loaded)
     write_tokenizer(path, found, loaded)
-    result = result_of(path, config, trained, scores, other_seconds)
+    if scores is not None:
+        rows_file.write_rows(path / rows_file.NAME, scores)
+    beside = {**beside, "save": time.perf_counter() - started}
+    result = result_of(path, config, trained, scores, beside)
     write_atomic(path / CARD, model_card(config.model_dump(mode="json"), record, result, found.source))
     write_atomic(path / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return result
@@ -90,7 +99,7 @@ def write_tokenizer(path: Path, found: Survey, loaded: LoadedModel) -> None:
 
 
 def result_of(
-    path: Path, config: RunConfig, trained: TrainResult, scores: BaseAndTuned | None, other_seconds: float
+    path: Path, config: RunConfig, trained: TrainResult, scores: BaseAndTuned | None, beside: Mapping[str, float]
 ) -> dict[str, Any]:
     """result.json: what happened, beside what was predicted."""
     predicted: dict[str, Any] = {}
@@ -102,11 +111,22 @@ def result_of(
         "method": config.method,
         "method_name": config.method_name,
         **trained.to_json(),
-        "seconds": round(trained.seconds + other_seconds, 3),
+        "seconds": round(trained.seconds + sum(beside.values()), 3),
         "training_seconds": round(trained.seconds, 3),
+        "seconds_by_phase": _by_phase(path, trained, beside),
         "peak_memory_bytes": process_memory()[1],
         "eval_loss": scores.tuned.loss if scores is not None else trained.eval_loss,
         "base_eval_loss": scores.base.loss if scores is not None else None,
         "metrics": scores.to_json() if scores is not None else {},
         "predicted": predicted,
     }
+
+
+def _by_phase(path: Path, trained: TrainResult, beside: Mapping[str, float]) -> dict[str, float]:
+    """Seconds by the plan's phases; of training only the updates, its evaluations and checkpoints by their events."""
+    found = {"load": 0.0, "train": trained.update_seconds, "evaluate": 0.0, "save": 0.0}
+    told = ((PHASE_OF.get(event["event"]), event.get("seconds", 0.0)) for event in read_events(path / EVENTS))
+    for phase, seconds in [*beside.items(), *told]:
+        if phase is not None:
+            found[phase] = found.get(phase, 0.0) + seconds
+    return {phase: round(seconds, 3) for phase, seconds in found.items()}

@@ -26,6 +26,7 @@ from halfbyte.models.load import check_pattern, resolve_device, resolve_dtype
 from halfbyte.models.source import ModelSource, open_source
 from halfbyte.models.spec import ModelSpec
 from halfbyte.optim.options import ADAPTER_LEARNING_RATE, FULL_LEARNING_RATE, OptimOptions
+from halfbyte.plan import history
 from halfbyte.plan.calibration import of
 from halfbyte.plan.catalog import Machine, machines
 from halfbyte.plan.change import Change
@@ -197,6 +198,7 @@ def make(found: Survey, rates: Rates | None = None, ask: Ask | None = None) -> P
         price=ask.price or (machine.price if machine is not None else None),
         deadline=ask.deadline,
         advise=ask.advise,
+        constants=history.constants_of(hardware, asked.device) if machine is None and spec is not None else None,
     )
     plan = replace(plan, machine=machine.name if machine else None, assumed=assumptions(found, hardware, ask))
     return _with_machines(plan, compared, found) if ask.advise else plan
@@ -255,7 +257,7 @@ def assumptions(found: Survey, hardware: Hardware, ask: Ask) -> tuple[str, ...]:
             f"machines of the catalogue: their vendors' rates at {ask.machine.reachable:.0%}, nothing else in their "
             "memory; nothing was measured"
         )
-    if hardware.gpus:
+    if hardware.gpus and (ask.machine is not None or history.constants_of(hardware, "cuda").runs == 0):
         said.append("this engine's constants on GPUs are unmeasured: the interval is a guess")
     if found.spec is None:
         kind = found.source.config.get("model_type")

@@ -13,9 +13,9 @@ import importlib.util
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,20 @@ from halfbyte import ops
 from halfbyte.adapters import AttachReport, attach, load_adapter
 from halfbyte.adapters.lora import LoraOptions, report
 from halfbyte.adapters.peft_io import CONFIG as ADAPTER_CONFIG
-from halfbyte.data import Prepared, collate, plan_micro_batches
+from halfbyte.data import Example, Prepared, collate
 from halfbyte.data.options import sources_of
 from halfbyte.errors import HalfbyteError, Interrupted, UsageError
 from halfbyte.evaluate.classify import evaluate_classifier
-from halfbyte.evaluate.evaluate import BaseAndTuned, EvaluateResult, against, evaluate, evaluate_base_and_tuned
+from halfbyte.evaluate.evaluate import (
+    BaseAndTuned,
+    EvaluateOptions,
+    EvaluateResult,
+    against,
+    evaluate,
+    evaluate_base_and_tuned,
+)
+from halfbyte.evaluate.preference import score_pairs
+from halfbyte.evaluate.session import inference
 from halfbyte.files import write_atomic
 from halfbyte.heap import give_back
 from halfbyte.linear import segments
@@ -42,15 +51,20 @@ from halfbyte.models.shifted_source import LinearBase, own_blocks
 from halfbyte.models.source import ModelSource
 from halfbyte.ops.pool import pool
 from halfbyte.optim.options import OptimOptions
-from halfbyte.plan.recommend import check_fits
+from halfbyte.plan.hardware import Rates
+from halfbyte.plan.memory import EVALUATION_TOKENS
+from halfbyte.plan.recommend import Plan, check_fits
+from halfbyte.plan.time import corrected
 from halfbyte.quant.options import QuantOptions
-from halfbyte.run import folder, outputs, planning, preference, tasks
+from halfbyte.run import folder, learning, outputs, planning, preference, rehearsal, tasks
 from halfbyte.run.config import RunConfig, to_yaml
 from halfbyte.run.continued import with_adapter
 from halfbyte.run.planning import Survey
+from halfbyte.run.rehearsal import Evaluation, Measured, Rehearsal
+from halfbyte.train.budget import Layout, in_chunks
 from halfbyte.train.checkpoint import Damaged, list_checkpoints, step_of, verify
 from halfbyte.train.dpo import lacking, read_references, references
-from halfbyte.train.evaluation import evaluation_loss
+from halfbyte.train.evaluation import InChunks, evaluation_loss
 from halfbyte.train.feed import Feed
 from halfbyte.train.loop import train
 from halfbyte.train.options import TrainOptions, count_steps
@@ -106,7 +120,7 @@ def run(config: RunConfig, on_event: Listener = silent, overwrite: bool = False)
         write_atomic(directory.path / CONFIG, to_yaml(resolved, record))
         if plan is not None:
             write_atomic(directory.path / PLAN, json.dumps(plan.as_dict(), indent=2) + "\n")
-        return _interruptible(directory, partial(_train, directory, resolved, record, found, on_event))
+        return _interruptible(directory, partial(_train, directory, resolved, record, found, on_event, plan))
 
 
 def resume(path: Path, on_event: Listener = silent, max_steps: int | None = None) -> RunResult:
@@ -199,8 +213,15 @@ def _interruptible(directory: RunDirectory, work: Callable[[], RunResult]) -> Ru
         raise Interrupted(f"stopped; go on with `halfbyte resume {directory.path}`") from None
 
 
-def _train(directory: RunDirectory, config: RunConfig, record: Event, found: Survey, on_event: Listener) -> RunResult:
-    """Everything between the first file of a run and its last."""
+def _train(
+    directory: RunDirectory,
+    config: RunConfig,
+    record: Event,
+    found: Survey,
+    on_event: Listener,
+    planned: Plan | None = None,
+) -> RunResult:
+    """Everything between the first file of a run and its last. `planned`: of a new run."""
     clock = time.perf_counter
     started = clock()
     prepared = found.prepared
@@ -210,10 +231,11 @@ def _train(directory: RunDirectory, config: RunConfig, record: Event, found: Sur
         _complete_reference(directory.path, config, found, on_event)
     loaded = load(config, found.source, tasks.head_of(config, prepared))
     trainable, attached = make_trainable(loaded, config, begun)
+    loading = clock() - started
     on_event(
         {
             "event": "loaded",
-            "seconds": clock() - started,
+            "seconds": loading,
             "trainable_parameters": attached.trainable_parameters,
             "total_parameters": attached.total_parameters,
             "formats": dict(Counter(s.weight.format for s in segments(loaded.model).values()).most_common()),
@@ -221,14 +243,23 @@ def _train(directory: RunDirectory, config: RunConfig, record: Event, found: Sur
             "backend_reason": ops.backend().reason,
         }
     )
-    base = _base_of_full(directory.path, config, loaded, prepared)
+    tokens = evaluation_tokens(config)
+
+    def tell(message: str) -> None:
+        on_event({"event": "warning", "message": message})
+
+    base = in_chunks(partial(_base_of_full, directory.path, config, loaded, prepared), tokens, tell)
     plan = train_plan(config, loaded, trainable, prepared, planning.identity(found))
+    if rehearsal.is_due(config, planned):
+        correct = partial(_correct_plan, directory.path, found, planned, loaded)
+        plan = replace(plan, rehearse=rehearsal_of(config, loaded, prepared, plan.total_steps, correct))
     model: Any = loaded.model
     reference: Tensor | None = None
     if prepared.pairs:
         feed = feed_of(config, prepared)
         model, plan, reference = preference.paired(directory.path, config, loaded, prepared, plan, feed, on_event)
     sinks = open_sinks(config.report_to, directory.path, config.model_dump(mode="json"))
+    plan = replace(plan, **learning.outlook(directory.path, config, prepared))
     before = clock()
     try:
         trained = train(model, plan, directory, [on_event, *sinks])
@@ -237,13 +268,17 @@ def _train(directory: RunDirectory, config: RunConfig, record: Event, found: Sur
             sink.close()
     after = clock()
     if prepared.pairs:
-        scores = None if reference is None else preference.scores(config, loaded, prepared, reference)
+        score = partial(preference.scores, config, loaded, prepared, reference) if reference is not None else None
     else:
-        scores = _scores(config, loaded, prepared, base)
-    beside = (before - started) + (clock() - after)
+        score = partial(_scores, config, loaded, prepared, base) if prepared.eval else None
+    tokens = max(1, tokens >> trained.layout.evaluation_halvings)
+    scores = None if score is None else in_chunks(score, tokens, tell)
+    beside = {"load": loading, "evaluate": (before - started - loading) + (clock() - after)}
     pool.clear()  # activations are done with: the tokenizer's files are made of as much garbage as a small model takes
     give_back()
     result = outputs.write(directory.path, config, record, found, loaded, trained, scores, beside)
+    if (problem := learning.remember(directory.path, config, found, result)) is not None:
+        on_event({"event": "warning", "step": trained.step, "message": problem})
     on_event({"event": "finished", "path": directory.path, "result": result})
     return RunResult(directory.path, config, result)
 
@@ -339,8 +374,7 @@ def train_plan(
     per_epoch, total = count_steps(len(prepared.train), feed.rows_per_update, options)
     device = torch.device(config.device)
     model.checkpointing = bool(config.gradient_checkpointing)  # type: ignore[assignment]
-    pieces = plan_micro_batches([len(e) for e in prepared.eval], 1, True, feed.max_tokens)
-    held_out = [collate([prepared.eval[i] for i in piece]) for piece in pieces]
+    tokens = min(feed.max_tokens, evaluation_tokens(config))
     extras = None if config.method == "full" else partial(outputs.write_adapter, config=config, loaded=loaded)
     return TrainPlan(
         options=options,
@@ -349,14 +383,100 @@ def train_plan(
         steps_per_epoch=per_epoch,
         batches_for_update=feed.batches_for_update,
         trainable=trainable,
-        evaluate=partial(evaluation_loss, model, held_out, device) if held_out else None,  # type: ignore[arg-type]
+        evaluate=InChunks(partial(_held_out_loss, model, prepared.eval, device), tokens) if prepared.eval else None,
         locate=feed.locate,
         save_extras=extras,
         identity=same,
         total_tokens=feed.tokens(total),
         device=device,
         loss_scaling=config.dtype == "float16",
+        memory=config.memory,
+        lowered=partial(_lowered, model, feed),
+        lowest=_lowest(config, model, feed, tokens, max(map(len, prepared.eval), default=1)),
     )
+
+
+def _lowest(config: RunConfig, model: nn.Module, feed: Feed, tokens: int, longest: int) -> Layout:
+    """How far a run can step down: rows one by one, recomputed activations, held-out rows one by one."""
+    chunks = max(1, tokens // longest).bit_length() - 1
+    recompute = not config.gradient_checkpointing and _can_recompute(model)
+    return Layout(0 if config.by_layer else feed.halvings, recompute, chunks)
+
+
+def _can_recompute(model: Any) -> bool:
+    """Whether the architecture can; some that the fallback serves cannot."""
+    before = model.checkpointing
+    try:
+        model.checkpointing = True
+    except UsageError:
+        return False
+    model.checkpointing = before
+    return True
+
+
+def _lowered(model: Any, feed: Feed, plan: TrainPlan, layout: Layout) -> TrainPlan:
+    """`plan` in a layout that takes less memory; the updates are the same."""
+    cut = feed.halved(layout.halvings)
+    if layout.recompute:
+        model.checkpointing = True
+    evaluate, rehearse = plan.evaluate, plan.rehearse
+    if isinstance(evaluate, InChunks):
+        evaluate = evaluate.halved(layout.evaluation_halvings)
+    if isinstance(rehearse, Rehearsal):
+        rehearse = rehearse.lowered(cut, layout.evaluation_halvings)
+    return replace(plan, batches_for_update=cut.batches_for_update, evaluate=evaluate, rehearse=rehearse)
+
+
+def _held_out_loss(
+    model: Any, rows: Sequence[Example], device: torch.device, tokens: int, stop: Callable[[], bool]
+) -> Mapping[str, float] | None:
+    """The loop's evaluation, in chunks of so many tokens."""
+    return evaluation_loss(model, [collate(chunk) for chunk in rehearsal.chunks(rows, tokens)], device, stop)
+
+
+def evaluation_tokens(config: RunConfig) -> int:
+    """Tokens of held-out rows in one forward pass, as planned."""
+    return config.eval_batch_tokens or EVALUATION_TOKENS
+
+
+def rehearsal_of(
+    config: RunConfig, loaded: LoadedModel, prepared: Prepared, steps: int, tell: Callable[[Measured], Event | None]
+) -> Rehearsal:
+    """What a run tries before its first step."""
+    model: Any = loaded.model
+    device = torch.device(config.device)
+
+    def measure(rows: Sequence[Example], tokens: int) -> object:
+        if prepared.pairs:
+            with inference(model):
+                return score_pairs(model, rows, tokens, device)
+        return _held_out_loss(model, rows, device, tokens, lambda: False)
+
+    evaluation = Evaluation(prepared.eval, evaluation_tokens(config), measure) if prepared.eval else None
+    return Rehearsal(feed_of(config, prepared), steps, evaluation, tell)
+
+
+def _correct_plan(
+    path: Path, found: Survey, plan: Plan | None, loaded: LoadedModel, measured: Measured
+) -> Event | None:
+    """Write plan.json anew, with the seconds that the probe of this very run leads to; the memory stays the plan's.
+
+    Returns them for the time left, as fields of the rehearsal's event.
+    """
+    if plan is None or found.spec is None:
+        return None
+    job = replace(plan.chosen.job, checkpointing=bool(loaded.model.checkpointing))
+    seconds = corrected(
+        found.spec, job, Rates(**plan.rates), plan.chosen.seconds, measured.probes, measured.counts,
+        measured.update_seconds, measured.evaluation,
+    )  # fmt: skip
+    before = plan.as_dict()
+    better = plan.corrected(seconds | {"rehearsal": measured.seconds}).as_dict() | {
+        "probed": True,
+        "before_probe": {name: before[name] for name in ("seconds", "seconds_by_phase")},
+    }
+    write_atomic(path / PLAN, json.dumps(better, indent=2) + "\n")
+    return {"predicted": learning.predicted(better)}
 
 
 def feed_of(config: RunConfig, prepared: Prepared) -> Feed:
@@ -369,13 +489,16 @@ def feed_of(config: RunConfig, prepared: Prepared) -> Feed:
     return Feed(prepared.train, prepared.sampler(config.seed), rows, micro_batch, config.packing, max_tokens)
 
 
-def _base_of_full(path: Path, config: RunConfig, loaded: LoadedModel, prepared: Prepared) -> EvaluateResult | None:
+def _base_of_full(
+    path: Path, config: RunConfig, loaded: LoadedModel, prepared: Prepared, tokens: int
+) -> EvaluateResult | None:
     """Full fine-tuning changes the base, so it is measured before the first step, and kept for a resumed run."""
     if config.method != "full" or not prepared.eval or config.task == tasks.CLASSIFICATION:
         return None  # a classifier's base has no head, and is compared with always the same answer
     kept = folder.read_base(path)
     if kept is None:
-        kept = evaluate(loaded.model, loaded.tokenizer, prepared.eval, labels=prepared.labels)  # type: ignore[arg-type]
+        options = EvaluateOptions(eval_batch_tokens=tokens)
+        kept = evaluate(loaded.model, loaded.tokenizer, prepared.eval, options, labels=prepared.labels)  # type: ignore[arg-type]
         folder.write_base(path, kept)
         pool.clear()  # what evaluation needed is of other sizes than what training will
         give_back()
@@ -383,14 +506,13 @@ def _base_of_full(path: Path, config: RunConfig, loaded: LoadedModel, prepared: 
 
 
 def _scores(
-    config: RunConfig, loaded: LoadedModel, prepared: Prepared, base: EvaluateResult | None
-) -> BaseAndTuned | None:
-    """The loss (and the accuracy of labels) on the held-out rows, base against tuned; None without held-out rows."""
-    if not prepared.eval:
-        return None
-    model, tokenizer, rows, labels = loaded.model, loaded.tokenizer, prepared.eval, prepared.labels
+    config: RunConfig, loaded: LoadedModel, prepared: Prepared, base: EvaluateResult | None, tokens: int
+) -> BaseAndTuned:
+    """The loss (and the accuracy of labels) on the held-out rows, `tokens` of them at once, base against tuned."""
+    model: Any = loaded.model
+    rows, labels, options = prepared.eval, prepared.labels, EvaluateOptions(eval_batch_tokens=tokens)
     if isinstance(model, Classifier):
-        return evaluate_classifier(model, rows)
+        return evaluate_classifier(model, rows, options)
     if base is not None:
-        return against(base, evaluate(model, tokenizer, rows, labels=labels))  # type: ignore[arg-type]
-    return evaluate_base_and_tuned(model, tokenizer, rows, labels=labels)  # type: ignore[arg-type]
+        return against(base, evaluate(model, loaded.tokenizer, rows, options, labels=labels))
+    return evaluate_base_and_tuned(model, loaded.tokenizer, rows, options, labels=labels)

@@ -1,11 +1,28 @@
 """The loss on held-out rows, as the loop's `evaluate` wants it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
 from halfbyte.batch import Batch
 from halfbyte.train.update import Model
+
+
+@dataclass(frozen=True)
+class InChunks:
+    """An evaluation whose forward passes take so many tokens; `measure` is called with them and the loop's `stop`."""
+
+    measure: Callable[[int, Callable[[], bool]], Mapping[str, float] | None]
+    tokens: int
+
+    def __call__(self, stop: Callable[[], bool]) -> Mapping[str, float] | None:
+        return self.measure(self.tokens, stop)
+
+    def halved(self, times: int) -> Self:
+        """The same in chunks that are cut in half so many times."""
+        return replace(self, tokens=max(1, self.tokens >> times))
 
 
 @torch.no_grad()

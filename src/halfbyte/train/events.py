@@ -2,11 +2,16 @@
 
 Everything that shows a run reads this file. Every line has `event` and `time` (seconds since 1970); the events are
 
-    start       schema_version, step (0), total_steps, steps_per_epoch, total_tokens (or null), pid, ...
+    start       schema_version, step (0), total_steps, steps_per_epoch, total_tokens (or null), pid, ...; for the time
+                left predicted ({"seconds": {phase: seconds}, "probed"}, or null), eval_every (0: never, null: at the
+                end), save_steps, save_minutes, final_evaluations (after the last step)
     resume      the same with the checkpoint's step; dropped_events
     step        step, seconds, tokens, supervised_tokens, loss, learning_rate, grad_norm, memory_bytes,
                 peak_memory_bytes
     eval        step, seconds, loss, supervised_tokens, best (is it the best so far), further metrics
+    rehearsal   seconds, peak_memory_bytes, memory_limit_bytes (or null), tried, probes: each tokens, supervised_tokens
+                and seconds of a micro-batch; optimizer_seconds, evaluation (a probe) or null; predicted, as in start.
+                Before the first step
     checkpoint  step, seconds, path (inside the run), bytes
     warning     step, message
     end         step, status (completed | stopped_early | interrupted | failed), seconds, tokens, ...

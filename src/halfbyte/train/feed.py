@@ -5,8 +5,9 @@ what is left), each divided into micro-batches. There is no iterator and so no p
 the step it continues with.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 
@@ -51,9 +52,34 @@ class Feed:
 
     def batches_for_update(self, step: int) -> list[Batch]:
         """The micro-batches of update `step`."""
-        chosen = [self.examples[index] for index in self.rows(step)]
-        pieces = plan_micro_batches([len(e) for e in chosen], self.micro_batch, self.packing, self.max_tokens)
-        return [collate([chosen[index] for index in piece]) for piece in pieces]
+        return [self.batch(members) for members in self.micro_batches(step)]
+
+    def micro_batches(self, step: int) -> list[list[int]]:
+        """The same as indices of examples."""
+        rows = self.rows(step)
+        lengths = [len(self.examples[index]) for index in rows]
+        pieces = plan_micro_batches(lengths, self.micro_batch, self.packing, self.max_tokens)
+        return [[rows[index] for index in piece] for piece in pieces]
+
+    def all_micro_batches(self, total_steps: int) -> Iterator[list[int]]:
+        """Those of a whole run, one after the other."""
+        for step in range(1, total_steps + 1):
+            yield from self.micro_batches(step)
+
+    def batch(self, members: Sequence[int]) -> Batch:
+        """Some examples as one micro-batch."""
+        return collate([self.examples[index] for index in members])
+
+    @property
+    def halvings(self) -> int:
+        """How often `halved` leaves smaller micro-batches, until a row is one."""
+        return self.micro_batch.bit_length() - 1
+
+    def halved(self, times: int) -> Self:
+        """The same rows and updates in micro-batches that are cut in half so many times: at least a row each."""
+        micro_batch = max(1, self.micro_batch >> times)
+        longest = self.max_tokens // self.micro_batch
+        return replace(self, micro_batch=micro_batch, max_tokens=max(1, longest * micro_batch))
 
     def tokens(self, total_steps: int) -> int:
         """Tokens of the first `total_steps` updates, exactly."""

@@ -12,6 +12,8 @@ losses bit for bit, whether or not the run was killed and resumed in between. Ro
 functions of the step; everything else is in the checkpoint.
 
 A save that finds the disk full is a warning as long as training goes on, and an error at the end.
+
+Where memory runs short the run steps down (`train.budget`) and computes what failed again from its beginning.
 """
 
 import contextlib
@@ -28,11 +30,12 @@ from halfbyte.optim.adamw import AdamW, clip_factor
 from halfbyte.optim.schedule import learning_rate_at
 from halfbyte.tensorfile import layout_of, part_of
 from halfbyte.train import checkpoint
+from halfbyte.train.budget import AS_PLANNED, FAILURES, Budget, Layout, OutOfMemory, Watched, is_shortage, reason_of
 from halfbyte.train.events import SCHEMA_VERSION, EventLog, Listener, drop_after
 from halfbyte.train.memory import process_memory
 from halfbyte.train.run_directory import RunDirectory
 from halfbyte.train.signals import StopRequest
-from halfbyte.train.state import TrainPlan, TrainResult, TrainState, environment
+from halfbyte.train.state import Stage, TrainPlan, TrainResult, TrainState, environment
 from halfbyte.train.update import (
     FIRST_LOSS_SCALE,
     LossScale,
@@ -51,7 +54,8 @@ def train(model: Model, plan: TrainPlan, run: RunDirectory, listeners: Iterable[
     """Train until `plan.total_steps` (or no gain for `early_stopping_patience` evaluations); see the module.
 
     Raises Interrupted after SIGINT or SIGTERM with everything saved, NonFinite with the rows that broke the numbers,
-    DoesNotFit if the disk cannot hold the checkpoints. The random state of torch is as before afterwards.
+    DoesNotFit if the disk cannot hold the checkpoints, or memory not even the smallest layout. The random state of
+    torch is as before afterwards.
     """
     options, optim = plan.options, plan.optim
     with contextlib.ExitStack() as stack:
@@ -59,26 +63,36 @@ def train(model: Model, plan: TrainPlan, run: RunDirectory, listeners: Iterable[
         stack.enter_context(_random_state_kept(plan.device))
         s = stack.enter_context(contextlib.closing(Session(run, plan, listeners)))
         optimizer = stack.enter_context(contextlib.closing(AdamW(plan.trainable, optim, run.path)))
+        budget = Budget(plan.memory, plan.device)
+        model = Watched(model, budget)
         state = s.start(optimizer)
         scale = LossScale(state.loss_scale, state.loss_scale_good_updates, plan.loss_scaling)
         try:
             while True:
-                if plan.evaluation_is_due(state.step) and state.evaluated_step < state.step and not s.evaluate(stop):
-                    raise Stopped
-                finished = state.step >= plan.total_steps or s.out_of_patience()
-                s.save_if_due(optimizer, finished)
-                if finished:
-                    break
+                plan = s.plan
+                try:
+                    s.rehearse_if_due(model, optimizer, budget, stop)
+                    if plan.evaluation_is_due(state.step) and state.evaluated_step < state.step:
+                        s.evaluate(stop, budget)
+                    finished = state.step >= plan.total_steps or s.out_of_patience()
+                    s.save_if_due(optimizer, finished)
+                    if finished:
+                        break
 
-                started, step = time.perf_counter(), state.step + 1
-                batches = [batch.to(plan.device) for batch in plan.batches_for_update(step)]
-                model.train()
-                rate = learning_rate_at(step, plan.total_steps, optim)
-                if optim.by_layer:
-                    update = update_by_layer(model, optimizer, batches, options.seed, step, rate, stop, plan.locate)
-                else:
-                    update = backward(model, optimizer, batches, options.seed, step, scale, stop, plan.locate)
-                    optimizer.step(rate, update.unscale * clip_factor(update.grad_norm, optim.clip_norm))
+                    started, step = time.perf_counter(), state.step + 1
+                    batches = [batch.to(plan.device) for batch in plan.batches_for_update(step)]
+                    model.train()
+                    rate = learning_rate_at(step, plan.total_steps, optim)
+                    if optim.by_layer:
+                        update = update_by_layer(model, optimizer, batches, options.seed, step, rate, stop, plan.locate)
+                    else:
+                        update = backward(model, optimizer, batches, options.seed, step, scale, stop, plan.locate)
+                        budget.make_room()
+                        optimizer.step(rate, update.unscale * clip_factor(update.grad_norm, optim.clip_norm))
+                except FAILURES as error:
+                    s.step_down(error, optimizer, budget)
+                    continue
+                budget.settle()
                 optimizer.zero_grad()
                 give_back()  # what one update left between live tensors would be on top of the next one's peak
                 scale.grow()
@@ -109,6 +123,7 @@ class Session:
         if run.lock.owner is None:
             raise ValueError("train() needs a RunDirectory whose lock is held: RunDirectory.create() or .resume()")
         self.run, self.plan, self.listeners = run, plan, list(listeners)
+        self.planned = plan
         self.state = TrainState()
         self.environment = environment(plan.device)
         self.saved_step: int | None = None
@@ -132,6 +147,8 @@ class Session:
             require_free_space(self.run.path, room, "keeping this run's checkpoints")
         else:
             problems += self._restore(found, optimizer)
+        self._rehearsed = found is not None
+        self._lay_out(self.state.layout)
         dropped = drop_after(self.run.events, self.state.step)
         self.log = EventLog(self.run.events, self.listeners)
         self.log.emit(
@@ -147,6 +164,7 @@ class Session:
             trainable_parameters=sum(p.numel() for p in self.plan.trainable.values()),
             pid=self.run.lock.owner.pid if self.run.lock.owner else None,
             environment=self.environment,
+            **self.plan.outlook(),
         )
         for problem in problems:
             self.warn(problem)
@@ -159,7 +177,7 @@ class Session:
             before, now = saved["identity"].get(key), self.plan.identity.get(key)
             if before != now:
                 raise UsageError(f"{found.path} was trained with another {key} ({before}, now {now}): not the same run")
-        _load_trainable(self.plan, found)
+        load_trainable(self.plan, found)
         optimizer.load_state_dict(found.optimizer)
         self.state = TrainState.from_json(saved["train"])
         self.saved_step, self.last_checkpoint = self.state.step, found.path
@@ -176,6 +194,51 @@ class Session:
                 "the learning rate follows the new length from here on"
             )
         return problems
+
+    def _lay_out(self, layout: Layout) -> None:
+        """Go on in a layout that takes less than the planned one (or, on resume, took less already)."""
+        self.state.layout = layout
+        if layout != AS_PLANNED and self.planned.lowered is not None:
+            self.plan = self.planned.lowered(self.planned, layout)
+
+    def step_down(self, error: BaseException, optimizer: AdamW, budget: Budget) -> None:
+        """After a failed allocation, or work that would not fit: a layout that takes less, and say so.
+
+        Raises `error` itself if it is anything else, and OutOfMemory if nothing is left to lower, with the last
+        finished step saved, or if an update broke off when a part of the weights had it already.
+        """
+        if not is_shortage(error):
+            raise error
+        reason = reason_of(error)
+        if optimizer.updates != self.state.step:
+            raise OutOfMemory(
+                f"memory ran out in the middle of update {self.state.step + 1} ({reason}), and some weights have it "
+                f"already: the last checkpoint counts; free some memory, then `halfbyte resume {self.run.path}`"
+            ) from None
+        optimizer.zero_grad()
+        budget.forget()
+        before = self.state.layout
+        lower = before.lower(self.planned.lowest, budget.kind) if self.planned.lowered is not None else None
+        if lower is None:
+            self.save_if_possible(optimizer)
+            raise OutOfMemory(
+                f"memory ran short at step {self.state.step} ({reason}) and nothing is left to lower: free some memory "
+                f"or start with a larger --memory; go on from step {self.saved_step or 0} with `halfbyte resume "
+                f"{self.run.path}`"
+            ) from None
+        self._lay_out(lower)
+        self.warn(f"memory ran short at step {self.state.step} ({reason}): {lower.change_from(before)}")
+
+    def rehearse_if_due(self, model: Model, optimizer: AdamW, budget: Budget, stop: StopRequest) -> None:
+        """Once, before the first step of a new run, where the plan asks for it; again in each layout below."""
+        if self._rehearsed or self.plan.rehearse is None:
+            return
+        started = time.perf_counter()
+        told = self.plan.rehearse(Stage(self.plan, model, optimizer, budget, self.run.path, stop))
+        self._rehearsed = True
+        seconds = time.perf_counter() - started
+        self.state.other_seconds += seconds
+        self.emit("rehearsal", seconds=round(seconds, 3), **told)
 
     def emit(self, event: str, **fields: object) -> None:
         assert self.log is not None
@@ -194,19 +257,20 @@ class Session:
         self.emit("step", **fields)
         self.run.lock.touch()
 
-    def evaluate(self, stop: StopRequest) -> bool:
-        """Evaluate and tell; False if it was stopped on the way."""
+    def evaluate(self, stop: StopRequest, budget: Budget) -> None:
+        """Evaluate and tell; Stopped if it was stopped on the way."""
         assert self.plan.evaluate is not None
         started = time.perf_counter()
+        budget.before("evaluate", getattr(self.plan.evaluate, "tokens", 1))
         metrics = self.plan.evaluate(stop)
+        budget.settle()
         if metrics is None:
-            return False
+            raise Stopped
         seconds = time.perf_counter() - started
         self.state.other_seconds += seconds
         best = self.state.take_evaluation(float(metrics["loss"]))
         self.emit("eval", **{**metrics, "seconds": round(seconds, 3), "best": best})
         self.run.lock.touch()
-        return True
 
     def out_of_patience(self) -> bool:
         patience = self.plan.options.early_stopping_patience
@@ -261,10 +325,16 @@ class Session:
     def fail(self, optimizer: AdamW, error: HalfbyteError) -> None:
         """Tell why it ends; where the numbers broke, the weights of the update before are saved first."""
         optimizer.zero_grad()
+        if isinstance(error, NonFinite) and error.worth_saving:
+            self.save_if_possible(optimizer)
         with contextlib.suppress(HalfbyteError):
-            if isinstance(error, NonFinite) and error.worth_saving:
-                self.save(optimizer, final=False)
             self.end("failed", message=str(error))
+
+    def save_if_possible(self, optimizer: AdamW) -> None:
+        """The last finished step, before an end that is already sure."""
+        if self.state.step:
+            with contextlib.suppress(HalfbyteError, MemoryError):
+                self.save(optimizer, final=False)
 
     def load_best_if_asked(self) -> None:
         """`load_best_model_at_end`, or a word if the last weights are not the best ones."""
@@ -276,7 +346,7 @@ class Session:
             self.warn(f"{found}; the last weights are kept: load_best_model_at_end takes the best")
             return
         try:
-            _load_trainable(self.plan, checkpoint.load(checkpoint.folder_of(self.run.path, best)))
+            load_trainable(self.plan, checkpoint.load(checkpoint.folder_of(self.run.path, best)))
         except checkpoint.Damaged as error:
             self.warn(f"{found}, but its checkpoint cannot be used and the last weights are kept: {error}")
             return
@@ -301,13 +371,14 @@ class Session:
             best_eval_loss=state.best_eval_loss,
             peak_memory_bytes=peak,
             checkpoint=self.last_checkpoint,
+            layout=state.layout,
         )
         fields = {key: value for key, value in result.to_json().items() if key != "step"}
         self.emit("end", **fields, **({"message": message} if message else {}))
         return result
 
 
-def _load_trainable(plan: TrainPlan, found: checkpoint.Checkpoint) -> None:
+def load_trainable(plan: TrainPlan, found: checkpoint.Checkpoint) -> None:
     """Copy a checkpoint's tensors into the parameters; another set or shape of tensors is not this run."""
     mine, theirs = plan.trainable, found.trainable
     different = sorted(mine.keys() ^ theirs.keys())

@@ -58,6 +58,11 @@ class TrainOptions(Options):
         False, description="Finish with the weights of the best evaluation instead of the last ones"
     )
     seed: int = Field(42, ge=0, lt=2**63, description="Seed of everything random: order of rows, adapters, dropout")
+    rehearsal: bool | None = Field(
+        None,
+        description="Try the longest micro-batch, evaluation and checkpoint before the first step, and time them; by "
+        "default where that takes under 2 % of the run",
+    )
     report_to: tuple[SinkName, ...] = Field(
         (), description="Also send events to: tensorboard, wandb, mlflow, trackio (several: a list)"
     )

@@ -3,12 +3,12 @@
     with Progress(console) as progress: train(model, plan, run, [progress])
     for event in follow(run): progress(event)                       what `halfbyte watch` does
 
-`TimeLeft` is the estimate that is shown, `follow` the generator of events of a run that another process writes.
+`train.time_left.TimeLeft` is the estimate that is shown, `follow` the generator of events of a run that another process
+writes.
 """
 
 import os
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -21,59 +21,7 @@ from rich.text import Text
 
 from halfbyte.train.events import Event, parse_events
 from halfbyte.train.run_directory import EVENTS, running
-
-
-class TimeLeft:
-    """Seconds left, from the tokens that are left and a robust rate.
-
-    The rate is the median, weighted by tokens, of the last 64 step events' tokens per second: one slow step (a
-    checkpoint of another process, a laptop that slept) does not move it, and a lasting change does. What evaluating and
-    saving cost so far is added in proportion.
-    """
-
-    def __init__(self) -> None:
-        self.total_steps = 0
-        self.step = 0
-        self.tokens = 0
-        self.total_tokens: int | None = None
-        self._recent: deque[tuple[float, int]] = deque(maxlen=64)
-        self._update_seconds = 0.0
-        self._other_seconds = 0.0
-
-    def take(self, event: Event) -> None:
-        """Learn from any event."""
-        kind = event["event"]
-        if kind in ("start", "resume"):
-            self.total_steps, self.total_tokens = event["total_steps"], event.get("total_tokens")
-            self.step, self.tokens = event["step"], event.get("tokens", 0)
-        elif kind == "step":
-            self.step = event["step"]
-            self.tokens += event["tokens"]
-            self._update_seconds += event["seconds"]
-            if event["seconds"] > 0:
-                self._recent.append((event["tokens"] / event["seconds"], event["tokens"]))
-        elif kind in ("eval", "checkpoint"):
-            self._other_seconds += event["seconds"]
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """The robust rate; None before the first step."""
-        half = sum(tokens for _, tokens in self._recent) / 2
-        for rate, tokens in sorted(self._recent):
-            half -= tokens
-            if half <= 0:
-                return rate
-        return None
-
-    @property
-    def seconds(self) -> float | None:
-        """Seconds until the last step; None before the first one."""
-        rate = self.tokens_per_second
-        if rate is None or self.step == 0:
-            return None
-        total = self.total_tokens or self.tokens / self.step * self.total_steps
-        overhead = 1 + (self._other_seconds / self._update_seconds if self._update_seconds else 0.0)
-        return max(0.0, total - self.tokens) / rate * overhead
+from halfbyte.train.time_left import TimeLeft
 
 
 class Progress:
@@ -99,6 +47,8 @@ class Progress:
             self._step = event
             self._show_step(event)
         elif (line := describe(event)) is not None:
+            if kind in ("start", "resume", "rehearsal") and self.left.seconds:
+                line += f"; about {duration(self.left.seconds)} to go"
             self._print(line, style="yellow" if kind == "warning" else None)
 
     def _show_step(self, event: Event) -> None:
@@ -162,6 +112,8 @@ def describe(event: Event) -> str | None:
         more = "".join(f", {k} {_number(v)}" for k, v in event.items() if k not in known and v is not None)
         best = " (the best so far)" if event.get("best") else ""
         return f"evaluation at step {step}: loss {_number(event['loss'])}{best}{more}"
+    if kind == "rehearsal":
+        return f"rehearsed the longest batches and a save in {duration(event['seconds'])}: {_peak(event)}"
     if kind == "warning":
         return f"warning: {event['message']}"
     if kind == "end":
@@ -177,7 +129,11 @@ def _summary(event: Event) -> str:
     for key in ("final_loss", "eval_loss"):
         if event.get(key) is not None:
             parts.append(f"{key.replace('final_', '').replace('_', ' ')} {event[key]:.4f}")
-    return ", ".join([*parts, f"peak memory {event['peak_memory_bytes'] / 1e9:.2f} GB"])
+    return ", ".join([*parts, _peak(event)])
+
+
+def _peak(event: Event) -> str:
+    return f"peak memory {event['peak_memory_bytes'] / 1e9:.2f} GB"
 
 
 def _number(value: Any) -> str:

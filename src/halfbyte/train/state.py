@@ -14,9 +14,11 @@ from torch import nn
 from halfbyte import ops
 from halfbyte.batch import Batch
 from halfbyte.errors import UsageError
+from halfbyte.optim.adamw import AdamW
 from halfbyte.optim.options import OptimOptions
+from halfbyte.train.budget import AS_PLANNED, Budget, Layout
 from halfbyte.train.options import TrainOptions
-from halfbyte.train.update import LossScale, Update
+from halfbyte.train.update import LossScale, Model, Update
 
 CPU = torch.device("cpu")
 
@@ -47,6 +49,12 @@ class TrainPlan:
     device              where batches are moved to
     loss_scaling        scale the loss against fp16's small range
     figures             what else is known of the update that was just computed, for `step` events: means over its terms
+    memory              bytes that the run may take at most; None: what the machine has
+    lowered             (this plan, steps down) -> the plan that follows the same updates with less memory
+    lowest              how far down that goes
+    rehearse            called before the first step of a new run; what it tells is its event's fields (`run.rehearsal`)
+    predicted           {"seconds": {phase: seconds}, "probed": bool} of the whole run, for the time left
+    final_evaluations   passes over the held-out rows that follow the training, for the time left
     """
 
     options: TrainOptions
@@ -63,6 +71,12 @@ class TrainPlan:
     device: torch.device = CPU
     loss_scaling: bool = False
     figures: Callable[[], Mapping[str, float]] | None = None
+    memory: int | None = None
+    lowered: "Callable[[TrainPlan, Layout], TrainPlan] | None" = None
+    lowest: Layout = AS_PLANNED
+    rehearse: "Callable[[Stage], Mapping[str, object]] | None" = None
+    predicted: Mapping[str, Any] | None = None
+    final_evaluations: int = 0
 
     def __post_init__(self) -> None:
         if not self.trainable:
@@ -82,6 +96,34 @@ class TrainPlan:
         every = self.options.eval_steps or self.steps_per_epoch
         return step >= self.total_steps or (every is not None and step % every == 0)
 
+    def outlook(self) -> dict[str, object]:
+        """What `start` and `resume` tell of the time to come (`train.events`), for the time left."""
+        options = self.options
+        return {
+            "predicted": self.predicted,
+            "eval_every": (options.eval_steps or self.steps_per_epoch) if self.evaluate is not None else 0,
+            "save_steps": options.save_steps,
+            "save_minutes": options.save_minutes,
+            "final_evaluations": self.final_evaluations,
+        }
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a rehearsal has to play with: the run as it stands before its first step.
+
+    model     the plan's own, watched by the run's budget
+    folder    the run's folder
+    stop      whether somebody asked to stop
+    """
+
+    plan: TrainPlan
+    model: Model
+    optimizer: AdamW
+    budget: Budget
+    folder: Path
+    stop: StopAsked
+
 
 @dataclass
 class TrainState:
@@ -89,6 +131,7 @@ class TrainState:
 
     seconds        of the updates alone; other_seconds: of evaluating and saving
     loss_sum       over `terms`: supervised tokens, or pairs of answers
+    layout         what was lowered for want of memory
     window_*       sums since the last `step` event, for logging_steps > 1
     """
 
@@ -113,6 +156,7 @@ class TrainState:
     evaluations_without_gain: int = 0
     loss_scale: float = 1.0
     loss_scale_good_updates: int = 0
+    layout: Layout = AS_PLANNED
 
     def add(self, update: Update, seconds: float, figures: Mapping[str, float]) -> None:
         """Count one update; `figures` are further means over its terms."""
@@ -169,7 +213,7 @@ class TrainState:
             for now, then in (("terms", "supervised_tokens"), ("loss_sum", "nll"))
             if f"{window}{now}" not in values
         }
-        values = {"window_figures": {}, **values, **older}
+        values = {"window_figures": {}, **values, **older, "layout": Layout(**values.get("layout", {}))}
         return cls(**{f.name: values[f.name] for f in fields(cls)})
 
 
@@ -183,6 +227,7 @@ class TrainResult:
     train_loss          mean over the supervised tokens (or pairs) of the whole run; final_loss: of the last update
     eval_loss           of the last evaluation
     checkpoint          the last one
+    layout              what was lowered for want of memory
     """
 
     status: str
@@ -200,6 +245,7 @@ class TrainResult:
     best_eval_loss: float | None
     peak_memory_bytes: int
     checkpoint: Path | None
+    layout: Layout = AS_PLANNED
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"checkpoint": self.checkpoint.name if self.checkpoint else None}
