@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from halfbyte.adapters import LoraOptions, attach, save_adapter
+from halfbyte.compare.render import write_report
 from halfbyte.export.folder import new_folder
 from halfbyte.export.gguf_adapter import write_gguf_adapter
 from halfbyte.export.gguf_writer import write_gguf
@@ -23,6 +24,7 @@ from halfbyte.tensorfile import Planned
 from halfbyte.train import checkpoint
 from halfbyte.train.dpo import REFERENCE, Reference, write_references
 from halfbyte.train.events import drop_after
+from tests.compare.invented import five, one_seed_base
 from tests.export.conftest import make_adapter, save_base
 from tests.kill import Case
 
@@ -70,6 +72,8 @@ def cases() -> Iterator[Case]:
     yield Case("new-files", lambda f: _put(f / "b.json", "old"), _several)
     yield Case("folder", nothing, _fill, units=("out",))
     yield Case("folder-over", lambda f: _put(f / "out" / "config.json", "{}"), _fill, units=("out",))
+    yield Case("report", nothing, lambda f: write_report(one_seed_base(), f))
+    yield Case("report-over", lambda f: write_report(five(), f), lambda f: write_report(one_seed_base(), f))
     yield Case("events", _events, lambda f: _drop(f / "events.jsonl"))
     yield Case("adapter", nothing, lambda f: _save_adapter(f, 1))
     yield Case("adapter-over", lambda f: _save_adapter(f, 1), lambda f: _save_adapter(f, 2))

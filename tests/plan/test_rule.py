@@ -162,23 +162,33 @@ def test_room_is_more_where_the_budget_was_not_stated() -> None:
     assert "9.00 GB of the 10.00 GB that are free now" in found.reason
 
 
-def test_lora_that_must_recompute_gives_way() -> None:
+def test_lora_that_pays_with_time_gives_way() -> None:
     found = choose(CASE, [offer("lora", 5, recomputed=True), QLORA])
     assert found is not None
     assert (found.name, "recompute" in found.reason) == ("qlora", True)
+    slow = choose(CASE, [offer("lora", 5, hours=1.4), QLORA])
+    assert slow is not None
+    assert (slow.name, "40% slower in the smaller batches that it needs" in slow.reason) == ("qlora", True)
+    assert choose(CASE, [offer("lora", 5, hours=1.2), QLORA]).name == "lora"  # type: ignore[union-attr]
     both = choose(CASE, [offer("lora", 5, recomputed=True), offer("qlora", 3, recomputed=True)])
     assert both is not None
     assert both.name == "lora", "where both recompute, 16 bits are still the better base"
 
 
 def test_deadlines_are_kept_at_p95_before_p50() -> None:
-    slow, quick = offer("lora", 5, hours=2), offer("qlora", 3, hours=1)
-    for hours, name, clause in ((4.0, "lora", "room"), (2.5, "qlora", "memory"), (1.2, "qlora", "memory"),
-                                (0.5, "qlora", "deadline")):  # fmt: skip
+    slow, quick = offer("lora", 5, hours=1.2), offer("qlora", 3, hours=1)
+    for hours, name, clause in (
+        (4.0, "lora", "room"),
+        (1.6, "qlora", "memory"),
+        (1.1, "qlora", "memory"),
+        (0.5, "qlora", "deadline"),
+    ):
         found = choose(replace(CASE, deadline=hours * 3600), [slow, quick])
         assert found is not None
         assert (found.name, found.clause) == (name, clause), hours
-    assert "within 2.5 h, which lora is not" in choose(replace(CASE, deadline=9000), [slow, quick]).reason  # type: ignore[union-attr]
+    late = choose(replace(CASE, deadline=1.6 * 3600), [slow, quick])
+    assert late is not None
+    assert "within 1.6 h, which lora is not" in late.reason
 
 
 def test_full_only_where_adapters_are_full() -> None:

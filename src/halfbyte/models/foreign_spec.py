@@ -115,11 +115,12 @@ def _read(config: Mapping[str, Any]) -> ForeignSpec:
     found = linears_of(model)
     linears, inside = [], set()
     for name, module in found.items():
-        out, width = module.weight.shape
+        weight = module.get_parameter("weight")
+        out, width = weight.shape
         if isinstance(module, Conv1D):
             out, width = width, out
         linears.append(LinearSpec(name, int(out), int(width), module.bias is not None, _layer(name), ""))
-        inside.add(id(module.weight))
+        inside.add(id(weight))
     others = [(name, tuple(p.shape)) for name, p in model.named_parameters() if id(p) not in inside]
     head = model.get_output_embeddings()
     words, features = (int(size) for size in head.weight.shape)

@@ -27,6 +27,12 @@ from torch.utils.flop_counter import flop_registry
 from halfbyte.models.fallback_load import linears_of, recompute
 from halfbyte.models.foreign_spec import build
 
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (0, 1.0),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (1, 2.5),
+}
+"""Attention on a CPU, which torch does not count: where its queries stand, and how much its backward pass costs."""
+
 
 class Unknown(Exception):
     """This architecture's code cannot be run without values."""
@@ -103,7 +109,7 @@ def _run(model: Any, encoder_decoder: bool, layout: Layout) -> Traced:
         del logits, chosen
         kept = live.bytes
         if layout.training:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
     return Traced(live.peak, kept, counts.linear, counts.other, counts.written)
 
 
@@ -188,7 +194,7 @@ class _Live(TorchDispatchMode):
     """Bytes of all storages that operators made and somebody still holds."""
 
     def __init__(self, held: set[Any], counts: _Counts) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = self.peak = 0
         self.counts = counts
         self._known: weakref.WeakSet[Any] = weakref.WeakSet(held)
@@ -199,6 +205,10 @@ class _Live(TorchDispatchMode):
         flops: Callable[..., int] | None = flop_registry.get(func._overloadpacket)
         if flops is not None:
             self.counts.other += flops(*args, **(kwargs or {}), out_val=out)
+        elif func._overloadpacket in _ATTENTION:
+            first, times = _ATTENTION[func._overloadpacket]
+            q, k, v = args[first : first + 3]
+            self.counts.other += times * 2.0 * q.numel() * k.shape[-2] * (1 + v.shape[-1] / q.shape[-1])
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor.untyped_storage())

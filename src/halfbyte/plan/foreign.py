@@ -15,6 +15,7 @@ Units: bytes, seconds, operations (a multiply-add is two). 1 GB = 10⁹ bytes.
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
@@ -36,6 +37,12 @@ CALIBRATION = Calibration(
 IMPORTS = 60_000_000
 """Resident bytes of transformers' models and generation code beyond `memory.PROCESS_FLOOR`, which the decoder does not
 import."""
+
+HEAP = 250_000_000
+"""What freed temporaries leave in the C library's heap beside the tensors that are alive, and what operators need
+inside themselves: 0.19 to 0.44 GB in fresh processes (GPT-2 and T5 of 512 features, 2,048 tokens)."""
+MODULE_SECONDS = 1e-4
+"""Python and dispatch of one linear's neighbourhood, a pass (a guess)."""
 
 
 @lru_cache(maxsize=256)
@@ -121,10 +128,10 @@ def loading_bytes(shape: ForeignSpec, job: Job) -> int:
 
 
 def workspace_bytes(shape: ForeignSpec, job: Job, batch: tuple[int, int, int]) -> int:
-    """Scratch between calls: packed tokens and panels of the native linears, else the largest weight decoded; and the
-    adapters' factors once more, as they are computed with."""
+    """Scratch between calls: packed tokens and panels of the native linears, else the largest weight decoded; the
+    adapters' factors once more, as they are computed with; and the heap's holes."""
     size, linears = DTYPE_BYTES[job.dtype], shape.linears()
-    factors = memory.trainable_bytes(_as_spec(shape), job)
+    factors = memory.trainable_bytes(_as_spec(shape), job) + (HEAP if job.device == "cpu" else 0)
     if job.native_linears:
         widest = max((linear.in_features for linear in linears), default=0)
         tokens = min(batch[0] * max(batch[1:]), 2048)
@@ -192,9 +199,19 @@ def _heads(config: Mapping[str, Any]) -> int:
     return max((int(config.get(name) or 0) for name in names), default=0) or 32
 
 
-def training_work(
-    shape: ForeignSpec, job: Job, rows: int | None = None, source_share: float | None = None
-) -> time.Work:
+@dataclass(frozen=True)
+class Work:
+    """What all training steps compute: operations by part, bytes of `traffic`, weights decoded, calls of linears."""
+
+    linears: float
+    products: float
+    adapters: float
+    traffic: float
+    decoded: float
+    calls: float
+
+
+def training_work(shape: ForeignSpec, job: Job, rows: int | None = None, source_share: float | None = None) -> Work:
     """All training steps together: the largest micro-batch's work, as often as the run has its tokens."""
     batch = micro_batch(shape, job, rows, source_share)
     tokens = batch[0] * (job.longest if source_share is None else batch[1] + batch[2])
@@ -202,28 +219,27 @@ def training_work(
     traced = traced_batch(shape, job, batch)
     adapters = memory.adapter_parameters(_as_spec(shape), job)
     decoded = sum(linear.parameters for linear in shape.linears() if job.is_coded(linear.name))
+    passes = 2 + job.checkpointing
     if traced is None:
-        passes = 2 + job.checkpointing
         linears = 2.0 * passes * shape.linear_parameters * job.train_tokens
-        attention, written = 0.0, float(estimated_bytes(shape, job, batch)) * often
-        head = 4.0 * shape.head_parameters * job.train_tokens
+        products = 4.0 * shape.head_parameters * job.train_tokens
+        written = float(estimated_bytes(shape, job, batch)) * often
     else:
-        linears, attention, head = traced.linear * often, traced.other * often, 0.0
-        written = traced.traffic * often
-    return time.Work(
+        linears, products, written = traced.linear * often, traced.other * often, traced.traffic * often
+    return Work(
         linears=linears,
-        head=head,
-        attention=attention,
-        adapters=2.0 * 3 * adapters * job.train_tokens,
+        products=products,
+        adapters=2.0 * (1 + passes) * adapters * job.train_tokens,
         traffic=3.0 * written,  # written once, read about twice
-        decoded=float(decoded) * (2 + job.checkpointing) * job.micro_batches,
+        decoded=0.0 if job.native_linears else float(decoded) * passes * job.micro_batches,
+        calls=float(len(shape.matrices)) * passes * job.micro_batches,
     )
 
 
 def training_flops(shape: ForeignSpec, job: Job, rows: int | None = None, source_share: float | None = None) -> float:
     """Operations of all training steps together."""
     work = training_work(shape, job, rows, source_share)
-    return work.linears + work.head + work.attention + work.adapters
+    return work.linears + work.products + work.adapters
 
 
 def seconds(
@@ -231,16 +247,33 @@ def seconds(
 ) -> dict[str, float]:
     """Seconds by phase, as `time.phases`; evaluation costs a third of what training the same tokens would."""
     values, constants = base_bytes(shape, job)
-    work = training_work(shape, job, rows, source_share)
-    train = time.seconds_of(work, job, rates)
+    train = _seconds_of(training_work(shape, job, rows, source_share), job, rates)
     source = float(job.file_itemsize) * shape.total_parameters
     quantizing = shape.linear_parameters / rates.dequantize * 4 if job.method == "qlora" else 0.0
+    tokenizer = time.STARTUP_SECONDS + time.TOKENIZER_SECONDS_A_WORD * shape.vocab_size
+    spec = _as_spec(shape)
     return {
-        "load": time.STARTUP_SECONDS + max(source, values + constants) / time.LOAD_BYTES_A_SECOND + quantizing,
-        "train": train + time.optimizer_seconds(_as_spec(shape), job, rates) * job.steps,
+        "load": tokenizer + max(source, values + constants) / time.LOAD_BYTES_A_SECOND + quantizing,
+        "train": train + time.optimizer_seconds(spec, job, rates) * job.steps,
         "evaluate": train / 3 * job.eval_tokens / max(job.train_tokens, 1),
-        "save": 4.0 * memory.trainable_parameters(_as_spec(shape), job) / time.LOAD_BYTES_A_SECOND,
+        "save": 4.0 * 4 * memory.trainable_parameters(spec, job) / time.LOAD_BYTES_A_SECOND,
     }
+
+
+def _seconds_of(work: Work, job: Job, rates: Rates) -> float:
+    """Linears at the engine's own rate where it runs them, the rest at torch's."""
+    costs = time.costs_of(job)
+    torch_rate = (rates.gemm.get(job.dtype) or rates.gemm["float32"]) * (1.0 if rates.engine else time.GEMM_EFFICIENCY)
+    engine = rates.engine.get(job.dtype, {}) if job.native_linears else {}
+    own = engine.get("quantized", torch_rate)
+    return (
+        work.linears / own * costs.linears
+        + work.adapters / own * costs.adapters
+        + work.products / torch_rate * time.TORCH.attention
+        + work.traffic / rates.bandwidth
+        + work.decoded / rates.dequantize
+        + work.calls * MODULE_SECONDS
+    )
 
 
 def _as_spec(shape: ForeignSpec) -> ModelSpec:

@@ -26,12 +26,14 @@ _DENSE_FORMATS = {"bf16": 2, "fp16": 2, "fp32": 4}
 _EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 NESTED_BLOCKSIZE = 256
 
-PROCESS_FLOOR = 450_000_000
-"""A process that has imported what a run needs, 0.34 GB, and what a run leaves in its heap, 0.11 GB: resident set,
-measured with torch 2.13 on Linux, QLoRA and LoRA on Gemma 3 270M."""
-TOKENIZER_BYTES_A_WORD = 300
-"""A fast tokenizer's resident size per vocabulary entry: Gemma's 262,144 words take 0.08 GB, once the garbage of making
-it is given back (`heap.give_back`)."""
+PROCESS_FLOOR = 420_000_000
+"""A process that has imported what a run needs, 0.35 GB, and what loading leaves in its heap: resident set, with torch
+2.13 on Linux, the middle of runs on five models (`benchmarks/plan_accuracy.py`)."""
+TOKENIZER_BYTES_A_WORD = 210
+"""A fast tokenizer's resident size per vocabulary entry, once the garbage of making it is given back
+(`heap.give_back`)."""
+TORCH_PRODUCTS = 70_000_000
+"""What PyTorch's own matrix products on a CPU leave: compiled kernels, buffers of their threads."""
 EVALUATION_TOKENS = 4096
 """Tokens of rows in one forward pass of an evaluation (`evaluate.EvaluateOptions.eval_batch_tokens`), by default."""
 CUDA_CONTEXT = 500_000_000
@@ -352,6 +354,7 @@ def workspace_bytes(spec: ModelSpec, job: Job) -> int:
         packed = _round_up(min(job.micro_tokens, 2048), 64) * widest * size
         return packed + THREAD_PANELS * torch.get_num_threads() + attention
     coded = [linear.parameters for linear in spec.linears() if job.is_coded(linear.name)]
+    attention += TORCH_PRODUCTS if job.device == "cpu" else 0
     return attention + max(coded, default=0) * size + (PANEL_BYTES if coded else 0)
 
 

@@ -18,8 +18,8 @@ says the same in other words. The clauses of `choose`, in order; the first that 
             much in them: NF4 raises Gemma 270M's perplexity by a quarter and Qwen 1.5B's by 4 %, and Gemma's loss
             after training is 0.10 lower on 16 bits (docs/results.md). It costs no time: a QLoRA step takes 0.96 of a
             LoRA step on a CPU (docs/benchmarks.md) and more than one on a GPU. "Room" is 80 % of a budget that is
-            only what is free now, and all of one that was stated with --memory; and LoRA must not have to recompute
-            activations where QLoRA need not.
+            only what is free now, and all of one that was stated with --memory; and LoRA must not pay for the memory
+            with time, by recomputing activations where QLoRA need not, or by being a quarter slower in small batches.
 `memory`    QLoRA: it fits where LoRA does not, or not well. From 7B on, the published comparisons find the same
             quality (arXiv 2305.14314, table 4).
 `left`      Else whatever fits.
@@ -152,7 +152,7 @@ def choose(case: Case, offers: Sequence[Offer]) -> Choice | None:
         )
     if case.own_blocks and qlora and (lora is None or qlora.seconds.p50 <= SLOWER * lora.seconds.p50):
         return Choice(qlora.name, "blocks", _own_blocks(qlora, every_lora))
-    if lora and lora.peak.p95 <= case.room and not (lora.recomputed and qlora and not qlora.recomputed):
+    if lora and lora.peak.p95 <= case.room and not (qlora and _pays_with_time(lora, qlora)):
         return Choice(
             lora.name,
             "room",
@@ -183,6 +183,11 @@ def _beyond_adapters(case: Case, full: Offer) -> bool:
     return small and full.peak.p95 <= case.room and case.tokens > TOKENS_A_PARAMETER * case.capacity
 
 
+def _pays_with_time(lora: Offer, qlora: Offer) -> bool:
+    """Whether LoRA fits only in a layout that is much slower than the one that QLoRA has room for."""
+    return (lora.recomputed and not qlora.recomputed) or lora.seconds.p50 > SLOWER * qlora.seconds.p50
+
+
 def _own_blocks(qlora: Offer, lora: Offer | None) -> str:
     instead = f" in {gb(qlora.weights)} instead of {gb(lora.weights)}" if lora and lora.weights > qlora.weights else ""
     return f"the file's own blocks hold what 16 bits made of them would{instead}, and are what will be served"
@@ -202,7 +207,9 @@ def _instead_of(case: Case, qlora: Offer, lora: Offer | None, every_lora: Offer 
             f"{lora.name} on a 16-bit base would take {need} of the {gb(case.budget)} that are free now, and this "
             f"leaves room ({gb(qlora.peak.p95)})"
         )
-    return f"{lora.name} on a 16-bit base ({need}) would have to recompute activations to fit, and this need not"
+    if lora.recomputed and not qlora.recomputed:
+        return f"{lora.name} on a 16-bit base ({need}) would have to recompute activations to fit, and this need not"
+    return f"{lora.name} on a 16-bit base ({need}) would be {_pace(lora, qlora)} in the smaller batches that it needs"
 
 
 def _pace(one: Offer, other: Offer) -> str:

@@ -44,7 +44,8 @@ class TrainOptions(Options):
     eval_batch_tokens: int | None = Field(
         None,
         ge=1,
-        description="Tokens of rows in one forward pass of an evaluation; by default 4,096, fewer where memory asks for it",
+        description="Tokens of rows in one forward pass of an evaluation; by default 4,096, fewer where memory asks "
+        "for it",
     )
     logging_steps: int = Field(1, ge=1, description="Updates summed up in one step event of events.jsonl")
     gradient_checkpointing: bool | None = Field(

@@ -1,0 +1,1 @@
+"""Several methods, several seeds, one report: `halfbyte compare`."""
