@@ -245,4 +245,4 @@ def test_a_fresh_process_peaks_where_the_plan_says(name: str, checkpointing: boo
     parts = foreign.phases(spec, asked, source_share=SOURCE / (SOURCE + ANSWER))["train"]
     added = sum(parts[k] for k in ("gradients", "optimizer", "activations", "loss", "workspace"))
     actual = measured["peak"] - measured["before"]
-    assert 0.5 * added < actual <= foreign.CALIBRATION.memory(added).p95
+    assert 0.4 * added < actual <= foreign.CALIBRATION.memory(added).p95
