@@ -25,8 +25,9 @@ from typing import Any
 
 import numpy as np
 import plan_models
-import torch
 from transformers import AutoTokenizer
+
+from halfbyte.plan.hardware import reference_gemm
 
 EVAL_ROWS = 2
 CASES = """
@@ -75,20 +76,6 @@ def cases() -> list[Case]:
     return [parse(name, index % 3 == 2) for index, name in enumerate(CASES.split())]
 
 
-def reference_rate(seconds: float = 0.4) -> float:
-    """How fast the machine is just now: FLOP/s of a float32 product with all threads, the median."""
-    side = 1024
-    a, b = torch.randn(side, side), torch.randn(side, side)
-    out = torch.empty(side, side)
-    times: list[float] = []
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times) < 4:
-        start = time.perf_counter()
-        torch.mm(a, b, out=out)
-        times.append(time.perf_counter() - start)
-    return float(2 * side**3 / statistics.median(times[1:]))
-
-
 def write_data(folder: Path, case: Case, steps: int, model: Path) -> tuple[Path, Path]:
     """Rows of `tokens` tokens each, give or take one where a text cut in two is read differently."""
     tokenizer = AutoTokenizer.from_pretrained(model)
@@ -120,9 +107,9 @@ def measure(case: Case, model: Path, out: Path, steps: int, flags: Sequence[str]
     if case.method != "full":
         command += ["--lora-r", case.rank]
     environment = os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "HALFBYTE_HISTORY": "0"}
-    before, started = reference_rate(), time.perf_counter()
+    before, started = reference_gemm(), time.perf_counter()
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
-    wall, after = time.perf_counter() - started, reference_rate()
+    wall, after = time.perf_counter() - started, reference_gemm()
     if done.returncode:
         raise SystemExit(f"{case.name}: halfbyte train failed with {done.returncode}: {done.stderr[-2000:]}")
     plan, result = json.loads((run / "plan.json").read_text()), json.loads((run / "result.json").read_text())

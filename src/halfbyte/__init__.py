@@ -9,7 +9,8 @@
     model = hb.load(result.path)          # an nn.Module for one's own loop
 
 Importing halfbyte is cheap: what a name needs is imported when the name is first used. `halfbyte.plan`,
-`halfbyte.train` and `halfbyte.evaluate` are packages that can also be called, as the verbs of the same names.
+`halfbyte.train`, `halfbyte.evaluate` and `halfbyte.compare` are packages that can also be called, as the verbs of the
+same names.
 """
 
 import sys
@@ -18,11 +19,23 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from halfbyte.compare.api import compare
     from halfbyte.run.api import classify, evaluate, load, plan, resume, train
     from halfbyte.run.config import RunConfig, load_config
     from halfbyte.run.run import RunResult
 
-__all__ = ["RunConfig", "RunResult", "classify", "evaluate", "load", "load_config", "plan", "resume", "train"]
+__all__ = [
+    "RunConfig",
+    "RunResult",
+    "classify",
+    "compare",
+    "evaluate",
+    "load",
+    "load_config",
+    "plan",
+    "resume",
+    "train",
+]
 
 _HOMES = {
     "RunConfig": "halfbyte.run.config",
@@ -32,14 +45,20 @@ _HOMES = {
     "load_config": "halfbyte.run.config",
     "resume": "halfbyte.run.api",
 }
-_VERBS = ("evaluate", "plan", "train")
+_VERBS = {
+    "compare": "halfbyte.compare.api",
+    "evaluate": "halfbyte.run.api",
+    "plan": "halfbyte.run.api",
+    "train": "halfbyte.run.api",
+}
 
 
 class _Verb(ModuleType):
     """A package that is also a verb: `hb.train(config)` trains, `halfbyte.train.loop` is the loop."""
 
     def __call__(self, *args: Any, **values: Any) -> Any:
-        return getattr(import_module("halfbyte.run.api"), self.__name__.rpartition(".")[2])(*args, **values)
+        name = self.__name__.rpartition(".")[2]
+        return getattr(import_module(_VERBS[name]), name)(*args, **values)
 
 
 class _Package(ModuleType):

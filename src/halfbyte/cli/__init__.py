@@ -24,6 +24,7 @@ VERBS: dict[str, str] = {
     "data": "Look at training rows as the model will see them.",
     "train": "Fine-tune a model.",
     "resume": "Continue a run that was stopped.",
+    "compare": "Several methods, several seeds, one report.",
     "evaluate": "Loss, perplexity and task metrics, base against tuned.",
     "generate": "Complete prompts.",
     "chat": "Talk to a model.",

@@ -86,6 +86,13 @@ class DataOptions(Options):
         "0 holds out none.",
     )
     eval_max_rows: int = Field(default=500, ge=1, description="The most rows that a share in `eval_split` holds out.")
+    eval_seed: int | None = Field(
+        default=None,
+        ge=0,
+        lt=2**63,
+        description="Seed that chooses the rows of `eval_split`; by default the run's own, so that two seeds hold out "
+        "different rows.",
+    )
     task: Task = Field(
         default="auto",
         description="What is learned: causal (the next token), classification (a trained head, from the label of each "

@@ -148,7 +148,8 @@ def prepare(options: DataOptions, tokenizer: Any, seed: int, labels: Sequence[st
         known = set(map(_key, held_out))
         leaked = sum(_key(example) in known for example in train)
     elif options.eval_split:
-        train, held_out = hold_out(everything, options.eval_split, options.eval_max_rows, seed)
+        chosen_by = seed if options.eval_seed is None else options.eval_seed
+        train, held_out = hold_out(everything, options.eval_split, options.eval_max_rows, chosen_by)
     template_hash = recipe.template.hash if recipe.template else hashlib.sha256(b"halfbyte plain prompts 1").hexdigest()
     data_format = " + ".join(dict.fromkeys(part.row_format for part in parts))
     report = audit(

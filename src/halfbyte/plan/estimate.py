@@ -406,6 +406,7 @@ def _job(request: Request, data: DataShape, batch: tuple[int, int], checkpointin
         supervised=data.supervised_share,
         eval_tokens=data.eval_tokens * request.evaluations + request.forward_tokens,
         eval_batch_tokens=eval_tokens,
+        eval_pass_tokens=data.eval_tokens,
         device=request.device,
         held=request.held,
         file_itemsize=request.file_itemsize,

@@ -36,6 +36,8 @@ REPORT_VERSION = 1
 LAST_RUNS = 200
 """Runs that a refit looks at: machines and versions change."""
 KEPT_RUNS = 10_000
+SHORTEST = 10.0
+"""Seconds below which a run tells nothing about time: that is start-up, and the plan's figures are rounded."""
 PATIENCE = 5.0
 """Seconds to wait for another process's lock."""
 
@@ -103,8 +105,8 @@ class Run:
 
     @property
     def tells_time(self) -> bool:
-        seconds = min(self.predicted_seconds, self.measured_seconds)
-        return self.status == "completed" and not self.resumed and seconds > 0
+        long_enough = self.measured_seconds >= SHORTEST and self.predicted_seconds > 0
+        return self.status == "completed" and not self.resumed and long_enough
 
 
 _NAMES = tuple(f.name for f in fields(Run))
@@ -270,8 +272,8 @@ def accuracy(machine: str, device: str) -> dict[str, Any]:
     """How good the predictions were that this machine's users were told, by method; `halfbyte plan --accuracy`.
 
     An error is |predicted / measured - 1| of the p50 that was told, after a probe where there was one; `within` the
-    share of runs that stayed below the p95. `refit` is what the next plan is made with, `other_runs` are those that were
-    made under another machine key.
+    share of runs that stayed below the p95. `refit` is what the next plan is made with, `other_runs` are those of other
+    machine keys.
     """
     found, problem = read(machine, device)
     methods = sorted({run.method_name for run in found})

@@ -58,6 +58,7 @@ class Job:
     supervised      share of them that is supervised
     eval_tokens     tokens of all evaluation passes together, forward only
     eval_batch_tokens   tokens of rows in one forward pass of an evaluation; a longer row is alone in its pass
+    eval_pass_tokens    tokens of all held-out rows
     file_itemsize   bytes of a value in the model's file
     updates         the optimizer's options beside its name
     held            tensors that the model's file brings in blocks of its own (`ModelSource.prequantized_bytes`)
@@ -77,6 +78,7 @@ class Job:
     supervised: float = 1.0
     eval_tokens: int = 0
     eval_batch_tokens: int = EVALUATION_TOKENS
+    eval_pass_tokens: int = EVALUATION_TOKENS
     device: str = "cpu"
     held: Mapping[str, int] = field(default_factory=dict)
     file_itemsize: int = 4
@@ -457,7 +459,8 @@ def phases(spec: ModelSpec, job: Job) -> dict[str, dict[str, int]]:
     # Nothing is kept for a backward pass: gate, up and their product, the residual, torch's float32 parts of a norm.
     d, size = spec.hidden_size, DTYPE_BYTES[job.dtype]
     temporaries = 0 if job.native else 2 * 4 * d
-    forward_only = max(job.eval_batch_tokens, job.longest) * ((3 * spec.intermediate_size + 3 * d) * size + temporaries)
+    read = min(max(job.eval_batch_tokens, job.longest), max(job.eval_pass_tokens, 1))
+    forward_only = read * ((3 * spec.intermediate_size + 3 * d) * size + temporaries)
     evaluate = {k: v for k, v in train.items() if k != "gradients"}
     evaluate |= {"activations": forward_only, "loss": loss_bytes(spec, job)}
     return {

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from halfbyte.adapters import save_adapter
 from halfbyte.adapters.lora import LoraOptions
+from halfbyte.evaluate import rows_file
 from halfbyte.evaluate.evaluate import BaseAndTuned
 from halfbyte.export.card import model_card
 from halfbyte.export.model_files import write_model_files
@@ -50,6 +51,8 @@ def write(
     else:
         write_adapter(path, config, loaded)
     write_tokenizer(path, found, loaded)
+    if scores is not None:
+        rows_file.write_rows(path / rows_file.NAME, scores)
     beside = {**beside, "save": time.perf_counter() - started}
     result = result_of(path, config, trained, scores, beside)
     write_atomic(path / CARD, model_card(config.model_dump(mode="json"), record, result, found.source))

@@ -234,12 +234,22 @@ def load(name: str, adapter: str | None = None, trainable: bool = False, **chang
     return model
 
 
+def evaluate_tuned(target: Target, options: EvaluateOptions | None = None) -> EvaluateResult:
+    """`evaluate_target` of the target as it is, without its base beside it."""
+    result = evaluate_target(target, options, beside_base=False)
+    return result.tuned if isinstance(result, BaseAndTuned) else result
+
+
 def evaluate_target(
-    target: Target, options: EvaluateOptions | None = None, on_progress: Progress | None = None
+    target: Target,
+    options: EvaluateOptions | None = None,
+    on_progress: Progress | None = None,
+    beside_base: bool = True,
 ) -> BaseAndTuned | EvaluateResult:
     """Loss and metrics on `config.eval_data`, or on a run's own held-out rows; base against tuned where both are there.
 
-    A fully tuned run is measured against the base that it was trained from.
+    A fully tuned run is measured against the base that it was trained from. Without `beside_base` a base is only
+    measured where it costs nothing.
     """
     config = target.config
     if config.eval_data is None and config.data is None:
@@ -263,12 +273,12 @@ def evaluate_target(
             model, opened.loaded.tokenizer, rows, options, labels=labels, stop_ids=stops, on_progress=on_progress
         )
 
-    if target.run is not None and config.method == "full":
+    if beside_base and target.run is not None and config.method == "full":
         tuned: EvaluateResult = measure(opened.model, both=False)
         base_config, _ = folder.read_config(target.run)
         base = load_model(base_config.pick(ModelOptions).model_copy(update={"dtype": config.dtype}))
         return pair(measure(base.model, both=False), tuned)
-    return measure(opened.model, both=opened.tuned)  # type: ignore[no-any-return]
+    return measure(opened.model, both=opened.tuned and beside_base)  # type: ignore[no-any-return]
 
 
 def _evaluate_pairs(

@@ -1,0 +1,192 @@
+"""A cell's folder: whether its run is finished, what else is there, and how a run from elsewhere becomes a cell.
+
+COMPARISON/cells/<id>/ is a run directory like any other, with these files beside:
+
+    cell.json            what was measured around the run: sizes, energy, the machine, where it was run
+    evaluation.json, metric_rows.jsonl, merge.json      what was asked for beside the run (see `compare.worker`)
+
+A run counts as finished when its run.yaml is the wanted run's, its events.jsonl ends and its result.json is whole.
+"""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halfbyte.adapters.peft_io import CONFIG as ADAPTER_CONFIG
+from halfbyte.compare import identity
+from halfbyte.compare.design import Cell
+from halfbyte.errors import HalfbyteError, UsageError
+from halfbyte.evaluate.rows_file import NAME as ROWS
+from halfbyte.export.folder import new_folder
+from halfbyte.files import write_atomic
+from halfbyte.plan.hardware import Hardware
+from halfbyte.run import folder
+from halfbyte.run.continued import SHAPE
+from halfbyte.train.checkpoint import list_checkpoints
+from halfbyte.train.events import read_events
+from halfbyte.train.run_directory import CONFIG, EVENTS, PLAN, RESULT
+
+CELL = "cell.json"
+EVALUATION, METRIC_ROWS, MERGE = "evaluation.json", "metric_rows.jsonl", "merge.json"
+SMALL = (CONFIG, PLAN, EVENTS, RESULT, ROWS, CELL, EVALUATION, METRIC_ROWS, MERGE)
+"""All that a report needs of a cell."""
+ADAPTER = ("adapter_model.safetensors", ADAPTER_CONFIG)
+SCHEMA_VERSION = 1
+HERE = "this comparison"
+_DEPTH = 4  # folders below an accepted one that are searched for runs
+
+
+def finished(path: Path, want: Mapping[str, Any], pairs: bool, chained: bool = False) -> str | None:
+    """Why the run in `path` is not the wanted one, finished; None: it is.
+
+    chained   it goes on from the cell that the id names, which its own files do not say
+    """
+    try:
+        config, record = folder.read_config(path)
+        result = folder.read_json(path / RESULT)
+        events = read_events(path / EVENTS)
+    except (HalfbyteError, OSError) as error:
+        return str(error)
+    if not events or events[-1]["event"] != "end" or events[-1].get("status") not in ("completed", "stopped_early"):
+        return "its events.jsonl has no end"
+    if result.get("step") != events[-1].get("step"):
+        return "its result.json and events.jsonl are of different runs"
+    if chained:
+        fields = {name: value for name, value in want["fields"].items() if name not in SHAPE}  # the adapter's own
+        config, want = config.replace(adapter_path=None), {**want, "continues": None, "fields": fields}
+    return identity.mismatch(want, config, record, pairs)
+
+
+def is_finished(cells: Path, cell: Cell) -> bool:
+    """Whether this comparison's folder has the cell's run, finished."""
+    return finished(cells / cell.id, cell.want, cell.pairs, cell.source is not None) is None
+
+
+def has_model(path: Path) -> bool:
+    """Whether a run's adapter or weights are there still."""
+    return (path / ADAPTER[0]).is_file() or any(path.glob("model*.safetensors"))
+
+
+def close(path: Path, machine: Mapping[str, Any], energy: float | None, keep: bool) -> None:
+    """Write cell.json, and unless `keep` remove what is large and measured: checkpoints, fully trained weights."""
+    if not (path / CELL).is_file():
+        said = {
+            "schema_version": SCHEMA_VERSION,
+            "origin": HERE,
+            "machine": dict(machine),
+            "adapter_bytes": _bytes(path, "adapter_model*.safetensors"),
+            "weight_bytes": _bytes(path, "model*.safetensors"),
+            "energy_joules": energy if _sessions(path) == 1 else None,
+        }
+        write_atomic(path / CELL, json.dumps(said, indent=1) + "\n")
+    if not keep:
+        for checkpoint in list_checkpoints(path):
+            shutil.rmtree(checkpoint)
+        for weights in path.glob("model*.safetensors"):
+            weights.unlink()
+
+
+def _bytes(path: Path, pattern: str) -> int | None:
+    sizes = [file.stat().st_size for file in path.glob(pattern)]
+    return sum(sizes) if sizes else None
+
+
+def _sessions(path: Path) -> int:
+    return sum(event["event"] in ("start", "resume") for event in read_events(path / EVENTS))
+
+
+def machine_of(hardware: Hardware) -> dict[str, Any]:
+    """The machine, as the report says it."""
+    return {
+        "processor": hardware.processor,
+        "cores": hardware.cores,
+        "memory_bytes": hardware.memory_total,
+        "gpu": hardware.gpus[0].name if hardware.gpus else None,
+        "instruction_sets": list(hardware.instruction_sets),
+        "system": hardware.system,
+    }
+
+
+# ---------------------------------------------------------------- runs from elsewhere
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """What came of the folders that were offered: ids taken with their place, and what is to be said of the rest."""
+
+    taken: Mapping[str, Path]
+    notes: tuple[str, ...]
+
+
+def accept(places: Sequence[Path], cells: Path, wanted: Sequence[Cell], machine: Mapping[str, Any]) -> Accepted:
+    """Copy finished runs below `places` that are wanted and not there yet into `cells`.
+
+    UsageError for a place without any run. A run that is not wanted is told with the nearest reason.
+    """
+    missing = [cell for cell in wanted if not is_finished(cells, cell)]
+    taken: dict[str, Path] = {}
+    notes: list[str] = []
+    for place in places:
+        runs = list(_runs(place))
+        if not runs:
+            raise UsageError(f"--accept {place}: no finished run is there (run.yaml, events.jsonl and result.json)")
+        used = 0
+        for run in runs:
+            reasons = {}
+            for cell in missing:
+                reason = finished(run, cell.want, cell.pairs)
+                if reason is None and cell.id not in taken and not (cells / cell.id / EVENTS).is_file():
+                    _copy(run, cells / cell.id, machine)
+                    taken[cell.id] = run
+                    used += 1
+                    break
+                reasons[cell.variant] = reason or "it is there already"
+            else:
+                if reasons:
+                    variant, reason = next(iter(reasons.items()))
+                    notes.append(f"{run} was not used: for {variant}, {reason}")
+        if not used and not any(is_finished(cells, cell) for cell in wanted):
+            notes.append(f"nothing in {place} could be used")
+    return Accepted(taken, tuple(notes))
+
+
+def _runs(place: Path) -> Iterator[Path]:
+    if not place.is_dir():
+        raise UsageError(f"--accept {place}: no such folder")
+    for depth in range(_DEPTH):
+        for config in sorted(place.glob("*/" * depth + CONFIG)):
+            if all((config.parent / name).is_file() for name in (EVENTS, RESULT)):
+                yield config.parent
+
+
+def _copy(run: Path, out: Path, machine: Mapping[str, Any]) -> None:
+    """The small files and the adapter of a run as a cell, whole or not at all."""
+    said: dict[str, Any] = {}
+    with contextlib.suppress(UsageError):
+        said = folder.read_json(run / CELL)
+    theirs = said.get("machine") or {"processor": _processor(run)}
+    same = theirs.get("processor") == machine["processor"]
+    origin = "an earlier run" if same else f"another machine: {theirs.get('processor') or 'unknown'}"
+    said = {
+        "schema_version": SCHEMA_VERSION,
+        "adapter_bytes": _bytes(run, "adapter_model*.safetensors"),
+        "weight_bytes": _bytes(run, "model*.safetensors"),
+        "energy_joules": None,
+        **said,
+        "machine": theirs,
+        "origin": origin,
+    }
+    with new_folder(out) as part:
+        for name in (*SMALL, *ADAPTER):
+            if (run / name).is_file():
+                shutil.copyfile(run / name, part / name)
+        (part / CELL).write_text(json.dumps(said, indent=1) + "\n")
+
+
+def _processor(run: Path) -> str | None:
+    started = next((e for e in read_events(run / EVENTS) if e["event"] in ("start", "resume")), {})
+    return started.get("environment", {}).get("processor")  # type: ignore[no-any-return]

@@ -1,0 +1,399 @@
+"""`halfbyte compare` from a request to a report: plan, show, run what is missing, report.
+
+    compare(request) -> Comparison
+
+COMPARISON/
+    comparison.json     what was asked, the variants and their plans, the cells: all that the report needs beside them
+    cells/<id>/         a run directory each (`compare.cells`)
+    logs/               what the workers were given and printed
+    report.json, .html, .md
+
+Everything is decided from what is on the disk, so the same command goes on after any kill, and a finished cell is never
+run twice. The report is a function of comparison.json and the cells' small files and of nothing else.
+"""
+
+import contextlib
+import datetime
+import json
+import shlex
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from halfbyte.compare import cells as cell_files
+from halfbyte.compare import energy, identity, process, report_data, tune
+from halfbyte.compare.design import Cell, Design, PlannedVariant, cell_of, make_design
+from halfbyte.compare.options import CompareOptions, Request
+from halfbyte.compare.render import write_report
+from halfbyte.data.options import DataOptions, sources_of
+from halfbyte.errors import DoesNotFit, Interrupted, UsageError
+from halfbyte.files import write_atomic
+from halfbyte.models.options import ModelOptions
+from halfbyte.plan.hardware import Hardware, detect
+from halfbyte.plan.price import Price
+from halfbyte.run import folder
+from halfbyte.run.config import RunConfig
+from halfbyte.train.lock import Lock
+
+FILE = "comparison.json"
+LOCK = "compare.lock"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came of a comparison. `report` is report.json's content, None after a dry run.
+
+    failed    messages by cell id
+    """
+
+    path: Path
+    plan: Mapping[str, Any]
+    report: Mapping[str, Any] | None
+    failed: Mapping[str, str]
+
+    @property
+    def exit_code(self) -> int:
+        """0 with a report of all cells, 1 where some failed, 3 where nothing fits."""
+        return 1 if self.failed else 0
+
+
+def silent(event: Mapping[str, Any]) -> None:
+    """The listener of those who do not listen."""
+
+
+def compare(request: Request, on_event: process.Tell = silent, dry_run: bool = False, command: str = "") -> Comparison:
+    """Run what is missing and write the report. With `dry_run`, plan only: nothing is written.
+
+    UsageError for what is wrong with the request; DoesNotFit where no two variants fit; Interrupted after Ctrl-C or
+    SIGTERM, with everything saved: the same command goes on.
+    """
+    options = request.options
+    price = Price.parse(options.price) if options.price is not None else None
+    root = options.output
+    _require_ours(root)
+    stored = _stored(root)
+    design = make_design(request, stored.get("layouts", {}))
+    hardware = detect()
+    plan = plan_of(design, options, price)
+    on_event({"event": "planned", "design": design, "plan": plan})
+    if dry_run:
+        return Comparison(root, plan, None, {})
+    runnable = [planned for planned in design.variants if planned.skipped is None]
+    if not runnable:
+        raise DoesNotFit(f"no variant fits: {design.variants[0].key}: {design.variants[0].skipped}")
+    with Lock(root / LOCK):
+        try:
+            return _run(request, design, plan, price, hardware, stored, on_event, command)
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped; everything is saved: the same command goes on in {root}") from None
+
+
+def _run(
+    request: Request,
+    design: Design,
+    plan: Mapping[str, Any],
+    price: Price | None,
+    hardware: Hardware,
+    stored: Mapping[str, Any],
+    on_event: process.Tell,
+    command: str,
+) -> Comparison:
+    options, root = request.options, request.options.output
+    machine = cell_files.machine_of(hardware)
+    places = root / "cells"
+    said: dict[str, Any] = {
+        "schema_version": SCHEMA_VERSION,
+        "created": stored.get("created") or datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "options": options.model_dump(mode="json"),
+        "machine": machine,
+        "versions": versions(),
+        "layouts": dict(stored.get("layouts", {})) | layouts(design),
+        "plan": stored.get("plan") if _same_plan(stored, design) else plan,
+        "price": None if price is None else {"amount": price.amount, "currency": price.currency},
+        "tune": None,
+        "model": dict(design.model),
+        "data": data_of(design),
+        "notes": list(design.notes),
+    }
+    if energy.read() is None:
+        said["notes"].append("Energy is not known: this machine shows no counters that this user may read.")
+    write_atomic(root / FILE, json.dumps(said, indent=1) + "\n")
+    search = tune.search_of(design, options) if options.tune_lr else None
+    failed: dict[str, str] = {}
+    if search is not None:
+        said["notes"] += _accept(options, places, search.all_cells(), machine)
+        failed |= _work(search.all_cells(), design, options, machine, hardware, on_event)
+        chosen, losses = tune.chosen_rates(search, places)
+        design = tune.with_rates(design, chosen)
+        said["tune"] = tune.as_dict(search, chosen, losses)
+        failed = {}  # a rate at which training breaks is an answer, too
+    wanted = design.cells()
+    said["notes"] += _accept(options, places, wanted, machine)
+    said |= {
+        "seeds": list(design.seeds),
+        "variants": [variant_as_dict(planned, design, request) for planned in design.variants],
+        "cells": [
+            {"id": cell.id, "variant": cell.variant, "seed": cell.seed, "source": cell.source} for cell in wanted
+        ],
+    }
+    write_atomic(root / FILE, json.dumps(said, indent=1) + "\n")
+    failed |= _work(wanted, design, options, machine, hardware, on_event)
+    failed |= _baseline(design, options, machine, hardware, on_event)
+    said["failed"] = failed
+    write_atomic(root / FILE, json.dumps(said, indent=1) + "\n")
+    report = report_data.build(root)
+    write_report(report, root)
+    on_event({"event": "report", "path": root, "report": report})
+    return Comparison(root, plan, report, failed)
+
+
+def _require_ours(root: Path) -> None:
+    """UsageError for a folder that holds something else."""
+    if root.exists() and not root.is_dir():
+        raise UsageError(f"{root} is a file: choose another output")
+    if root.is_dir() and not (root / FILE).is_file():
+        others = [entry for entry in root.iterdir() if entry.name != LOCK and not entry.name.endswith(".partial")]
+        if others:
+            raise UsageError(f"{root} is not empty and holds no comparison: choose another output")
+
+
+def _stored(root: Path) -> dict[str, Any]:
+    """What an earlier start of this comparison decided."""
+    if not (root / FILE).is_file():
+        return {}
+    stored = folder.read_json(root / FILE)
+    if stored.get("schema_version", 0) > SCHEMA_VERSION:
+        raise UsageError(f"{root / FILE} is of a newer halfbyte: upgrade it, or choose another output")
+    return stored
+
+
+def layouts(design: Design) -> dict[str, Any]:
+    """What was decided for each variant, by the id of its first cell."""
+    return {
+        cell_of(planned, planned.config.seed).id: {
+            "layout": dict(planned.layout), "plan": planned.plan, "skipped": planned.skipped,
+            "hardware": list(planned.hardware),
+        }
+        for planned in design.variants
+    }  # fmt: skip
+
+
+def _same_plan(stored: Mapping[str, Any], design: Design) -> bool:
+    return bool(stored.get("plan")) and stored["plan"].get("variants") == [planned.key for planned in design.variants]
+
+
+def _accept(options: CompareOptions, places: Path, wanted: Sequence[Cell], machine: Mapping[str, Any]) -> list[str]:
+    if not options.accept:
+        return []
+    places.mkdir(parents=True, exist_ok=True)
+    return list(cell_files.accept(options.accept, places, wanted, machine).notes)
+
+
+def _work(
+    wanted: Sequence[Cell],
+    design: Design,
+    options: CompareOptions,
+    machine: Mapping[str, Any],
+    hardware: Hardware,
+    on_event: process.Tell,
+) -> dict[str, str]:
+    """Bring the cells to their end; messages of those that failed."""
+    root = options.output
+    cells = list({cell.id: cell for cell in wanted}.values())
+    continued = {cell.source for cell in cells if cell.source is not None}
+
+    def next_stage(cell: Cell) -> process.Stage | None:
+        path = root / "cells" / cell.id
+        if not cell_files.is_finished(root / "cells", cell):
+            return "train", {"config": run_config(cell, root).model_dump(mode="json", exclude_unset=True)}
+        if cell.kind == "tune" or not cell_files.has_model(path):
+            return None
+        if options.metrics and not _is_measured(path, options):
+            return "metrics", measuring(options)
+        adapter = (path / cell_files.ADAPTER[0]).is_file()
+        if options.merge_loss and adapter and not (path / cell_files.MERGE).is_file():
+            return "merge", {"output": str(root / "cells" / f".{cell.id}.merged")}
+        return None
+
+    def finish(cell: Cell, joules: float | None) -> None:
+        keep = options.keep or cell.id in continued
+        cell_files.close(root / "cells" / cell.id, machine, joules, keep)
+
+    left = [cell for cell in cells if next_stage(cell) or not (root / "cells" / cell.id / cell_files.CELL).is_file()]
+    for cell in left:
+        _clear_unfit(root / "cells" / cell.id, cell)
+    return process.run_cells(left, root, next_stage, finish, options.jobs, hardware.usable, on_event).failed
+
+
+def _clear_unfit(path: Path, cell: Cell) -> None:
+    """A folder with a finished run that is not the cell's cannot be gone on with: begin again."""
+    unfit = cell_files.finished(path, cell.want, cell.pairs, cell.source is not None)
+    if unfit is not None and (path / "result.json").is_file():
+        shutil.rmtree(path)
+
+
+def _is_measured(path: Path, options: CompareOptions) -> bool:
+    """Whether evaluation.json has all the metrics that are asked for."""
+    with contextlib.suppress(UsageError):
+        found = folder.read_json(path / cell_files.EVALUATION)
+        rows = options.metric_rows
+        names = [name.rpartition(":")[2] for name in options.metrics]
+        return all(name in found for name in names) and (rows is None or found["evaluated_rows"] >= rows)
+    return False
+
+
+def measuring(options: CompareOptions) -> dict[str, Any]:
+    """What a worker needs to measure metrics."""
+    return {
+        "metrics": list(options.metrics),
+        "metric_rows": options.metric_rows,
+        "max_new_tokens": options.max_new_tokens,
+    }
+
+
+def run_config(cell: Cell, root: Path) -> RunConfig:
+    """The config of a cell's run: its own folder, and the adapter that it goes on from."""
+    changes: dict[str, Any] = {"output_dir": root / "cells" / cell.id}
+    if cell.source is not None:
+        changes["adapter_path"] = str(root / "cells" / cell.source)
+    return cell.config.replace(**changes)
+
+
+def _baseline(
+    design: Design,
+    options: CompareOptions,
+    machine: Mapping[str, Any],
+    hardware: Hardware,
+    on_event: process.Tell,
+) -> dict[str, str]:
+    """The metrics of the 16-bit base, measured once."""
+    root = options.output
+    out = root / report_data.BASELINE
+    if not options.metrics or out.is_file():
+        return {}
+    first = design.variants[0]
+    shared = first.config.pick(ModelOptions).model_dump() | first.config.pick(DataOptions).model_dump()
+    config = RunConfig.model_validate(shared | {"seed": first.config.seed, "method": "lora"})
+    cell = Cell("baseline", "base", first.config.seed, config, {}, first.pairs, kind="base")
+    stage = ("base", {"config": config.model_dump(mode="json"), "output": str(out), **measuring(options)})
+    found = process.run_cells(
+        [cell], root, lambda _: None if out.is_file() else stage, lambda _, __: None, 1, hardware.usable, on_event
+    )
+    return {f"the base's {', '.join(options.metrics)}": message for message in found.failed.values()}
+
+
+# ---------------------------------------------------------------- what is said before
+
+
+def plan_of(design: Design, options: CompareOptions, price: Price | None) -> dict[str, Any]:
+    """Peak, hours and cost of every variant and of everything, before anything is run."""
+    known = [planned for planned in design.variants if planned.skipped is None and planned.plan is not None]
+    share = 1.0
+    if options.tune_lr:
+        steps = options.tune_steps or -(-design.variants[0].work.steps // 3)
+        share += len(options.tune_multiples) * steps / design.variants[0].work.steps / len(design.seeds)
+    seconds = {
+        end: sum(planned.plan["seconds"][end] for planned in known if planned.plan) * len(design.seeds) * share
+        for end in ("p50", "p95")
+    }
+    return {
+        "variants": [planned.key for planned in design.variants],
+        "seconds": seconds,
+        "cost": None if price is None else _cost(seconds["p50"], price),
+        "skipped": {planned.key: planned.skipped for planned in design.variants if planned.skipped is not None},
+        "unplanned": [planned.key for planned in design.variants if planned.plan is None],
+    }
+
+
+def _cost(seconds: float, price: Price) -> dict[str, Any]:
+    return {"amount": round(seconds / 3600 * price.amount, 6), "currency": price.currency}
+
+
+def versions() -> dict[str, str]:
+    """Of what a result may depend on."""
+    import platform
+
+    found = {"python": platform.python_version()}
+    for name in ("halfbyte", "torch", "transformers", "tokenizers", "safetensors", "numpy"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def data_of(design: Design) -> list[dict[str, Any]]:
+    """The rows, as the report says them: one entry, whatever the number of files."""
+    first = design.variants[0]
+    names = ", ".join(Path(source.path).name for source in sources_of(first.config.data))
+    return [
+        {
+            "name": names,
+            "fingerprint": first.work.data,
+            "rows": first.work.train_rows,
+            "eval_rows": first.work.eval_rows,
+            "tokens": first.work.data_tokens,
+            "supervised_tokens": first.work.data_supervised,
+        }
+    ]
+
+
+def variant_as_dict(planned: PlannedVariant, design: Design, request: Request) -> dict[str, Any]:
+    """A variant as comparison.json holds it."""
+    config = planned.config
+    return {
+        "key": planned.key,
+        "label": planned.variant.label,
+        "fields": {name: _plain(value) for name, value in planned.variant.fields.items()},
+        "continue_from": planned.variant.continue_from,
+        "only_a_start": planned.variant.only_a_start,
+        "skipped": planned.skipped,
+        "method_name": config.method_name,
+        "learning_rate": identity.learning_rate(config, planned.pairs),
+        "config": config.replace(**planned.layout).model_dump(mode="json"),
+        "pairs": planned.pairs,
+        "plan": planned.plan,
+        "work": vars(planned.work),
+        "record": dict(planned.record),
+        "command": train_command(planned, design.seeds[0], request),
+        "hardware": list(planned.hardware),
+    }
+
+
+def train_command(planned: PlannedVariant, seed: int, request: Request) -> str:
+    """The `halfbyte train` that is the variant's first cell, in the words of the request."""
+    names = {**request.of_file, **request.of_flags}
+    values: dict[str, Any] = {name: entry.value for name, entry in names.items()}
+    values |= dict(planned.variant.fields)
+    defaults = {name: field.get_default(call_default_factory=True) for name, field in RunConfig.model_fields.items()}
+    for name in ("eval_steps", "eval_seed", "learning_rate"):
+        if getattr(planned.config, name) != defaults[name]:
+            values[name] = getattr(planned.config, name)
+    values["seed"] = seed
+    if planned.variant.continue_from is not None:
+        values["adapter_path"] = f"RUN-OF-{planned.variant.continue_from}"
+    words = ["halfbyte", "train"]
+    for name, value in values.items():
+        flag = f"--{name.replace('_', '-')}"
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, Mapping):
+            words += [part for key, item in value.items() for part in (flag, f"{key}={item}")]
+        elif isinstance(value, list | tuple):
+            words += [part for item in value for part in (flag, _text(item))]
+        else:
+            words += [flag, _text(value)]
+    return shlex.join(words)
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,125 @@
+"""The sentence for whoever decides: which variant to use here, and what it costs. Plain rules on the statistics.
+
+1. With one seed, nothing is said of quality: what a seed changes is not known.
+2. The best is the variant with the best mean of the quality metric. Beside it stand those from which no difference was
+   found ("no difference found" is what is said, with the difference that would have been).
+3. Of these, the one that takes the least time is advised; where no difference in time to it was found, the one of those
+   with the least memory. It is named as the best only where it is the best and a difference to the next was found.
+4. What it costs: time and memory of one run, money where a price is known; and the variant with the least memory, where
+   that is another.
+
+`comparisons` are those of report.json; a difference that has no verdict there is none here.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from halfbyte.compare import wording
+
+NOTHING = "no difference found"
+
+
+def sentence(
+    quality: Mapping[str, Any],
+    metrics: Mapping[str, Mapping[str, Any]],
+    variants: Sequence[Mapping[str, Any]],
+    comparisons: Sequence[Mapping[str, Any]],
+) -> str:
+    """One or two sentences. `quality`: the metric that decides; `metrics` by key; `variants` with their figures."""
+    known = [v for v in variants if v["figures"].get(quality["key"]) and v["figures"].get("seconds")]
+    if not known:
+        return "No run has finished, so nothing can be said yet."
+    if len(known) == 1:
+        return f"Only {known[0]['label']} has finished runs, so there is nothing to compare it with yet."
+    key = quality["key"]
+    if min(v["figures"][key]["n"] for v in known) < 2:
+        cheap = min(known, key=lambda v: v["figures"]["seconds"]["mean"])
+        return (
+            f"With one seed a difference in {quality['label']} cannot be told from chance, so no method is advised for "
+            f"its quality; {cheap['label']} took the least time: {_cost(cheap, metrics)}."
+        )
+    sign = 1 if quality["better"] == "lower" else -1
+    best = min(known, key=lambda v: sign * v["figures"][key]["mean"])
+    equal = [v for v in known if v is best or _verdict(comparisons, v, best, key) == NOTHING]
+    fastest = min(equal, key=lambda v: v["figures"]["seconds"]["mean"])
+    as_fast = [v for v in equal if v is fastest or _verdict(comparisons, v, fastest, "seconds") == NOTHING]
+    advised = min(as_fast, key=lambda v: v["figures"]["peak_memory_bytes"]["mean"])
+    said = f"Use {advised['label']} here: {_why(advised, best, equal, quality, comparisons)}"
+    if len(equal) > 1 and advised is fastest:
+        said += ", and it takes the least time of them"
+    elif len(equal) > 1:
+        said += f", and of those as fast as {fastest['label']} it takes the least memory"
+    said += "; "
+    said += f"one run costs {_cost(advised, metrics)}."
+    return said + _least_memory(advised, known, equal, quality, metrics, comparisons)
+
+
+def _why(
+    advised: Mapping[str, Any],
+    best: Mapping[str, Any],
+    equal: Sequence[Mapping[str, Any]],
+    quality: Mapping[str, Any],
+    comparisons: Sequence[Mapping[str, Any]],
+) -> str:
+    value = wording.amount(advised["figures"][quality["key"]]["mean"], dict(quality))
+    if len(equal) == 1:
+        return f"its {quality['label']} ({value}) is the best, and a difference to every other variant was found"
+    others = [v for v in equal if v is not advised]
+    found = [_comparison(comparisons, advised, other, quality["key"]) for other in others]
+    sizes = [c["detectable"] for c in found if c is not None and c["detectable"] is not None]
+    text = f"no difference in {quality['label']} was found between it ({value}) and "
+    if advised is not best and len(others) > 1:
+        text = f"no difference in {quality['label']} to the best was found ({value}), nor between the best and "
+        others = [v for v in others if v is not best] or [best]
+        best_one = _comparison(comparisons, advised, best, quality["key"])
+        sizes = [best_one["detectable"]] if best_one is not None and best_one["detectable"] is not None else []
+    text += wording.names([v["label"] for v in others])
+    if sizes:
+        text += f" (one of {wording.difference(max(sizes), dict(quality))} would have been)"
+    return text
+
+
+def _cost(variant: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    figures = variant["figures"]
+    parts = [wording.seconds(figures["seconds"]["mean"])]
+    if figures.get("peak_memory_bytes"):
+        parts.append(f"{wording.nbytes(figures['peak_memory_bytes']['mean'])} of memory")
+    if figures.get("cost"):
+        parts.append(wording.amount(figures["cost"]["mean"], dict(metrics["cost"])))
+    return wording.names(parts)
+
+
+def _least_memory(
+    advised: Mapping[str, Any],
+    known: Sequence[Mapping[str, Any]],
+    equal: Sequence[Mapping[str, Any]],
+    quality: Mapping[str, Any],
+    metrics: Mapping[str, Mapping[str, Any]],
+    comparisons: Sequence[Mapping[str, Any]],
+) -> str:
+    least = min(known, key=lambda v: v["figures"]["peak_memory_bytes"]["mean"])
+    if least is advised or _verdict(comparisons, least, advised, "peak_memory_bytes") == NOTHING:
+        return ""
+    key = quality["key"]
+    memory = wording.nbytes(least["figures"]["peak_memory_bytes"]["mean"])
+    text = f" Where memory is short, {least['label']} needs the least ({memory})"
+    comparison = _comparison(comparisons, least, advised, key)
+    if comparison is None or comparison["verdict"] == NOTHING:
+        return text + f", and no difference in {quality['label']} to {advised['label']} was found."
+    better = comparison["verdict"] == ("a better" if comparison["a"] == least["key"] else "b better")
+    size = wording.difference(comparison["difference"]["mean"], dict(quality))
+    return text + f"; its {quality['label']} is {'better' if better else 'worse'} by {size}."
+
+
+def _comparison(
+    comparisons: Sequence[Mapping[str, Any]], one: Mapping[str, Any], other: Mapping[str, Any], metric: str
+) -> Mapping[str, Any] | None:
+    keys = {one["key"], other["key"]}
+    return next((c for c in comparisons if c["metric"] == metric and {c["a"], c["b"]} == keys), None)
+
+
+def _verdict(
+    comparisons: Sequence[Mapping[str, Any]], one: Mapping[str, Any], other: Mapping[str, Any], metric: str
+) -> str:
+    found = _comparison(comparisons, one, other, metric)
+    return NOTHING if found is None else str(found["verdict"])

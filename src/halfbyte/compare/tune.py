@@ -1,0 +1,91 @@
+"""The same small search for every variant's learning rate (`--tune-lr`).
+
+Methods want different learning rates, and a comparison at one rate compares how well it suits them. Each variant is run
+for a few updates at the same multiples of its own rate, on the first seed, and takes the one with the lowest held-out
+loss. The held-out rows are the comparison's: all variants choose on them equally often. A best rate at an end of the
+grid is told: a better one may lie beyond.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from halfbyte.compare import identity
+from halfbyte.compare.cells import is_finished
+from halfbyte.compare.design import Cell, Design, PlannedVariant, cell_of
+from halfbyte.compare.options import CompareOptions
+from halfbyte.run.folder import read_json
+from halfbyte.train.run_directory import RESULT
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is tried: by variant the rates and their cells."""
+
+    steps: int
+    rates: Mapping[str, tuple[float, ...]]
+    cells: Mapping[str, tuple[Cell, ...]]
+
+    def all_cells(self) -> list[Cell]:
+        return list({cell.id: cell for cells in self.cells.values() for cell in cells}.values())
+
+
+def search_of(design: Design, options: CompareOptions) -> Search:
+    """The runs of the search. Variants that go on from another's adapter keep their rate."""
+    first = design.variants[0]
+    steps = options.tune_steps or max(1, math.ceil(first.work.steps / 3))
+    rates, cells = {}, {}
+    for planned in design.variants:
+        if planned.skipped is None and planned.variant.continue_from is None:
+            own = identity.learning_rate(planned.config, planned.pairs)
+            # Rounded, so that a config can be written down: 3 * 2e-4 is 0.0006000000000000001.
+            rates[planned.key] = tuple(float(f"{own * multiple:.6g}") for multiple in options.tune_multiples)
+            cells[planned.key] = tuple(_cell(planned, design.seeds[0], rate, steps) for rate in rates[planned.key])
+    return Search(steps, rates, cells)
+
+
+def _cell(planned: PlannedVariant, seed: int, rate: float, steps: int) -> Cell:
+    return cell_of(planned, seed, kind="tune", learning_rate=rate, max_steps=steps, eval_steps=steps)
+
+
+def chosen_rates(search: Search, cells: Path) -> tuple[dict[str, float], dict[str, list[float | None]]]:
+    """(the rate of each variant, its held-out losses in the grid's order). A run that failed has no loss; where all of
+    a variant's failed it keeps its own rate."""
+    chosen, losses = {}, {}
+    for key, runs in search.cells.items():
+        losses[key] = [_loss(cells, cell) for cell in runs]
+        known = [(loss, rate) for loss, rate in zip(losses[key], search.rates[key], strict=True) if loss is not None]
+        if known:
+            chosen[key] = min(known)[1]
+    return chosen, losses
+
+
+def _loss(cells: Path, cell: Cell) -> float | None:
+    if not is_finished(cells, cell):
+        return None
+    loss = read_json(cells / cell.id / RESULT)["eval_loss"]
+    return loss if loss is not None and math.isfinite(loss) else None
+
+
+def with_rates(design: Design, chosen: Mapping[str, float]) -> Design:
+    """The design with every variant at its chosen rate."""
+
+    def changed(planned: PlannedVariant) -> PlannedVariant:
+        rate = chosen.get(planned.key)
+        return planned if rate is None else replace(planned, config=planned.config.replace(learning_rate=rate))
+
+    return replace(design, variants=tuple(changed(planned) for planned in design.variants))
+
+
+def as_dict(
+    search: Search, chosen: Mapping[str, float], losses: Mapping[str, Sequence[float | None]]
+) -> dict[str, Any]:
+    """What the report says of the search."""
+    return {
+        "steps": search.steps,
+        "grid": {key: list(rates) for key, rates in search.rates.items()},
+        "losses": {key: list(values) for key, values in losses.items()},
+        "chosen": dict(chosen),
+    }

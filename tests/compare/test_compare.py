@@ -1,0 +1,424 @@
+"""The engine on real processes: what is run, what is not run twice, what a report is made of."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halfbyte.compare import report_data
+from halfbyte.compare.cells import CELL, SMALL
+from halfbyte.compare.compare import Comparison, compare
+from halfbyte.errors import DoesNotFit, Interrupted, UsageError
+from halfbyte.run.folder import read_config
+from halfbyte.train.events import read_events
+from tests.compare.conftest import request_of
+from tests.run.conftest import rows, write_rows
+
+
+class Events(list[dict[str, Any]]):
+    """What was told; `begun` names the cells for which a worker was started."""
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        self.append(event)
+
+    @property
+    def begun(self) -> list[tuple[str, str]]:
+        return [(e["cell"].variant, e["status"]) for e in self if e["event"] == "cell" and e["status"] != "done"]
+
+
+def losses(report: Any) -> list[Any]:
+    """All that does not depend on the clock: losses and counts of every variant, and what was concluded from them."""
+    timed = ("seconds", "step_seconds", "tokens_per_second", "warmup_seconds", "cost", "energy_joules")
+    timed += ("peak_memory_bytes", "checkpoint_bytes")
+    kept = [
+        {name: figure for name, figure in variant["figures"].items() if name not in timed}
+        for variant in report["variants"]
+    ]
+    curves = [
+        [{k: v for k, v in point.items() if k != "seconds"} for points in v["curves"].values() for point in points]
+        for v in report["variants"]
+    ]
+    compared = [c for c in report["comparisons"] if c["metric"] not in timed]
+    reached = [
+        [{k: v for k, v in row.items() if k != "seconds"} for row in level["rows"]] for level in report["convergence"]
+    ]
+    masked = {"created", "command", "sentence", "variants", "comparisons", "convergence", "pareto", "plan", "cells",
+              "commands", "title", "machine", "versions"}  # fmt: skip
+    cells = [{k: v for k, v in cell.items() if k != "seconds"} for cell in report["cells"]]
+    return [kept, curves, compared, reached, cells, {k: v for k, v in report.items() if k not in masked}]
+
+
+def test_a_comparison_from_request_to_report(whole: Comparison) -> None:
+    report = whole.report
+    assert report is not None
+    assert whole.exit_code == 0
+    assert json.loads((whole.path / "report.json").read_text()) == report
+    assert [v["key"] for v in report["variants"]] == ["lora", "qlora"]
+    assert [c["status"] for c in report["cells"]] == ["done"] * 4
+    for variant in report["variants"]:
+        figures = variant["figures"]
+        assert figures["eval_loss"]["n"] == 2
+        assert figures["eval_loss"]["low"] < figures["eval_loss"]["mean"] < figures["eval_loss"]["high"]
+        assert figures["eval_loss"]["mean"] < report["baselines"]["eval_loss"]["base"] - 1
+        assert figures["peak_memory_bytes"]["mean"] > 1e8
+        assert figures["adapter_bytes"]["mean"] > 1000
+        assert variant["predicted"]["seconds"]["p50"] > 0
+        assert variant["curves"]["eval"][0]["supervised_tokens"] == 0
+        assert len(variant["curves"]["train"]) == 6
+        assert variant["command"].startswith("halfbyte train --model ")
+    precision = [v["precision"] for v in report["variants"]]
+    assert precision == ["float32", "nf4"]
+    by_metric = {c["metric"]: c for c in report["comparisons"]}
+    assert by_metric["eval_loss"]["paired_by"] == "seed and row"
+    assert by_metric["seconds"]["paired_by"] == "seed"
+    levels = [level["loss"] for level in report["convergence"]]
+    assert levels == sorted(levels, reverse=True)
+    assert report["settings"]["supervised_tokens"] == report["variants"][0]["curves"]["train"][-1]["supervised_tokens"]
+
+
+def test_every_cell_is_an_ordinary_run_in_a_process_of_its_own(whole: Comparison) -> None:
+    assert whole.report is not None
+    started = set()
+    for cell in whole.report["cells"]:
+        path = whole.path / cell["path"]
+        config, _ = read_config(path)
+        assert config.seed == cell["seed"]
+        assert config.eval_seed == 42
+        assert not list(path.glob("checkpoint-*"))
+        assert (path / "adapter_model.safetensors").is_file()
+        began = read_events(path / "events.jsonl")[0]
+        started.add(began["pid"])
+        assert began["pid"] != os.getpid()
+    assert len(started) == 4
+
+
+def test_the_report_is_a_function_of_the_files(whole: Comparison, tmp_path: Path) -> None:
+    assert report_data.build(whole.path) == whole.report
+    small = tmp_path / "small"
+    for file in whole.path.rglob("*"):
+        if file.name in SMALL or file.name == "comparison.json":
+            out = small / file.relative_to(whole.path)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, out)
+    assert report_data.build(small) == whole.report
+
+
+def test_finished_cells_are_never_run_twice(
+    whole: Comparison, model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(whole.path, copy)
+    events = Events()
+    again = compare(request_of(model_folder, data_file, copy), events)
+    assert events.begun == []
+    assert again.report is not None
+    assert whole.report is not None
+    assert again.report == {**whole.report, "command": again.report["command"]}
+
+
+@pytest.mark.slow
+def test_one_more_method_runs_only_its_own_cells(
+    whole: Comparison, model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(whole.path, copy)
+    events = Events()
+    more = compare(request_of(model_folder, data_file, copy, methods="lora,full", seeds=1), events)
+    assert events.begun == [("full", "train")]
+    assert more.report is not None
+    assert [v["against_full"] is None for v in more.report["variants"]] == [False, True]
+    assert more.report["variants"][1]["figures"]["adapter_bytes"] is None
+    assert "One seed" in " ".join(more.report["warnings"])
+    full = next(cell for cell in more.report["cells"] if cell["variant"] == "full")
+    assert not list((copy / full["path"]).glob("model*.safetensors"))
+    assert json.loads((copy / full["path"] / CELL).read_text())["weight_bytes"] > 1000
+
+
+def test_runs_of_elsewhere_are_accepted_and_named(
+    whole: Comparison, model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """The same runs, brought as their small files: one of this machine, one that says that it was another's."""
+    assert whole.report is not None
+    brought = tmp_path / "brought"
+    for number, cell in enumerate(whole.report["cells"]):
+        out = brought / f"run-{number}"
+        out.mkdir(parents=True)
+        for name in SMALL:
+            if (whole.path / cell["path"] / name).is_file():
+                shutil.copyfile(whole.path / cell["path"] / name, out / name)
+    said = json.loads((brought / "run-1" / CELL).read_text())
+    said["machine"]["processor"] = "Some Other Processor"
+    (brought / "run-1" / CELL).write_text(json.dumps(said))
+    shutil.rmtree(brought / "run-3")
+    events = Events()
+    made = compare(request_of(model_folder, data_file, tmp_path / "new", accept=(brought,)), events)
+    assert events.begun == [("qlora", "train")]
+    assert made.report is not None
+    origins = [cell["origin"] for cell in made.report["cells"]]
+    assert origins == ["an earlier run", "another machine: Some Other Processor", "an earlier run", "this comparison"]
+    assert any("another machine" in warning for warning in made.report["warnings"])
+    kept = [v["figures"]["eval_loss"] for v in made.report["variants"]]
+    assert kept == [v["figures"]["eval_loss"] for v in whole.report["variants"]]
+
+
+def test_a_run_that_is_another_is_not_accepted(
+    whole: Comparison, model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    from halfbyte.compare import cells as cell_files
+    from halfbyte.compare.design import make_design
+
+    design = make_design(request_of(model_folder, data_file, tmp_path / "x", lora_r=8), {})
+    found = cell_files.accept([whole.path], tmp_path / "cells", design.cells(), {"processor": "any"})
+    assert found.taken == {}
+    assert any("lora_r 4, not 8" in note for note in found.notes)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(whole.path, damaged)
+    for result in damaged.rglob("result.json"):
+        result.write_text(result.read_text()[:100])
+    design = make_design(request_of(model_folder, data_file, tmp_path / "x"), {})
+    found = cell_files.accept([damaged], tmp_path / "cells", design.cells(), {"processor": "any"})
+    assert found.taken == {}
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="no finished run is there"):
+        cell_files.accept([tmp_path / "empty"], tmp_path / "cells", design.cells(), {"processor": "any"})
+    with pytest.raises(UsageError, match="no such folder"):
+        cell_files.accept([tmp_path / "missing"], tmp_path / "cells", design.cells(), {"processor": "any"})
+
+
+@pytest.mark.slow
+def test_what_fails_is_said_and_the_rest_is_reported(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    """A learning rate at which training breaks: its cell fails, the other's report is made, the exit code tells."""
+    variants = ({"method": "lora"}, {"name": "broken", "method": "lora", "learning_rate": 1e30, "max_grad_norm": 0})
+    events = Events()
+    made = compare(request_of(model_folder, data_file, tmp_path / "c", methods=(), variants=variants, seeds=1), events)
+    assert made.exit_code == 1
+    assert made.report is not None
+    assert [cell["status"] for cell in made.report["cells"]] == ["done", "failed"]
+    assert any("broken, seed 42 failed" in warning for warning in made.report["warnings"])
+    assert made.report["sentence"].startswith("Only lora has finished runs")
+    assert len([1 for name, _ in events.begun if name == "broken"]) == 2  # begun once, failed once
+
+
+@pytest.mark.slow
+def test_a_chain_goes_on_from_the_same_seeds_adapter(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    variants = (
+        {"name": "half", "method": "qlora", "max_steps": 3, "only_a_start": True},
+        {"name": "switch", "method": "lora", "max_steps": 3, "continue_from": "half"},
+    )
+    made = compare(
+        request_of(model_folder, data_file, tmp_path / "c", methods="lora", variants=variants, seeds=1, max_steps=6)
+    )
+    report = made.report
+    assert report is not None
+    assert made.failed == {}
+    assert [v["key"] for v in report["variants"]] == ["lora", "switch"]
+    straight, switch = (v["curves"]["train"] for v in report["variants"])
+    assert len(straight) == len(switch) == 6
+    assert switch[-1]["supervised_tokens"] == straight[-1]["supervised_tokens"]
+    cell = next(c for c in report["cells"] if c["variant"] == "switch")
+    config, _ = read_config(made.path / cell["path"])
+    assert config.adapter_path is not None
+    assert Path(config.adapter_path).parent == (made.path / "cells").resolve()
+    events = Events()
+    again = request_of(model_folder, data_file, tmp_path / "c", methods="lora", variants=variants, seeds=1, max_steps=6)
+    assert losses(compare(again, events).report) == losses(report)
+    assert events.begun == []
+    shutil.rmtree(made.path / cell["path"])  # what it goes on from is finished already
+    assert losses(compare(again, events).report) == losses(report)
+    assert events.begun == [("switch", "train")]
+
+
+@pytest.mark.slow
+def test_the_search_for_learning_rates(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    request = request_of(
+        model_folder, data_file, tmp_path / "c", tune_lr=True, tune_multiples=(0.01, 1.0), tune_steps=3, seeds=1
+    )
+    events = Events()
+    report = compare(request, events).report
+    assert report is not None
+    assert report["settings"]["tune_lr"]["grid"] == {"lora": [1e-4, 1e-2], "qlora": [1e-4, 1e-2]}
+    assert report["settings"]["tune_lr"]["chosen"] == {"lora": 1e-2, "qlora": 1e-2}
+    assert [v["learning_rate"] for v in report["variants"]] == [1e-2, 1e-2]
+    assert any("at an end of its grid" in note for note in report["notes"])
+    assert len(events.begun) == 6
+
+
+@pytest.mark.slow
+def test_metrics_merges_and_prices(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    made = compare(
+        request_of(
+            model_folder, data_file, tmp_path / "c", methods="full,qlora", seeds=1, metrics="token_f1", metric_rows=4,
+            max_new_tokens=4, merge_loss=True, price="0.5 EUR/h",
+        )
+    )  # fmt: skip
+    report = made.report
+    assert report is not None
+    assert made.failed == {}
+    assert report["metrics"][0]["key"] == "token_f1"
+    full, qlora = (v["figures"] for v in report["variants"])
+    assert 0 <= qlora["token_f1"]["mean"] <= 1
+    assert full["merge_loss"] is None
+    assert qlora["merge_loss"]["mean"] == pytest.approx(qlora["eval_loss"]["mean"], rel=0.05)
+    assert qlora["cost"]["mean"] == pytest.approx(qlora["seconds"]["mean"] / 3600 * 0.5)
+    assert report["plan"]["cost"]["currency"] == "EUR"
+    assert report["baselines"]["token_f1"]["base"] is not None
+    assert not list((made.path / "cells").glob(".*"))
+
+
+@pytest.mark.slow
+def test_side_by_side(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    report = compare(request_of(model_folder, data_file, tmp_path / "c", jobs=2, seeds=1)).report
+    assert report is not None
+    assert report["settings"]["side_by_side"]
+    assert any("side by side" in warning for warning in report["warnings"])
+
+
+def test_a_dry_run_writes_nothing(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    events = Events()
+    made = compare(request_of(model_folder, data_file, tmp_path / "c", price="1 USD/h"), events, dry_run=True)
+    assert made.report is None
+    assert made.plan["seconds"]["p50"] > 0
+    assert made.plan["cost"]["amount"] == pytest.approx(made.plan["seconds"]["p50"] / 3600, rel=0.01)
+    assert not (tmp_path / "c").exists()
+    assert [event["event"] for event in events] == ["planned"]
+
+
+def test_a_variant_that_does_not_fit_is_skipped(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(DoesNotFit, match="no variant fits: lora: lora needs"):
+        compare(request_of(model_folder, data_file, tmp_path / "c", memory="1MB"))
+    assert not (tmp_path / "c").exists()
+
+
+def test_what_is_no_comparison_is_refused(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "file").write_text("")
+    with pytest.raises(UsageError, match="holds no comparison"):
+        compare(request_of(model_folder, data_file, other))
+    with pytest.raises(UsageError, match="another number of supervised tokens"):
+        compare(request_of(model_folder, data_file, tmp_path / "c", methods="lora", vary={"max_steps": (3, 6)}))
+    with pytest.raises(UsageError, match="learns from other rows"):
+        compare(request_of(model_folder, data_file, tmp_path / "c", methods="lora", vary={"max_seq_length": (12, 64)}))
+    with pytest.raises(UsageError, match="no rows are held out"):
+        compare(request_of(model_folder, data_file, tmp_path / "c", eval_split=0))
+    made = compare(
+        request_of(model_folder, data_file, tmp_path / "c", methods="lora", vary={"max_steps": (3, 6)}, unequal=True),
+        dry_run=True,
+    )
+    assert made.plan["variants"] == ["lora-max-steps-3", "lora-max-steps-6"]
+
+
+def test_grids_leave_out_what_is_the_same_run(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    from halfbyte.compare.design import make_design
+
+    request = request_of(model_folder, data_file, tmp_path / "c", methods="full,lora", vary={"lora_r": (4, 8)})
+    design = make_design(request, {})
+    assert [planned.key for planned in design.variants] == ["full-r4", "lora-r4", "lora-r8"]
+    assert design.notes == ("full-r8 is the same run as full-r4 and is left out.",)
+
+
+def command(model: Path, data: Path, out: Path) -> list[str]:
+    words = ["compare", "-m", str(model), "-d", str(data), "-o", str(out), "--methods", "lora,qlora", "--seeds", "2"]
+    words += ["--lora-r", "4", "--eval-split", "0.2", "--dtype", "float32", "--learning-rate", "0.01"]
+    words += ["--max-seq-length", "64", "--max-steps", "40", "--eval-steps", "20", "--save-steps", "7"]
+    return [sys.executable, "-m", "halfbyte", *words]
+
+
+def workers(out: Path) -> list[int]:
+    """Processes that write a run below `out`."""
+    import psutil
+
+    found = []
+    for process in psutil.process_iter(["pid", "cmdline"]):
+        if any(str(out) in word for word in process.info["cmdline"] or []) and process.pid != os.getpid():
+            found.append(process.pid)
+    return found
+
+
+@pytest.mark.slow
+def test_killed_at_random_points_it_gives_the_same_report(model_folder: Path, tmp_path: Path) -> None:
+    """kill -9 of the comparison or of its worker, again and again; what comes out is bit for bit the same losses."""
+    import random
+
+    data = write_rows(tmp_path / "rows.jsonl", rows(60))
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    subprocess.run(command(model_folder, data, straight), check=True, capture_output=True)
+    random.seed(5)
+    for number in range(6):
+        started = subprocess.Popen(command(model_folder, data, killed), stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)  # fmt: skip
+        time.sleep(random.uniform(3.0, 9.0))
+        others = [pid for pid in workers(killed / "logs") if pid != started.pid]
+        victim = others[0] if others and number % 2 else started.pid
+        try:
+            os.kill(victim, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+        if victim != started.pid:
+            time.sleep(0.5)
+            started.kill()
+        started.wait()
+    subprocess.run(command(model_folder, data, killed), check=True, capture_output=True)
+    reports = [json.loads((out / "report.json").read_text()) for out in (straight, killed)]
+    assert losses(reports[0]) == losses(reports[1])
+    for cell in reports[1]["cells"]:
+        steps = [e["step"] for e in read_events(killed / cell["path"] / "events.jsonl") if e["event"] == "step"]
+        assert steps == list(range(1, 41))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_an_interrupted_comparison_saves_and_says_how_to_go_on(
+    model_folder: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    data, out = write_rows(tmp_path / "rows.jsonl", rows(60)), tmp_path / "c"
+    words = [word if word != "40" else "4000" for word in command(model_folder, data, out)]
+    started = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not any(out.glob("cells/*/events.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1.0)
+    started.send_signal(number)
+    _, said = started.communicate(timeout=60)
+    assert started.returncode == Interrupted.exit_code, said
+    assert "everything is saved: the same command goes on" in said
+    (events,) = out.glob("cells/*/events.jsonl")
+    ended = read_events(events)[-1]
+    assert (ended["event"], ended["status"]) == ("end", "interrupted")
+    assert workers(out / "logs") == []
+    assert not (out / "compare.lock").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_comparisons_worker_saves_and_leaves(model_folder: Path, tmp_path: Path) -> None:
+    data, out = write_rows(tmp_path / "rows.jsonl", rows(60)), tmp_path / "c"
+    words = [word if word != "40" else "4000" for word in command(model_folder, data, out)]
+    started = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not any(out.glob("cells/*/events.jsonl")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(1.0)
+    started.kill()
+    started.wait()
+    while workers(out / "logs") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    (events,) = out.glob("cells/*/events.jsonl")
+    assert read_events(events)[-1]["status"] == "interrupted"
+
+
+def test_two_comparisons_do_not_write_one_folder(
+    whole: Comparison, model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    from halfbyte.train.lock import Lock
+
+    copy = tmp_path / "copy"
+    shutil.copytree(whole.path, copy)
+    with Lock(copy / "compare.lock"), pytest.raises(UsageError, match="is being written by process"):
+        compare(request_of(model_folder, data_file, copy))

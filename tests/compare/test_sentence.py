@@ -1,0 +1,107 @@
+"""The manager's sentence, on a table of what was found: it never claims a difference that was not."""
+
+from typing import Any
+
+import pytest
+
+from halfbyte.compare.sentence import sentence
+
+LOSS = {"key": "eval_loss", "label": "held-out loss", "better": "lower", "unit": "loss", "quality": True}
+ACCURACY = {"key": "accuracy", "label": "accuracy", "better": "higher", "unit": "share", "quality": True}
+METRICS = {m["key"]: m for m in (LOSS, ACCURACY)} | {
+    "cost": {"key": "cost", "label": "cost", "better": "lower", "unit": "money", "currency": "EUR", "quality": False}
+}
+
+
+def variant(key: str, quality: float, seconds: float, memory: float, n: int = 3, **more: float) -> dict[str, Any]:
+    def figure(value: float) -> dict[str, Any]:
+        return {"mean": value, "low": None, "high": None, "n": n, "values": [value] * n}
+
+    figures = {"eval_loss": quality, "accuracy": quality, "seconds": seconds, "peak_memory_bytes": memory, **more}
+    return {"key": key, "label": key, "figures": {name: figure(value) for name, value in figures.items()}}
+
+
+def found(
+    a: str, b: str, metric: str, verdict: str, mean: float = 0.1, detectable: float | None = 0.02
+) -> dict[str, Any]:
+    return {"a": a, "b": b, "metric": metric, "verdict": verdict, "detectable": detectable,
+            "difference": {"mean": mean, "low": None, "high": None}}  # fmt: skip
+
+
+A, B, NONE = "a better", "b better", "no difference found"
+LORA, QLORA = variant("lora", 1.0, 100, 3e9), variant("qlora", 1.01, 120, 1e9)
+
+
+def test_nothing_finished_or_one() -> None:
+    assert sentence(LOSS, METRICS, [], []) == "No run has finished, so nothing can be said yet."
+    assert "Only lora has finished runs" in sentence(LOSS, METRICS, [LORA], [])
+
+
+def test_one_seed_says_nothing_of_quality() -> None:
+    alone = [variant("lora", 1.0, 100, 3e9, n=1), variant("qlora", 2.0, 50, 1e9, n=1)]
+    said = sentence(LOSS, METRICS, alone, [found("lora", "qlora", "eval_loss", NONE)])
+    assert said == (
+        "With one seed a difference in held-out loss cannot be told from chance, so no method is advised for its "
+        "quality; qlora took the least time: 50.0 s and 1.00 GB of memory."
+    )
+
+
+def test_no_difference_takes_the_faster_one() -> None:
+    comparisons = [found("lora", "qlora", "eval_loss", NONE), found("lora", "qlora", "seconds", A),
+                   found("lora", "qlora", "peak_memory_bytes", B)]  # fmt: skip
+    said = sentence(LOSS, METRICS, [LORA, QLORA], comparisons)
+    assert said == (
+        "Use lora here: no difference in held-out loss was found between it (1.0000) and qlora (one of 0.0200 would "
+        "have been), and it takes the least time of them; one run costs 1.7 min and 3.00 GB of memory. Where memory is "
+        "short, qlora needs the least (1.00 GB), and no difference in held-out loss to lora was found."
+    )
+
+
+def test_no_difference_in_time_either_takes_the_smaller_one() -> None:
+    comparisons = [found("lora", "qlora", m, NONE) for m in ("eval_loss", "seconds")]
+    said = sentence(LOSS, METRICS, [LORA, QLORA], [*comparisons, found("lora", "qlora", "peak_memory_bytes", B)])
+    assert said.startswith("Use qlora here: no difference in held-out loss was found between it (1.0100) and lora")
+    assert "of those as fast as lora it takes the least memory" in said
+    assert "Where memory is short" not in said
+
+
+def test_a_found_difference_is_said() -> None:
+    comparisons = [found("lora", "qlora", "eval_loss", A, -0.01), found("lora", "qlora", "peak_memory_bytes", B)]
+    said = sentence(LOSS, METRICS, [LORA, QLORA], comparisons)
+    assert said == (
+        "Use lora here: its held-out loss (1.0000) is the best, and a difference to every other variant was found; "
+        "one run costs 1.7 min and 3.00 GB of memory. Where memory is short, qlora needs the least (1.00 GB); its "
+        "held-out loss is worse by 0.0100."
+    )
+
+
+def test_higher_is_better_where_it_is_and_money_is_named() -> None:
+    pair = [variant("lora", 0.9, 100, 3e9, cost=0.25), variant("qlora", 0.95, 300, 1e9, cost=0.5)]
+    comparisons = [found("lora", "qlora", "accuracy", B, -0.05), found("lora", "qlora", "peak_memory_bytes", B)]
+    said = sentence(ACCURACY, METRICS, pair, comparisons)
+    assert said == (
+        "Use qlora here: its accuracy (95.0%) is the best, and a difference to every other variant was found; one run "
+        "costs 5.0 min, 1.00 GB of memory and 0.5000 EUR."
+    )
+
+
+@pytest.mark.parametrize("verdict", [NONE, None])
+def test_a_comparison_without_a_verdict_is_no_difference(verdict: str | None) -> None:
+    comparisons = [] if verdict is None else [found("lora", "qlora", "eval_loss", verdict, detectable=None)]
+    said = sentence(LOSS, METRICS, [LORA, QLORA], comparisons)
+    assert "no difference in held-out loss was found" in said
+    assert "would have been" not in said
+    assert "is the best" not in said
+
+
+def test_of_three_the_one_between_is_held_against_the_best() -> None:
+    three = [variant("full", 0.9, 500, 9e9), LORA, QLORA]
+    comparisons = [found("full", "lora", "eval_loss", NONE, detectable=0.3),
+                   found("full", "qlora", "eval_loss", A), found("lora", "qlora", "eval_loss", NONE),
+                   found("full", "lora", "seconds", B), found("lora", "qlora", "peak_memory_bytes", B),
+                   found("full", "lora", "peak_memory_bytes", B)]  # fmt: skip
+    said = sentence(LOSS, METRICS, three, comparisons)
+    assert said.startswith(
+        "Use lora here: no difference in held-out loss was found between it (1.0000) and full (one of 0.3000 would "
+        "have been)"
+    )
