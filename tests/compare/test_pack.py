@@ -21,7 +21,7 @@ from tests.compare.conftest import request_of
         ("google/gemma-3-270m", "google/gemma-3-270m"),
         ("100 tokens/s and 3 of 4", "100 tokens/s and 3 of 4"),
         ("failed: /data/x/rows.jsonl:3: no text", "failed: rows.jsonl:3: no text"),
-        ("halfbyte train --model '/a b/c d' --data r.json -o /x/y", "halfbyte train --model 'c d' --data r.json -o y"),
+        ("halfbyte train --model '/a b/c d' -d r.jsonl -o /x/y", "halfbyte train --model 'c d' -d r.jsonl -o y"),
         ("control group limit /sys/fs/cgroup/memory.max", "control group limit memory.max"),
         ("https://example.org/a/b", "https://example.org/a/b"),
         (7, 7),
