@@ -250,7 +250,8 @@ def _model(found: Survey) -> dict[str, Any]:
     said = None
     if stored:
         held = blocks.get(source.blocks or "", f"blocks of {source.blocks}")
-        said = f"{Path(source.name).name} has {held} in {len(stored)} tensors: the 16-bit weights were quantized once already"
+        name = Path(source.name).name
+        said = f"{name} has {held} in {len(stored)} tensors: the 16-bit weights were quantized once already"
     return {
         "name": Path(found.config.model).name,
         "family": source.config.get("model_type"),
