@@ -42,7 +42,7 @@ def test_one_seed_says_nothing_of_quality() -> None:
     said = sentence(LOSS, METRICS, alone, [found("lora", "qlora", "eval_loss", NONE)])
     assert said == (
         "With one seed a difference in held-out loss cannot be told from chance, so no method is advised for its "
-        "quality; qlora took the least time: 50.0 s and 1.00 GB of memory."
+        "quality; qlora took the least time in its run: 50.0 s and 1.00 GB of memory."
     )
 
 
@@ -53,7 +53,7 @@ def test_no_difference_takes_the_faster_one() -> None:
     assert said == (
         "Use lora here: no difference in held-out loss was found between it (1.0000) and qlora (one of 0.0200 would "
         "have been), and it takes the least time of them; one run costs 1.7 min and 3.00 GB of memory. Where memory is "
-        "short, qlora needs the least (1.00 GB), and no difference in held-out loss to lora was found."
+        "short, qlora needs less (1.00 GB), and no difference in held-out loss to lora was found."
     )
 
 
@@ -61,7 +61,14 @@ def test_no_difference_in_time_either_takes_the_smaller_one() -> None:
     comparisons = [found("lora", "qlora", m, NONE) for m in ("eval_loss", "seconds")]
     said = sentence(LOSS, METRICS, [LORA, QLORA], [*comparisons, found("lora", "qlora", "peak_memory_bytes", B)])
     assert said.startswith("Use qlora here: no difference in held-out loss was found between it (1.0100) and lora")
-    assert "of those as fast as lora it takes the least memory" in said
+    assert "), nor one in time between it and lora, and it takes the least memory of these; one run costs" in said
+    assert "Where memory is short" not in said
+
+
+def test_without_any_difference_only_averages_are_told_as_averages() -> None:
+    comparisons = [found("lora", "qlora", m, NONE) for m in ("eval_loss", "seconds", "peak_memory_bytes")]
+    said = sentence(LOSS, METRICS, [LORA, QLORA], comparisons)
+    assert "nor one in time between it and lora; on average it took the least memory of these; one run costs" in said
     assert "Where memory is short" not in said
 
 
@@ -70,7 +77,7 @@ def test_a_found_difference_is_said() -> None:
     said = sentence(LOSS, METRICS, [LORA, QLORA], comparisons)
     assert said == (
         "Use lora here: its held-out loss (1.0000) is the best, and a difference to every other variant was found; "
-        "one run costs 1.7 min and 3.00 GB of memory. Where memory is short, qlora needs the least (1.00 GB); its "
+        "one run costs 1.7 min and 3.00 GB of memory. Where memory is short, qlora needs less (1.00 GB); its "
         "held-out loss is worse by 0.0100."
     )
 

@@ -36,7 +36,7 @@ def sentence(
         cheap = min(known, key=lambda v: v["figures"]["seconds"]["mean"])
         return (
             f"With one seed a difference in {quality['label']} cannot be told from chance, so no method is advised for "
-            f"its quality; {cheap['label']} took the least time: {_cost(cheap, metrics)}."
+            f"its quality; {cheap['label']} took the least time in its run: {_cost(cheap, metrics)}."
         )
     sign = 1 if quality["better"] == "lower" else -1
     best = min(known, key=lambda v: sign * v["figures"][key]["mean"])
@@ -45,10 +45,8 @@ def sentence(
     as_fast = [v for v in equal if v is fastest or _verdict(comparisons, v, fastest, "seconds") == NOTHING]
     advised = min(as_fast, key=lambda v: v["figures"]["peak_memory_bytes"]["mean"])
     said = f"Use {advised['label']} here: {_why(advised, best, equal, quality, comparisons)}"
-    if len(equal) > 1 and advised is fastest:
-        said += ", and it takes the least time of them"
-    elif len(equal) > 1:
-        said += f", and of those as fast as {fastest['label']} it takes the least memory"
+    if len(equal) > 1:
+        said += _time_and_memory(advised, fastest, as_fast, comparisons)
     said += "; "
     said += f"one run costs {_cost(advised, metrics)}."
     return said + _least_memory(advised, known, equal, quality, metrics, comparisons)
@@ -79,6 +77,22 @@ def _why(
     return text
 
 
+def _time_and_memory(
+    advised: Mapping[str, Any],
+    fastest: Mapping[str, Any],
+    as_fast: Sequence[Mapping[str, Any]],
+    comparisons: Sequence[Mapping[str, Any]],
+) -> str:
+    """Why this one of several equally good ones: only differences that were found are told as such."""
+    if len(as_fast) == 1:
+        return ", and it takes the least time of them"
+    others = [v for v in as_fast if v is not advised] if advised is fastest else [fastest]
+    text = f", nor one in time between it and {wording.names([v['label'] for v in others])}"
+    if all(_verdict(comparisons, advised, v, "peak_memory_bytes") != NOTHING for v in as_fast if v is not advised):
+        return text + ", and it takes the least memory of these"
+    return text + "; on average it took the least memory of these"
+
+
 def _cost(variant: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> str:
     figures = variant["figures"]
     parts = [wording.seconds(figures["seconds"]["mean"])]
@@ -102,7 +116,7 @@ def _least_memory(
         return ""
     key = quality["key"]
     memory = wording.nbytes(least["figures"]["peak_memory_bytes"]["mean"])
-    text = f" Where memory is short, {least['label']} needs the least ({memory})"
+    text = f" Where memory is short, {least['label']} needs less ({memory})"
     comparison = _comparison(comparisons, least, advised, key)
     if comparison is None or comparison["verdict"] == NOTHING:
         return text + f", and no difference in {quality['label']} to {advised['label']} was found."
