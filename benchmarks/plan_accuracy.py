@@ -102,7 +102,7 @@ def measure(case: Case, model: Path, out: Path, steps: int, flags: Sequence[str]
         "--method", case.method, "--max-seq-length", case.tokens, "--max-steps", steps, "--output-dir", run,
         "--per-device-train-batch-size", case.rows, "--gradient-accumulation-steps", 1, "--dtype", case.dtype,
         "--optim", case.optim, "--gradient-checkpointing" if case.checkpointing else "--no-gradient-checkpointing",
-        "--save-total-limit", 1, "--json", *flags,
+        "--save-total-limit", 1, "--rehearsal", "--json", *flags,
     ]  # fmt: skip
     if case.method != "full":
         command += ["--lora-r", case.rank]
@@ -118,7 +118,7 @@ def measure(case: Case, model: Path, out: Path, steps: int, flags: Sequence[str]
     steps = [event for event in events if event["event"] == "step"]
     keep = (
         "peak_memory_bytes", "seconds", "seconds_by_phase", "peak_phase", "memory_by_phase", "memory_by_component",
-        "probed", "before_probe", "rates",
+        "before_probe", "rates",
     )  # fmt: skip
     return {
         "case": case.name,
@@ -126,8 +126,7 @@ def measure(case: Case, model: Path, out: Path, steps: int, flags: Sequence[str]
         "measured": {
             "peak_memory_bytes": result["peak_memory_bytes"],
             "seconds": result["seconds"],
-            "update_seconds": result["update_seconds"],
-            "training_seconds": result["training_seconds"],
+            "seconds_by_phase": result["seconds_by_phase"],
             "steps": [event["seconds"] for event in steps],
             "memory": [(event["memory_bytes"], event["peak_memory_bytes"]) for event in steps],
             "wall": wall,
@@ -156,48 +155,63 @@ def collect(args: argparse.Namespace, chosen: Sequence[Case]) -> None:
             done[case.name] += 1
             plan, got = record["plan"], record["measured"]
             error = plan["peak_memory_bytes"]["p50"] / got["peak_memory_bytes"] - 1
-            late = plan["seconds"]["p50"] / got["seconds"] - 1
+            said = sum(plan["seconds_by_phase"][phase]["p50"] for phase in AHEAD)
+            took = sum(got["seconds_by_phase"][phase] for phase in AHEAD)
             print(
                 f"{case.name:36} {got['peak_memory_bytes'] / 1e9:6.3f} GB {error:+7.1%} in {plan['peak_phase']:8} "
-                f"{got['seconds']:6.1f} s {late:+7.1%}  reference {record['reference'][0] / 1e9:.0f}",
+                f"{took:6.1f} s {said / took - 1:+7.1%}  reference {record['reference'][0] / 1e9:.0f}",
                 flush=True,
             )
 
 
 @dataclass(frozen=True)
 class Line:
-    """One configuration's errors, predicted over measured minus one, and whether p95 held."""
+    """One configuration's errors, predicted over measured minus one, and whether p95 held.
+
+    seconds   of loading, training, evaluating and saving: what the plan of before the run speaks of
+    probed    error of what the plan said after the rehearsal about all that was still to come
+    spread    of `seconds` over the rounds: greatest less least, over the median
+    """
 
     case: Case
     peak: float
     memory: float
     holds: bool
     seconds: float
-    time: float | None
-    probed: float | None
+    time: float
+    probed: float
     spread: float
 
 
+AHEAD = ("train", "evaluate", "save")
+"""What is still to come after a rehearsal."""
+
+
 def lines_of(records: Iterable[dict[str, Any]]) -> list[Line]:
-    """The errors of every configuration that was run; times are scaled to the machine's median speed."""
+    """The errors of every configuration that was run.
+
+    Seconds count as they would have been at the machine's usual speed, the median of all reference products; those that
+    a rehearsal timed or predicted are scaled by what the same run's reference was.
+    """
     by_case: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
         by_case[record["case"]].append(record)
-    everyone = [rate for runs in by_case.values() for record in runs for rate in record["reference"]]
-    usual = statistics.median(everyone)
+    usual = statistics.median(rate for runs in by_case.values() for run in runs for rate in run["reference"])
     lines = []
     for case in cases():
         runs = by_case.get(case.name)
         if not runs:
             continue
-        peaks = [record["measured"]["peak_memory_bytes"] for record in runs]
-        plan = runs[0]["plan"]
-        scaled = [r["measured"]["seconds"] * statistics.mean(r["reference"]) / usual for r in runs]
-        seconds = statistics.median(scaled)
-        probed = plan.get("probed", False)
-        plain = [r["plan"]["before_probe"] if probed else r["plan"] for r in runs]
-        # A prediction from the run itself speaks of the speed that the machine had then.
-        late = [r["plan"]["seconds"]["p50"] * statistics.mean(r["reference"]) / usual / seconds - 1 for r in runs]
+        peaks = [run["measured"]["peak_memory_bytes"] for run in runs]
+        speed = [statistics.mean(run["reference"]) / usual for run in runs]
+        took = [run["measured"]["seconds_by_phase"] for run in runs]
+        whole = [k * sum(t[phase] for phase in ("load", *AHEAD)) for k, t in zip(speed, took, strict=True)]
+        ahead = [k * sum(t[phase] for phase in AHEAD) for k, t in zip(speed, took, strict=True)]
+        said = [
+            k * sum(run["plan"]["seconds_by_phase"][phase]["p50"] for phase in AHEAD)
+            for k, run in zip(speed, runs, strict=True)
+        ]
+        plan, seconds = runs[0]["plan"], statistics.median(whole)
         lines.append(
             Line(
                 case,
@@ -205,9 +219,9 @@ def lines_of(records: Iterable[dict[str, Any]]) -> list[Line]:
                 plan["peak_memory_bytes"]["p50"] / statistics.median(peaks) - 1,
                 plan["peak_memory_bytes"]["p95"] >= max(peaks),
                 seconds,
-                statistics.median(p["seconds"]["p50"] for p in plain) / seconds - 1,
-                statistics.median(late) if probed else None,
-                (max(scaled) - min(scaled)) / seconds,
+                statistics.median(run["plan"]["before_probe"]["seconds"]["p50"] for run in runs) / seconds - 1,
+                statistics.median(said) / statistics.median(ahead) - 1,
+                (max(whole) - min(whole)) / seconds,
             )
         )
     return lines
@@ -219,18 +233,17 @@ def summary(errors: Sequence[float]) -> tuple[float, float]:
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    head = "| model | method | rows x tokens | | peak GB | error | s | error | error, probed |"
-    out = [head, "|---|---|---|---|---|---|---|---|---|"]
+    head = "| model | method | rows x tokens | | peak GB | error | s | spread | error | error, probed |"
+    out = [head, "|---|---|---|---|---|---|---|---|---|---|"]
     for line in lines:
         case = line.case
         more = [f"r {case.rank}"] if case.rank != 16 else []
         more += ["recomputed"] * case.checkpointing + [case.optim] * (case.optim != "adamw")
         more += [case.dtype] * (case.dtype != "bfloat16") + ["**held out**"] * case.held_out
-        probed = f"{line.probed:+.1%}" if line.probed is not None else ""
-        plain = f"{line.time:+.1%}" if line.time is not None else ""
         out.append(
             f"| {case.model} | {case.method} | {case.rows} x {case.tokens} | {', '.join(more)} | "
-            f"{line.peak / 1e9:.3f} | {line.memory:+.1%} | {line.seconds:.1f} | {plain} | {probed} |"
+            f"{line.peak / 1e9:.3f} | {line.memory:+.1%} | {line.seconds:.1f} | {line.spread:.0%} | {line.time:+.1%} | "
+            f"{line.probed:+.1%} |"
         )
     out += ["", "| | configurations | memory: median, 95 % | above p95 | time: median, 95 % | probed: median, 95 % |"]
     out += ["|---|---|---|---|---|---|"]
@@ -242,8 +255,7 @@ def markdown(lines: Sequence[Line]) -> str:
         cells = ["{:.1%}, {:.1%}".format(*summary([x.memory for x in group]))]
         cells.append(str(sum(not x.holds for x in group)))
         for field in ("time", "probed"):
-            values = [getattr(x, field) for x in group if getattr(x, field) is not None]
-            cells.append("{:.1%}, {:.1%}".format(*summary(values)) if values else "")
+            cells.append("{:.1%}, {:.1%}".format(*summary([getattr(x, field) for x in group])))
         out.append(f"| {name} | {len(group)} | {' | '.join(cells)} |")
     return "\n".join(out)
 

@@ -251,7 +251,7 @@ def _train(
     base = in_chunks(partial(_base_of_full, directory.path, config, loaded, prepared), tokens, tell)
     plan = train_plan(config, loaded, trainable, prepared, planning.identity(found))
     if rehearsal.is_due(config, planned):
-        correct = partial(_correct_plan, directory.path, found, planned, loaded)
+        correct = partial(_correct_plan, directory.path, found, planned, loaded, loading)
         plan = replace(plan, rehearse=rehearsal_of(config, loaded, prepared, plan.total_steps, correct))
     model: Any = loaded.model
     reference: Tensor | None = None
@@ -457,9 +457,10 @@ def rehearsal_of(
 
 
 def _correct_plan(
-    path: Path, found: Survey, plan: Plan | None, loaded: LoadedModel, measured: Measured
+    path: Path, found: Survey, plan: Plan | None, loaded: LoadedModel, loading: float, measured: Measured
 ) -> Event | None:
-    """Write plan.json anew, with the seconds that the probe of this very run leads to; the memory stays the plan's.
+    """Write plan.json anew, with the seconds that loading and the probe of this very run took or lead to; the memory
+    stays the plan's.
 
     Returns them for the time left, as fields of the rehearsal's event.
     """
@@ -471,7 +472,7 @@ def _correct_plan(
         measured.update_seconds, measured.evaluation,
     )  # fmt: skip
     before = plan.as_dict()
-    better = plan.corrected(seconds | {"rehearsal": measured.seconds}).as_dict() | {
+    better = plan.corrected(seconds | {"load": loading, "rehearsal": measured.seconds}).as_dict() | {
         "probed": True,
         "before_probe": {name: before[name] for name in ("seconds", "seconds_by_phase")},
     }
