@@ -43,7 +43,7 @@ phi3-350m:qlora:4x256        phi3-350m:lora:2x1024:ckpt  phi3-350m:full:1x512   
 phi3-350m:lora:8x128         qwen3-600m:qlora:2x512      qwen3-600m:lora:1x1024      qwen3-600m:dora:4x128
 qwen3-600m:full:1x128:adamw_8bit  llama-1b:qlora:1x512   llama-1b:lora:2x256:ckpt    llama-1b:qlora:4x256:ckpt:r64
 llama-1b:lora:1x128          llama-3b:qlora:1x128        llama-3b:lora:1x128         llama-3b:qlora:1x512:ckpt
-llama-3b:qlora:2x128:r8
+llama-3b:qlora:2x128:r8      gemma-gguf:qlora:4x256      gemma-gguf:lora:1x512       qwen-gguf:qlora:1x256
 """
 
 
@@ -78,7 +78,7 @@ def cases() -> list[Case]:
 
 def write_data(folder: Path, case: Case, steps: int, model: Path) -> tuple[Path, Path]:
     """Rows of `tokens` tokens each, give or take one where a text cut in two is read differently."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model.with_suffix("") if model.suffix == ".gguf" else model)
     room = case.tokens - len(tokenizer("")["input_ids"]) - 1
     files = folder / "train.jsonl", folder / "eval.jsonl"
     counts = case.rows * steps, EVAL_ROWS
