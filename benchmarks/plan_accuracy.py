@@ -31,19 +31,17 @@ from halfbyte.plan.hardware import reference_gemm
 
 EVAL_ROWS = 2
 CASES = """
-gemma:qlora:1x128            gemma:qlora:4x512           gemma:qlora:8x256:ckpt      gemma:lora:2x512
-gemma:lora:4x1024:ckpt       gemma:full:1x256            gemma:full:4x256:ckpt       gemma:dora:2x256
-gemma:qlora:1x2048:r64       gemma:qlora:1x4096:ckpt     gemma:full:2x512:adamw_8bit gemma:qdora:2x512
-qwen:qlora:1x128             qwen:qlora:1x512:ckpt       qwen:lora:1x256             qwen:qlora:4x128:r64
-qwen:dora:1x128:ckpt         qwen:qdora:1x256            llama-50m:qlora:8x128       llama-50m:lora:4x1024
-llama-50m:full:8x512         llama-50m:full:1x4096:ckpt  llama-50m:dora:8x256        llama-50m:qlora:2x4096
-llama-50m:lora:1x128:float32 qwen2-130m:qlora:8x512      qwen2-130m:lora:8x128:r64   qwen2-130m:full:4x512
-qwen2-130m:full:8x512:ckpt   qwen2-130m:qlora:1x4096     qwen2-130m:qdora:4x512:ckpt qwen2-130m:full:2x256:float32
-phi3-350m:qlora:4x256        phi3-350m:lora:2x1024:ckpt  phi3-350m:full:1x512        phi3-350m:qlora:1x2048:ckpt
-phi3-350m:lora:8x128         qwen3-600m:qlora:2x512      qwen3-600m:lora:1x1024      qwen3-600m:dora:4x128
-qwen3-600m:full:1x128:adamw_8bit  llama-1b:qlora:1x512   llama-1b:lora:2x256:ckpt    llama-1b:qlora:4x256:ckpt:r64
-llama-1b:lora:1x128          llama-3b:qlora:1x128        llama-3b:lora:1x128         llama-3b:qlora:1x512:ckpt
-llama-3b:qlora:2x128:r8      gemma-gguf:qlora:4x256      gemma-gguf:lora:1x512       qwen-gguf:qlora:1x256
+gemma:qlora:1x128            gemma:qlora:2x512           gemma:qlora:8x128:ckpt       gemma:lora:2x256
+gemma:lora:1x1024:ckpt       gemma:full:1x256            gemma:full:4x128:ckpt        gemma:dora:2x256
+gemma:qlora:1x1024:r64       gemma:qdora:1x512           qwen:qlora:1x128             qwen:qlora:1x256:ckpt
+qwen:lora:1x128              qwen:qlora:2x128:r64        qwen:qdora:1x128             llama-50m:qlora:8x128
+llama-50m:lora:4x1024        llama-50m:full:4x512        llama-50m:full:1x4096:ckpt   llama-50m:dora:8x256
+llama-50m:qlora:1x4096       llama-50m:lora:1x128:float32  qwen2-130m:qlora:8x256     qwen2-130m:lora:8x128:r64
+qwen2-130m:full:2x512        qwen2-130m:full:8x256:ckpt  qwen2-130m:qlora:1x2048      qwen2-130m:qdora:4x256:ckpt
+phi3-350m:qlora:4x128        phi3-350m:lora:1x512:ckpt   phi3-350m:full:1x256         phi3-350m:qlora:1x1024:ckpt
+phi3-350m:lora:8x128         qwen3-600m:qlora:1x512      qwen3-600m:dora:4x128        llama-1b:qlora:1x256
+llama-1b:lora:1x256:ckpt     llama-1b:lora:1x128         llama-3b:qlora:1x128:ckpt    llama-3b:lora:1x128
+gemma-gguf:qlora:4x128       gemma-gguf:lora:1x512       qwen-gguf:qlora:1x256        qwen2-130m:full:1x256:float32
 """
 
 
@@ -266,7 +264,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path.home() / ".cache" / "halfbyte-models")
     parser.add_argument("--made", type=Path, default=Path("runs/plan-models"), help="where random models are written")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6, help="updates of each run")
+    parser.add_argument("--steps", type=int, default=4, help="updates of each run")
     parser.add_argument("--configs", default="", help="parts of names, separated by commas; all by default")
     parser.add_argument("--flag", action="append", default=[], help="a further flag of halfbyte train")
     parser.add_argument("--table", action="store_true", help="print the tables and run nothing")
