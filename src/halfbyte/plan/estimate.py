@@ -16,7 +16,7 @@ from halfbyte.models.foreign_spec import ForeignSpec
 from halfbyte.models.spec import ModelSpec
 from halfbyte.optim.options import OptimOptions
 from halfbyte.plan import foreign, memory, time
-from halfbyte.plan.calibration import Calibration, Interval
+from halfbyte.plan.calibration import Calibration, Interval, of
 from halfbyte.plan.hardware import Rates
 from halfbyte.plan.memory import Job
 from halfbyte.plan.price import Price
@@ -294,7 +294,7 @@ def estimate(
     price: Price | None = None,
 ) -> Estimate:
     """One method in the largest layout whose P95 is within `limit`; where none is, in the one that needs least."""
-    constants = calibration or Calibration()
+    constants = calibration or of(candidate.request.device)
     best: tuple[float, Job, tuple[int, int], Phases] | None = None
     for batch, checkpointing in _layouts(candidate.request, data):
         for eval_tokens in _eval_tokens(candidate.request, data):

@@ -48,7 +48,9 @@ class Costs:
 NATIVE = Costs(linears=0.885, adapters=1.2, loss=1.1, attention=0.8, traffic=10.0, layer=2.5e-3, update=2.0)
 """With the native engine and frozen weights."""
 TORCH = Costs(linears=0.73, adapters=1.0, loss=2.2, attention=0.8, traffic=20.0, layer=2.5e-3, update=4.5)
-"""Where PyTorch multiplies: trained weights, a GPU, a processor without the engine."""
+"""Where PyTorch multiplies on a processor: trained weights, or no engine."""
+CUDA = Costs(linears=1.4, adapters=2.0, loss=2.0, attention=1.1, traffic=10.0, layer=1e-4, update=1.0)
+"""On a GPU. Guesses: nothing was measured there."""
 GEMM_EFFICIENCY = 0.55
 """Share of torch's measured rate that a step's products are taken to reach where the engine was not measured."""
 FORWARD = 0.4
@@ -103,6 +105,8 @@ class Work:
 
 
 def costs_of(job: Job) -> Costs:
+    if job.device != "cpu":
+        return CUDA
     return NATIVE if job.native_linears else TORCH
 
 
