@@ -11,7 +11,7 @@ from halfbyte.errors import DoesNotFit
 from halfbyte.models.spec import ModelSpec
 from halfbyte.optim.options import OptimOptions
 from halfbyte.plan import memory
-from halfbyte.plan.calibration import Calibration
+from halfbyte.plan.calibration import Calibration, of
 from halfbyte.plan.estimate import least_peak
 from halfbyte.plan.hardware import Gpu, Hardware, Rates
 from halfbyte.plan.price import Price
@@ -232,7 +232,7 @@ def test_every_change_that_is_named_was_tried_and_fits() -> None:
         candidate = Candidate("lora", asked)
         again = estimate(spec_of("1b"), candidate, rows, RATES, budget)
         assert again.peak_p95 == change.peak_p95
-        assert least_peak(spec_of("1b"), candidate, rows, Calibration()) <= budget
+        assert least_peak(spec_of("1b"), candidate, rows, of("cpu")) <= budget
     assert "qlora" not in made.changes, "it fits as it is"
 
 
