@@ -7,6 +7,7 @@ import os
 import platform
 import signal
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -172,6 +173,35 @@ def test_a_plan_that_was_changed_by_hand_is_one_warning(tiny_config: RunConfig, 
     run(tiny_config, spoil)
     (told,) = [event["message"] for event in events if event["event"] == "warning"]
     assert "plan.json" in told
+    assert history.runs() == []
+
+
+def _older(plan: dict[str, Any]) -> str:
+    """As version 1 of plan.json was: phases with one figure each."""
+    phases = {name: {k: v["p50"] for k, v in plan[name].items()} for name in ("seconds_by_phase", "memory_by_phase")}
+    return json.dumps({k: v for k, v in plan.items() if k not in ("calibration", "probed")} | phases)
+
+
+@pytest.mark.parametrize("spoil", [_older, lambda plan: "{", lambda plan: '{"seconds_by_phase": []}', lambda plan: "7"])
+def test_a_run_is_resumed_whatever_its_plan_says(
+    tiny_config: RunConfig, file: Path, spoil: Callable[[dict[str, Any]], str]
+) -> None:
+    """Nothing but what is shown and learnt depends on plan.json."""
+
+    def interrupt(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert tiny_config.output_dir is not None
+    with pytest.raises(Interrupted):
+        run(tiny_config, interrupt)
+    plan = tiny_config.output_dir / "plan.json"
+    made = json.loads(plan.read_text())
+    plan.write_text(spoil(made))
+    result = resume(tiny_config.output_dir).result
+    assert (result["status"], result["step"]) == ("completed", 6)
+    expected = {name: made[name] for name in ("peak_memory_bytes", "seconds")}
+    assert result["predicted"] == (expected if spoil is _older else {})
     assert history.runs() == []
 
 

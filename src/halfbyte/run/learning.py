@@ -14,8 +14,9 @@ from typing import Any
 
 from halfbyte import ops
 from halfbyte.data import Prepared
+from halfbyte.errors import HalfbyteError
 from halfbyte.models.spec import ModelSpec
-from halfbyte.plan import history
+from halfbyte.plan import arithmetic, history
 from halfbyte.plan.hardware import detect
 from halfbyte.run import tasks
 from halfbyte.run.config import RunConfig
@@ -42,11 +43,17 @@ def final_evaluations(config: RunConfig, prepared: Prepared) -> int:
 
 
 def predicted(plan: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Seconds by phase as plan.json has them, after the probe where there was one."""
+    """Seconds by phase as plan.json has them, after the probe where there was one.
+
+    None for a plan of an older version, which had one figure where there is an interval now, or one that was changed.
+    """
     if plan is None:
         return None
-    seconds = history.middles(plan.get("seconds_by_phase", {}))
-    return {"seconds": seconds, "probed": bool(plan.get("probed"))} if seconds else None
+    try:
+        seconds = history.middles(plan["seconds_by_phase"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    return {"seconds": seconds, "probed": bool(plan.get("probed"))}
 
 
 def remember(path: Path, config: RunConfig, found: Survey, result: Mapping[str, Any]) -> str | None:
@@ -55,7 +62,7 @@ def remember(path: Path, config: RunConfig, found: Survey, result: Mapping[str, 
         return None
     try:
         run = row(path, config, found, result)
-    except (KeyError, TypeError, ValueError, OSError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, OSError, HalfbyteError) as error:
         return f"this run is not in the history: its plan.json is not as it was written ({type(error).__name__})"
     return history.keep(run) if run is not None else None
 
@@ -83,7 +90,7 @@ def row(path: Path, config: RunConfig, found: Survey, result: Mapping[str, Any])
         device=str(config.device),
         backend=ops.backend().name,
         halfbyte=_version(),
-        arithmetic=history.arithmetic_version(),
+        arithmetic=arithmetic.version(),
         family=_family(found),
         parameters=found.spec.total_parameters,
         trainable_parameters=plan["trainable_parameters"],
