@@ -185,16 +185,21 @@ def make(found: Survey, rates: Rates | None = None, ask: Ask | None = None) -> P
     if spec is None and any(variant.config.method == "full" for variant in compared):
         raise UsageError(NO_FULL)
     asked = request(config, found, ask.machine)
+    candidates = [_candidate(variant, found, ask) for variant in compared]
+    if asked.method == "auto" and not any(candidate.choosable for candidate in candidates):
+        names = ", ".join(candidate.name for candidate in candidates)
+        raise UsageError(f"--methods {names}: these rows or this adapter need another: add lora or qlora")
+    budget, why = _budget(config.memory, machine)
     plan = make_plan(
         found.shape,
         asked,
         found.data,
         hardware,
         found_rates,
-        machine.usable if machine is not None and config.memory is None else config.memory,
-        [_candidate(variant, found, ask) for variant in compared],
+        budget,
+        candidates,
         asked=None if asked.method == "auto" else config.replace(method=asked.method).method_name,
-        budget_reason=None if machine is None or config.memory is not None else f"the memory of {machine.name}",
+        budget_reason=why,
         price=ask.price or (machine.price if machine is not None else None),
         deadline=ask.deadline,
         advise=ask.advise,
@@ -202,6 +207,13 @@ def make(found: Survey, rates: Rates | None = None, ask: Ask | None = None) -> P
     )
     plan = replace(plan, machine=machine.name if machine else None, assumed=assumptions(found, hardware, ask))
     return _with_machines(plan, compared, found) if ask.advise else plan
+
+
+def _budget(stated: int | None, machine: Machine | None) -> tuple[int | None, str | None]:
+    """(bytes, whose they are); None for what `make_plan` decides. Another machine gives no more than it has."""
+    if machine is None or (stated is not None and stated <= machine.usable):
+        return stated, None
+    return machine.usable, f"the memory of {machine.name}"
 
 
 def _machine(found: Survey, ask: Ask, rates: Rates | None) -> tuple[Hardware, Rates]:
@@ -217,12 +229,19 @@ def _candidate(variant: Variant, found: Survey, ask: Ask) -> Candidate:
     """`auto` does not take a method that what the user set, or these rows, do not go with."""
     whole = variant.config.method == "full"
     unfit = whole and (asks_reference(found) or found.config.adapter_path is not None)
-    asked = variant.name in ask.methods
+    useless = bool(variant.lost) or _ignores(variant.config.method, found.config)
     return Candidate(
         variant.name,
         request(variant.config, found, ask.machine),
-        choosable=not unfit and (asked or not variant.lost),
+        choosable=not unfit and (variant.name in ask.methods or not useless),
     )
+
+
+def _ignores(method: str, config: RunConfig) -> bool:
+    """Whether a method has no use for a rank, a target or a format that the user chose."""
+    if method == "full" and any(config.given(name) for name in LoraOptions.model_fields):
+        return True
+    return method != "qlora" and any(config.given(name) for name in QuantOptions.model_fields)
 
 
 def _with_machines(plan: Plan, compared: Sequence[Variant], found: Survey) -> Plan:
@@ -240,7 +259,8 @@ def _with_machines(plan: Plan, compared: Sequence[Variant], found: Survey) -> Pl
                 made = plan.chosen.calibration if found.spec is None else of(asked.device)
                 least[kind] = int(least_peak(found.shape, Candidate(name, asked), found.data, made))
             if least[kind] <= machine.usable and machine.name != plan.machine:
-                changes[name] = (*changes[name], Change({"device": machine.name}, least[kind], machine.title))
+                note = machine.title if found.config.memory is None else f"{machine.title}, without --memory"
+                changes[name] = (*changes[name], Change({"device": machine.name}, least[kind], note))
                 break
     return replace(plan, changes=changes)
 
@@ -317,7 +337,9 @@ def plan_of(config: RunConfig, ask: Ask | None = None) -> Plan:
 def request(config: RunConfig, found: Survey, machine: Machine | None = None) -> Request:
     """What the config asks of the plan; on another machine, in the type that it computes in."""
     options = _training(config)
-    batches = dict.fromkeys(batch_rows(options, fits) for fits in range(EFFECTIVE_BATCH, 0, -1))
+    # Per-layer updates have one micro-batch: fewer rows at once would be another update.
+    sizes = (EFFECTIVE_BATCH,) if config.by_layer else range(EFFECTIVE_BATCH, 0, -1)
+    batches = dict.fromkeys(batch_rows(options, fits) for fits in sizes)
     data = found.data
     rows_per_update = next(iter(batches))[0] * next(iter(batches))[1]
     per_epoch, steps = count_steps(data.rows, rows_per_update, options)
