@@ -108,8 +108,7 @@ def run(config: RunConfig, on_event: Listener = silent, overwrite: bool = False)
     found = planning.survey(with_adapter(config))
     tell_prepared(found, on_event)
     plan = planning.make(found)
-    if plan is not None:
-        check_fits(plan)
+    check_fits(plan)
     resolved = planning.resolve(found, plan)
     assert resolved.output_dir is not None
     require_weights(found, resolved)
@@ -118,8 +117,7 @@ def run(config: RunConfig, on_event: Listener = silent, overwrite: bool = False)
     on_event({"event": "planned", "config": resolved, "plan": plan, "record": record})
     with RunDirectory.create(resolved.output_dir, overwrite) as directory, _discarded_unless_begun(directory):
         write_atomic(directory.path / CONFIG, to_yaml(resolved, record))
-        if plan is not None:
-            write_atomic(directory.path / PLAN, json.dumps(plan.as_dict(), indent=2) + "\n")
+        write_atomic(directory.path / PLAN, json.dumps(plan.as_dict(), indent=2) + "\n")
         return _interruptible(directory, partial(_train, directory, resolved, record, found, on_event, plan))
 
 
