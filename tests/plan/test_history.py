@@ -252,6 +252,15 @@ def test_without_runs_of_this_machine_the_shipped_constants_stay() -> None:
     assert kept(made(first=False, measured_seconds=history.SHORTEST - 0.1)) is None
 
 
+def test_a_run_that_stepped_down_says_no_more_than_it_can() -> None:
+    """It took less memory than the layout that was predicted for, and longer: that must not make the next plan bolder."""
+    assert kept(made(0.6, 2.0, status=history.STEPPED_DOWN)) is None
+    fitted = kept(made(1.3, 2.0, status=history.STEPPED_DOWN))
+    assert fitted is not None
+    assert fitted.memory_scale > SHIPPED.memory_scale, "it was more than predicted even so"
+    assert fitted.time_scale == SHIPPED.time_scale
+
+
 def test_one_run_moves_the_middle_a_little_and_many_almost_wholly() -> None:
     one = kept(made(1.2, 2.0))
     assert one is not None

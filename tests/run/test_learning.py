@@ -7,6 +7,8 @@ import os
 import platform
 import signal
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -242,3 +244,18 @@ def test_accuracy_on_the_command_line(
 def test_the_row_of_a_foreign_architecture_names_no_more_than_it(tiny_config: RunConfig) -> None:
     found = SimpleNamespace(source=SimpleNamespace(config={"model_type": "My Company/secret arch"}))
     assert learning._family(found) == "other"  # type: ignore[arg-type]
+
+
+def test_a_peak_of_something_else_is_not_the_runs(
+    tiny_config: RunConfig, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a notebook held before: the process's peak says nothing of this run, the time still does."""
+    monkeypatch.setattr(history, "first_of_process", lambda: True)
+    for before, tells in ((learning.FRESH - 1, True), (learning.FRESH, False)):
+        monkeypatch.setattr(learning, "process_memory", lambda peak=before: (0, peak))
+        run(tiny_config, overwrite=True)
+        assert history.runs()[0].tells_memory is tells
+    words = ("from halfbyte.run.learning import untouched", "import halfbyte.run.run", "print(untouched())")
+    code = "; ".join((*words, "held = b'1' * 10**9", words[-1]))
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["True", "False"]

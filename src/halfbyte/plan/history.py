@@ -37,6 +37,8 @@ LAST_RUNS = 200
 KEPT_RUNS = 10_000
 SHORTEST = 10.0
 """Seconds below which a run tells nothing about time: that is start-up, and the plan's figures are rounded."""
+STEPPED_DOWN = "stepped_down"
+"""Status of a run for which memory fell short, and that went on in a smaller layout than was predicted for."""
 PATIENCE = 5.0
 """Seconds to wait for another process's lock."""
 
@@ -55,8 +57,8 @@ class Run:
     quant, rank         NF4 or "gguf", ... and LoRA's rank; None where the method has none
     probed_seconds      the prediction after a probe, where there was one
     phases              {"predicted", "probed", "measured"}: {"bytes" | "seconds": {phase: figure}} as JSON
-    status              completed or stopped_early
-    resumed, first      it was interrupted once; it was the first run of its process
+    status              completed, stopped_early or stepped_down
+    resumed, first      it was interrupted once; it was the first of its process to take memory
     """
 
     finished: str
@@ -100,7 +102,11 @@ class Run:
 
     @property
     def tells_memory(self) -> bool:
-        return self.first and not self.resumed and min(self.predicted_bytes, self.measured_bytes) > 0
+        """A run that stepped down took less than its layout would have: more than predicted it may have taken still."""
+        predicted, measured = self.predicted_bytes, self.measured_bytes
+        if not self.first or self.resumed or min(predicted, measured) <= 0:
+            return False
+        return self.status != STEPPED_DOWN or measured > predicted
 
     @property
     def tells_time(self) -> bool:
