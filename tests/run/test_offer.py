@@ -276,3 +276,13 @@ def test_memory_never_changes_an_update_that_is_made_layer_by_layer() -> None:
     assert advice.note.endswith("instead of 16 rows an update")
     fewer = here(config.replace(memory=asked.budget, **advice.fields))
     assert fewer.fits(fewer.chosen)
+
+
+def test_a_quantized_model_of_which_only_the_config_is_there_says_so(tmp_path: Path) -> None:
+    """How its tensors are packed stands in their file."""
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "vocab_size": 100}  # fmt: skip
+    for quantized in ({}, {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}):
+        (tmp_path / "config.json").write_text(json.dumps(config | quantized))
+        plan = here(load_config(model=str(tmp_path), memory="4GB"))
+        assert any("planned as a 16-bit model" in said for said in plan.assumed) == bool(quantized)

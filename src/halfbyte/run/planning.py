@@ -21,6 +21,7 @@ from halfbyte.data.builtin_templates import BUILTINS
 from halfbyte.data.options import DataOptions, DataSource, sources_of
 from halfbyte.errors import UsageError
 from halfbyte.evaluate.preference import DpoOptions
+from halfbyte.models.config_source import ConfigOnly
 from halfbyte.models.foreign_spec import ForeignSpec
 from halfbyte.models.load import check_pattern, resolve_device, resolve_dtype
 from halfbyte.models.source import ModelSource, open_source
@@ -271,6 +272,11 @@ def assumptions(found: Survey, hardware: Hardware, ask: Ask) -> tuple[str, ...]:
     if data.assumed:
         said.append(
             f"no data was given: {data.rows:,} rows of {data.longest} tokens, half of them supervised, are assumed"
+        )
+    if isinstance(found.source, ConfigOnly) and found.source.config.get("quantization_config"):
+        said.append(
+            f"{found.source.name} is quantized, and only its config.json was read: it is planned as a 16-bit model, and "
+            "not with its own blocks"
         )
     if ask.machine is not None:
         said.append(
