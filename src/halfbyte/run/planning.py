@@ -20,7 +20,6 @@ from halfbyte.data import Example, Prepared, prepare
 from halfbyte.data.builtin_templates import BUILTINS
 from halfbyte.data.options import DataOptions, DataSource, sources_of
 from halfbyte.errors import UsageError
-from halfbyte.evaluate.preference import DpoOptions
 from halfbyte.models.config_source import ConfigOnly
 from halfbyte.models.foreign_spec import ForeignSpec
 from halfbyte.models.load import check_pattern, resolve_device, resolve_dtype
@@ -37,6 +36,7 @@ from halfbyte.plan.price import Price
 from halfbyte.plan.recommend import Candidate, DataShape, Plan, Request, Shape, least_peak, make_plan
 from halfbyte.quant.options import QuantOptions
 from halfbyte.run import tasks
+from halfbyte.run.checks import check_options, check_task
 from halfbyte.run.config import RunConfig
 from halfbyte.run.continued import with_adapter
 from halfbyte.run.variants import Variant, variants
@@ -173,8 +173,8 @@ def make(found: Survey, rates: Rates | None = None, ask: Ask | None = None) -> P
     UsageError for options that have no effect or contradict the data. What does not fit is for `check_fits` to refuse.
     """
     ask = ask or Ask()
-    check_task(found)
-    check_options(found)
+    check_task(found.config, found.prepared)
+    check_options(found.config, found.prepared)
     config, spec = found.config, found.spec
     if spec is not None and config.method in ("auto", "qlora"):
         check_pattern(config.pick(QuantOptions), spec)
@@ -292,42 +292,6 @@ def assumptions(found: Survey, hardware: Hardware, ask: Ask) -> tuple[str, ...]:
         names = ", ".join(gpu.name for gpu in hardware.gpus)
         said.append(f"this version trains on one device: of {len(hardware.gpus)} ({names}) it takes the first")
     return tuple(said)
-
-
-def check_options(found: Survey) -> None:
-    """UsageError for options that were set and that this optimizer, or these rows, leave without effect."""
-    config, prepared = found.config, found.prepared
-    names = type(config).model_fields
-    idle: dict[str, str] = {}
-    if not config.galore:
-        idle |= {name: "optim galore_…" for name in names if name.startswith("galore_")}
-    if not config.paged:
-        idle |= dict.fromkeys(("optim_memory", "optim_offload_dir"), "optim paged_…")
-    if prepared is not None and not prepared.pairs:
-        idle |= dict.fromkeys(DpoOptions.model_fields, "task dpo, and these rows are no pairs of answers")
-    if prepared is not None and not prepared.labels:
-        idle["label_names"] = "rows with labels, and these have none"
-    for name, purpose in idle.items():
-        if getattr(config, name) != names[name].get_default(call_default_factory=True):
-            raise UsageError(f"{name} is for {purpose}: leave it out")
-
-
-def check_task(found: Survey) -> None:
-    """UsageError where the rows and the method do not go together."""
-    prepared = found.prepared
-    if prepared is None:
-        return
-    odd = next((example for example in prepared.eval if (example.rejected is not None) != prepared.pairs), None)
-    if odd is not None:
-        raise UsageError(
-            f"{odd.origin}: held-out rows must be of the kind that is trained on, "
-            f"{'pairs of answers (prompt, chosen, rejected)' if prepared.pairs else 'not pairs of answers'}"
-        )
-    if prepared.pairs and found.config.method == "full":
-        raise UsageError(
-            "task dpo compares the model with what it was before, which is the base with its adapter switched off; "
-            "method full changes the base itself: use lora or qlora"
-        )
 
 
 def asks_reference(found: Survey) -> bool:
