@@ -241,8 +241,8 @@ class Estimate:
 
     @property
     def layout(self) -> str:
-        """In words, for a table: `4 x 4`, with `recomputed` where it is."""
-        return f"{self.batch[0]} x {self.batch[1]}{', recomputed' if self.job.checkpointing else ''}"
+        """In words: rows at once times accumulation."""
+        return f"{self.batch[0]} x {self.batch[1]} rows{', activations recomputed' if self.job.checkpointing else ''}"
 
     def as_dict(self) -> dict[str, Any]:
         seconds = {phase: self.calibration.seconds(value, self.probed) for phase, value in self.seconds.items()}
