@@ -253,7 +253,7 @@ def test_without_runs_of_this_machine_the_shipped_constants_stay() -> None:
 
 
 def test_a_run_that_stepped_down_says_no_more_than_it_can() -> None:
-    """It took less memory than the layout that was predicted for, and longer: that must not make the next plan bolder."""
+    """It took less memory than its planned layout, and more time: that must not make the next plan bolder."""
     assert kept(made(0.6, 2.0, status=history.STEPPED_DOWN)) is None
     fitted = kept(made(1.3, 2.0, status=history.STEPPED_DOWN))
     assert fitted is not None

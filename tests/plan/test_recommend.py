@@ -100,7 +100,7 @@ def test_a_budget_is_no_memory() -> None:
         check_fits(made)
     check_fits(plan(budget=10**12, method="qlora"))
     card = plan("7b", machine=GPU, budget=10**12, method="full")
-    with pytest.raises(DoesNotFit, match="has 24.00 GB of GPU memory in all"):
+    with pytest.raises(DoesNotFit, match=r"has 24\.00 GB of GPU memory in all"):
         check_fits(card)
 
 

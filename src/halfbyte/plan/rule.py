@@ -17,7 +17,7 @@ says the same in other words. The clauses of `choose`, in order; the first that 
 `room`      LoRA where its 16-bit base fits with room. Four bits are never better than sixteen, and small models lose
             much in them: NF4 raises Gemma 270M's perplexity by a quarter and Qwen 1.5B's by 4 %, and Gemma's loss
             after training is 0.10 lower on 16 bits (docs/results.md). It costs next to no time: a QLoRA step takes
-            0.96 of a LoRA step on a CPU (docs/benchmarks.md), more than one on a GPU. "Room" is 80 % of a budget that is
+            0.96 of a LoRA step on a CPU (docs/benchmarks.md), more on a GPU. "Room" is 80 % of a budget that is
             only what is free now, and all of one that was stated with --memory; and LoRA must not pay for the memory
             with time, by recomputing activations where QLoRA need not, or by being a quarter slower in small batches.
 `memory`    QLoRA: it fits where LoRA does not, or not well. From 7B on, the published comparisons find the same

@@ -275,7 +275,7 @@ def assumptions(found: Survey, hardware: Hardware, ask: Ask) -> tuple[str, ...]:
         )
     if isinstance(found.source, ConfigOnly) and found.source.config.get("quantization_config"):
         said.append(
-            f"{found.source.name} is quantized, and only its config.json was read: it is planned as a 16-bit model, and "
+            f"{found.source.name} is quantized, and only its config.json was read: it is planned as a 16-bit model and "
             "not with its own blocks"
         )
     if ask.machine is not None:
