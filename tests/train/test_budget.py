@@ -405,12 +405,12 @@ def test_where_not_even_a_save_has_memory_the_run_still_ends_in_one_line(
 
 
 def nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("halfbyte.train.budget.FRESH", 0.0)
     monkeypatch.setattr("halfbyte.train.budget.memory_available", lambda: -1_000_000_000)
 
 
 def test_what_the_machine_seems_to_lack_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another process takes the memory. There is nothing to lower, and nothing failed."""
+    monkeypatch.setattr("halfbyte.train.budget.FRESH", 0.0)  # what is left is read before each micro-batch
     model = tiny.decoder()
     plan = replace(long_plan(model, length=64), lowest=AS_PLANNED, evaluate=None)
 
