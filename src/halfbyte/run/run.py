@@ -206,7 +206,7 @@ def _discarded_unless_begun(directory: RunDirectory) -> Iterator[None]:
 
 
 def _interruptible(directory: RunDirectory, work: Callable[[], RunResult]) -> RunResult:
-    """Ctrl-C, or no memory, outside of the loop (which has its own handling): the folder is whole, and resume goes on."""
+    """Ctrl-C, or no memory, outside of the loop (which has its own handling): the folder is whole: resume goes on."""
     try:
         return work()
     except KeyboardInterrupt:
