@@ -181,7 +181,7 @@ class Budget:
 
     def most(self, now: int) -> int:
         """Bytes that this run may have reached at most, from where it is now."""
-        clock = time.monotonic()
+        clock = time.perf_counter()
         if clock >= self._read_again:
             left = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else memory_available()
             self._reachable, self._read_again = now + left, clock + FRESH
