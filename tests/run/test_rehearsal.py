@@ -1,7 +1,9 @@
 """Before the first step: what is tried, what is measured, and that nothing of it is left."""
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ import pytest
 import torch
 
 from halfbyte.data.sampler import Sampler
-from halfbyte.errors import DoesNotFit
+from halfbyte.errors import DoesNotFit, Interrupted
 from halfbyte.plan.time import Counts
+from halfbyte.run import planning
+from halfbyte.run import rehearsal as rehearsal_module
 from halfbyte.run.config import RunConfig
 from halfbyte.run.rehearsal import SCRATCH, Measured, Rehearsal, is_due
 from halfbyte.run.run import resume, run
@@ -24,6 +28,7 @@ from halfbyte.train.loop import train
 from halfbyte.train.run_directory import RunDirectory
 from halfbyte.train.state import CPU, TrainPlan
 from halfbyte.train.update import NonFinite
+from tests.run.conftest import rows, write_rows
 from tests.train import tiny
 from tests.train.test_budget import long_plan, measured_need
 
@@ -73,6 +78,37 @@ def test_a_run_with_rehearsal_is_one_without(tiny_config: RunConfig, tmp_path: P
     results = [json.loads((path / "result.json").read_text()) for path in paths]
     assert results[0]["eval_loss"] == results[1]["eval_loss"]
     assert not (paths[0] / SCRATCH).exists()
+
+
+def pairs(count: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"say {i}", "chosen": f"yes {i % 5}", "rejected": f"no, not {i % 7}"} for i in range(count)]
+
+
+def sentences(count: int) -> list[dict[str, Any]]:
+    kinds = [("woof", "dog"), ("purr", "cat")]
+    return [{"text": f"{i} it said {kinds[i % 2][0]}", "label": kinds[i % 2][1]} for i in range(count)]
+
+
+TASKS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
+    "dpo": (pairs(40), {"lora_dropout": 0.1}),
+    "classifier": (sentences(40), {"task": "classification", "method": "lora", "logging_steps": 2}),
+    "packed": (rows(60), {"packing": True, "per_device_train_batch_size": 2}),
+    "stopping early": (rows(60), {"eval_steps": 1, "early_stopping_patience": 1, "learning_rate": 1e-12}),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_so_it_is_of_every_task(tiny_config: RunConfig, tmp_path: Path, name: str) -> None:
+    values, options = TASKS[name]
+    data = str(write_rows(tmp_path / "rows.jsonl", values))
+    config = tiny_config.replace(data=data, eval_split=8, max_steps=4, learning_rate=1e-3, max_seq_length=96)
+    paths = tmp_path / "with", tmp_path / "without"
+    for path, rehearsal in zip(paths, (True, False), strict=True):
+        run(config.replace(**{**options, "output_dir": path, "rehearsal": rehearsal}))
+    one, other = (trained(path) for path in paths)
+    assert [key for key in one if not torch.equal(one[key], other[key])] == []
+    assert told(paths[0]) == told(paths[1])
+    assert "rehearsal" in [event["event"] for event in read_events(paths[0] / "events.jsonl")]
 
 
 def test_its_event_and_the_corrected_plan(tiny_config: RunConfig) -> None:
@@ -234,3 +270,79 @@ def test_numbers_that_break_end_the_run_before_its_first_step(
     end = read_events(tiny_config.output_dir / "events.jsonl")[-1]
     assert (end["event"], end["status"], end["step"]) == ("end", "failed", 0)
     assert not (tiny_config.output_dir / SCRATCH).exists()
+
+
+# ---------------------------------------------------------------- how it is left
+
+
+class Signalled:
+    """A model during whose call of some number a signal comes, or two."""
+
+    def __init__(self, model: Any, signals: int) -> None:
+        self.model, self.signals, self.calls = model, signals, 0
+
+    def loss(self, batch: Any) -> Any:
+        self.calls += 1
+        if self.calls == 2:
+            for _ in range(self.signals):
+                os.kill(os.getpid(), signal.SIGINT)
+        return self.model.loss(batch)
+
+    def train(self, mode: bool = True) -> object:
+        return self.model.train(mode)
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_signal_in_it_leaves_at_once_and_resume_begins_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: int
+) -> None:
+    """Nothing is read back or saved for somebody who wants to leave: of a full fine-tune that is minutes."""
+    monkeypatch.setattr(rehearsal_module, "_put_back", lambda stage, folder: pytest.fail("put back"))
+    model = tiny.decoder(dropout=0.1)
+    plan = tiny.make_plan(model)
+    rehearsal = Rehearsal(plan.batches_for_update.__self__, 20, None, lambda measured: None)  # type: ignore[attr-defined]
+    wanted: type[BaseException] = Interrupted if signals == 1 else KeyboardInterrupt
+    with RunDirectory.create(tmp_path / "run") as directory, pytest.raises(wanted):
+        train(Signalled(model, signals), replace(plan, rehearse=rehearsal), directory)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["events.jsonl"]
+    tiny.run(tmp_path / "run", resume=True)
+    tiny.run(tmp_path / "straight")
+    assert [
+        key
+        for key, value in trained(tmp_path / "run").items()
+        if not torch.equal(value, trained(tmp_path / "straight")[key])
+    ] == []
+
+
+def test_a_checkpoint_that_takes_long_is_a_cost(tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a full fine-tune it has the moments, which are several times the weights."""
+    plan = planning.plan_of(tiny_config.replace(max_steps=100_000))
+    assert is_due(tiny_config, plan)
+    monkeypatch.setattr(rehearsal_module, "LOAD_BYTES_A_SECOND", 1.0)
+    assert not is_due(tiny_config, plan)
+
+
+def test_every_evaluation_can_be_lowered_to_single_rows(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rehearsal's and the last one read more at once than those in between, where micro-batches are short."""
+    from halfbyte.run import run as module
+
+    class Enough(Exception):
+        pass
+
+    seen: list[TrainPlan] = []
+
+    def stop(model: Any, plan: TrainPlan, *rest: Any) -> Any:
+        seen.append(plan)
+        raise Enough
+
+    monkeypatch.setattr(module, "train", stop)
+    with pytest.raises(Enough):
+        run(tiny_config.replace(per_device_train_batch_size=1, rehearsal=True))
+    (plan,) = seen
+    assert plan.lowered is not None
+    made = plan.lowered(plan, plan.lowest).rehearse
+    assert isinstance(made, Rehearsal)
+    assert made.evaluation is not None
+    assert len(made.evaluation.longest()) == 1

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from halfbyte.errors import DoesNotFit, Interrupted, UsageError
 from halfbyte.run import planning
+from halfbyte.run import run as run_module
 from halfbyte.run.config import RunConfig, load_config
 from halfbyte.run.folder import list_runs, read_config, summary
 from halfbyte.run.run import resume, run
@@ -387,3 +388,51 @@ def test_not_a_run(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: m\n")
     with pytest.raises(UsageError, match=r"has no record: it is a config, not a run's own file"):
         resume(tmp_path)
+
+
+# ---------------------------------------------------------------- no memory outside of the loop
+
+
+def no_memory(*arguments: Any) -> None:
+    torch.empty(1 << 52)
+
+
+def test_no_memory_while_loading_is_one_line_and_leaves_no_folder(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "load", no_memory)
+    with pytest.raises(DoesNotFit, match=r"memory ran out .*free some memory, then try again") as caught:
+        run(tiny_config)
+    assert "\n" not in str(caught.value)
+    assert tiny_config.output_dir is not None
+    assert not tiny_config.output_dir.exists()
+
+
+def test_no_memory_for_what_follows_the_training_loses_nothing(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_config.output_dir
+    assert path is not None
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module.outputs, "write_tokenizer", no_memory)
+        with pytest.raises(DoesNotFit, match=rf"memory ran out .*halfbyte resume {path}"):
+            run(tiny_config)
+    assert resume(path).result["step"] == 6
+    steps = [event["step"] for event in read_events(path / "events.jsonl") if event["event"] == "step"]
+    assert steps == [1, 2, 3, 4, 5, 6], "nothing was trained again"
+
+
+def test_an_error_that_is_no_lack_of_memory_keeps_its_own_words(
+    tiny_config: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(run_module, "load", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(tiny_config)
+
+
+def test_labels_are_scored_after_fewer_prompts_where_memory_is_short() -> None:
+    sizes = {tokens: run_module._in_batches(tokens).eval_batch_size for tokens in (1, 512, 4096, 100_000)}
+    assert sizes == {1: 1, 512: 4, 4096: 32, 100_000: 32}

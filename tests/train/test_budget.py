@@ -2,6 +2,7 @@
 
 import mmap
 import sys
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -319,3 +320,148 @@ def test_a_budget_that_the_plan_had_wrong_is_kept_from_then_on(tmp_path: Path) -
     told = [message for message in warnings_of(tmp_path / "run") if "memory ran short" in message]
     assert "tokens need about" in told[0]
     assert "1/2 of the planned" in told[0]
+
+
+def between(path: Path, options: dict[str, Any]) -> str:
+    """Run row by row with a budget for recomputed activations, which nothing enforces, and not for kept ones."""
+    model = tiny.decoder(layers=LAYERS)
+    model.checkpointing = True
+    recomputed = measured_need(model, **options)
+    kept = measured_need(tiny.decoder(layers=LAYERS), **options)
+    assert kept - recomputed > 12_000_000, "or there is nothing to test"
+    limit = Budget(None, CPU).standing + (kept + recomputed) // 2
+    return long_run(path, memory=limit, total_steps=1, dropout=0.0, **options).status
+
+
+@limited
+def test_what_kept_activations_took_says_nothing_of_recomputed_ones(tmp_path: Path) -> None:
+    """Of rows one by one: the step to recomputing must not be judged by what was measured before it."""
+    assert in_new_process(between, tmp_path / "run", {"length": 4096, "micro_batch": 1}) == "completed"
+    told = [message for message in warnings_of(tmp_path / "run") if "memory ran short" in message]
+    assert "activations are now recomputed" in told[0]
+
+
+def test_what_came_with_the_first_work_is_not_counted_twice() -> None:
+    budget = Budget(None, CPU)
+    budget.before("train", 1000)
+    stays, goes = np.ones(40_000_000, dtype=np.uint8), np.ones(30_000_000, dtype=np.uint8)
+    budget.settle()
+    del goes
+    standing = budget.tidy()
+    budget.limit = standing + 50_000_000
+    budget.before("train", 1000)  # 70 MB the first time, and 30 beside what stands now
+    assert stays.size
+
+
+class Failing:
+    """A model whose call of some number finds no memory for what comes after a large tensor."""
+
+    def __init__(self, model: Any, number: int) -> None:
+        self.model, self.number, self.calls = model, number, 0
+        self.held: list[weakref.ref[Any]] = []
+
+    def loss(self, batch: Any) -> tuple[torch.Tensor, int]:
+        self.calls += 1
+        held = torch.ones(1000)
+        self.held.append(weakref.ref(held))
+        if self.calls == self.number:
+            torch.empty(1 << 52)
+        result: tuple[torch.Tensor, int] = self.model.loss(batch)
+        return result
+
+    def train(self, mode: bool = True) -> object:
+        return self.model.train(mode)
+
+
+def test_what_failed_holds_nothing_any_more_when_it_steps_down(tmp_path: Path) -> None:
+    """Or the tidying would find nothing to give back, and take the graph that failed for what stands."""
+    model = Failing(tiny.decoder(), 2)
+    alive: list[bool] = []
+
+    def listen(event: dict[str, Any]) -> None:
+        if event["event"] == "warning" and "memory ran short" in event["message"]:
+            alive.append(model.held[-1]() is not None)
+
+    with RunDirectory.create(tmp_path / "run") as run:
+        train(model, long_plan(model.model, length=64), run, [listen])
+    assert alive == [False]
+
+
+def test_where_not_even_a_save_has_memory_the_run_still_ends_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(*arguments: Any) -> Path:
+        torch.empty(1 << 52)
+        return tmp_path
+
+    monkeypatch.setattr(checkpoint, "save", save)
+    model = tiny.decoder()
+    plan = replace(long_plan(model, length=64), lowest=AS_PLANNED)
+    with (
+        RunDirectory.create(tmp_path / "run") as run,
+        pytest.raises(DoesNotFit, match="nothing is left to lower: free some memory; go on from step 0"),
+    ):
+        train(model, plan, run)
+
+
+def nothing_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("halfbyte.train.budget.memory_available", lambda: -1_000_000_000)
+
+
+def test_what_the_machine_seems_to_lack_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process takes the memory. There is nothing to lower, and nothing failed."""
+    monkeypatch.setattr("halfbyte.train.budget.FRESH", 0.0)  # what is left is read before each micro-batch
+    model = tiny.decoder()
+    plan = replace(long_plan(model, length=64), lowest=AS_PLANNED, evaluate=None)
+
+    def listen(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 1:
+            nothing_left(monkeypatch)
+
+    with RunDirectory.create(tmp_path / "run") as run:
+        result = train(model, plan, run, [listen])
+    assert (result.status, result.layout) == ("completed", AS_PLANNED)
+    (told,) = [message for message in warnings_of(tmp_path / "run") if "memory ran short" in message]
+    assert "it goes on all the same" in told
+
+
+def test_a_budget_that_cannot_be_kept_ends_it_and_says_where_to_raise_it(tmp_path: Path) -> None:
+    model = tiny.decoder()
+    plan = replace(long_plan(model, length=64), lowest=AS_PLANNED, memory=1_000_000)
+    with (
+        RunDirectory.create(tmp_path / "run") as run,
+        pytest.raises(DoesNotFit, match=r"raise `memory` in .*run\.yaml; go on from step 0"),
+    ):
+        train(model, plan, run)
+
+
+def test_idle_memory_is_given_back_before_a_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Budget, "_lacks_room", lambda self: True)
+    model = tiny.decoder(layers=LAYERS)
+    idle: list[int] = []
+    plan = replace(long_plan(model), save_extras=lambda folder: idle.append(pool.held - pool.used))
+    with RunDirectory.create(tmp_path / "run") as run:
+        train(model, plan, run)
+    assert idle == [0] * STEPS
+
+
+def test_a_save_that_found_no_memory_is_due_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, save = [0.0], checkpoint.save
+    failures = [MemoryError("no memory")]
+
+    def once(*arguments: Any) -> Path:
+        if failures:
+            raise failures.pop()
+        return save(*arguments)
+
+    def listen(event: dict[str, Any]) -> None:
+        if event["event"] == "step" and event["step"] == 1:
+            clock[0] += 61.0
+
+    monkeypatch.setattr("halfbyte.train.loop.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(checkpoint, "save", once)
+    model = tiny.decoder()
+    options = tiny.make_plan(model, save_minutes=1.0).options
+    with RunDirectory.create(tmp_path / "run") as run:
+        train(model, replace(long_plan(model, length=64), options=options), run, [listen])
+    assert [path.name for path in checkpoint.list_checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-3"]

@@ -15,25 +15,28 @@ over the budget (the run then steps down before it begins, and rehearses again).
 
 import math
 import shutil
-import statistics
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from halfbyte.data import Example, plan_micro_batches
 from halfbyte.errors import HalfbyteError
 from halfbyte.heap import give_back
 from halfbyte.plan.memory import Job
 from halfbyte.plan.recommend import Plan
-from halfbyte.plan.time import Counts, Probed
+from halfbyte.plan.time import LOAD_BYTES_A_SECOND, Counts, Probed
 from halfbyte.run.config import RunConfig
 from halfbyte.train import checkpoint
-from halfbyte.train.budget import Shortage
+from halfbyte.train.budget import FAILURES, Shortage
 from halfbyte.train.feed import Feed
 from halfbyte.train.loop import load_trainable
 from halfbyte.train.state import Stage
@@ -43,10 +46,14 @@ MOST = 0.02
 """Share of the run that a rehearsal may take where nobody asked for one."""
 PASSES = 2
 """Of each length: one that warms up, one that is timed."""
+SAVE_PASSES = 4
+"""Over a checkpoint's bytes: written, hashed, checked and read back."""
 DIFFERENT = 0.8
 """Of the tokens of the next longer probe: more alike, another says nothing about time that this one does not."""
 SCRATCH = ".rehearsal.partial"
 """Below the run's folder, so on its disk; `checkpoint.remove_leftovers` knows names of this kind."""
+Sizes = NDArray[np.int64]
+"""[n, 3]: tokens, supervised tokens and squared lengths of rows or micro-batches, of which there may be millions."""
 
 
 @dataclass(frozen=True)
@@ -130,41 +137,41 @@ class Rehearsal:
     # -- which micro-batches ----------------------------------------------------------------------------------------
 
     @cached_property
-    def _sizes(self) -> list[Counts]:
+    def _sizes(self) -> Sizes:
         """Every example by itself."""
-        return [counts_of([example]) for example in self.feed.examples]
+        sizes = (size for example in self.feed.examples for size in sizes_of(example))
+        return np.fromiter(sizes, dtype=np.int64).reshape(-1, 3)
 
     @cached_property
-    def _all(self) -> list[Counts]:
+    def _all(self) -> Sizes:
         """Every micro-batch of the run."""
-        return [self._size(members) for members in self.feed.all_micro_batches(self.total_steps)]
-
-    def _size(self, members: Sequence[int]) -> Counts:
-        return sum_of([self._sizes[index] for index in members])
+        every = self.feed.all_micro_batches(self.total_steps)
+        sizes = (size for members in every for size in self._sizes[members].sum(0))
+        return np.fromiter(sizes, dtype=np.int64).reshape(-1, 3)
 
     @property
     def counts(self) -> Counts:
         """All micro-batches together."""
-        return replace(sum_of(self._all), micro_batches=len(self._all))
+        return as_counts(self._all, len(self._all))
 
     def chosen(self) -> list[list[int]]:
         """The longest micro-batch of the run, the median one and the shortest, as far as their tokens differ."""
-        supervised = [size for size in self._all if size.supervised]
-        if not supervised:
+        supervised = self._all[self._all[:, 1] > 0]
+        if not len(supervised):
             raise HalfbyteError("nothing is supervised in any row of this run")
-        longest = max(supervised, key=lambda size: (size.tokens, size.supervised, size.squares))
-        tokens = [size.tokens for size in supervised]
-        wanted = {longest.tokens: longest}
-        for other in (statistics.median_low(tokens), min(tokens)):
-            if other < DIFFERENT * min(wanted):
-                wanted[other] = next(size for size in supervised if size.tokens == other)
+        tokens = np.sort(supervised[:, 0])
+        wanted = [supervised[np.lexsort((supervised[:, 2], supervised[:, 1], supervised[:, 0]))[-1]]]
+        for other in (tokens[(len(tokens) - 1) // 2], tokens[0]):
+            if other < DIFFERENT * wanted[-1][0]:
+                wanted.append(supervised[supervised[:, 0] == other][0])
+        numbers = [int(np.flatnonzero((self._all == sizes).all(1))[0]) for sizes in wanted]
         found: dict[int, list[int]] = {}
-        for members, size in zip(self.feed.all_micro_batches(self.total_steps), self._all, strict=True):
-            if wanted.get(size.tokens) == size:
-                found.setdefault(size.tokens, members)
-            if len(found) == len(wanted):
+        for number, members in enumerate(self.feed.all_micro_batches(self.total_steps)):
+            if number in numbers:
+                found[number] = members
+            if len(found) == len(numbers):
                 break
-        return [found[count] for count in wanted]
+        return [found[number] for number in numbers]
 
     # -- what is tried ----------------------------------------------------------------------------------------------
 
@@ -177,9 +184,8 @@ class Rehearsal:
             _gradient(stage, batch)
             seconds = _clock(stage) - started
             _require_budget(stage)
-            stage.optimizer.zero_grad()
             give_back()  # as after every update of the run, whose peak this is to show
-        return Probed(self._size(members), seconds)
+        return Probed(as_counts(self._sizes[members]), seconds)
 
     def _evaluated(self, stage: Stage) -> Probed | None:
         """The longest batch of an evaluation."""
@@ -191,7 +197,7 @@ class Rehearsal:
         self.evaluation.measure(rows, self.evaluation.tokens)
         seconds = _clock(stage) - started
         _require_budget(stage)
-        return Probed(counts_of(rows), seconds)
+        return Probed(as_counts(np.array([sizes_of(row) for row in rows])), seconds)
 
 
 def _require_budget(stage: Stage) -> None:
@@ -202,15 +208,14 @@ def _require_budget(stage: Stage) -> None:
         raise Shortage(f"the rehearsal reached {reached / 1e9:.3f} GB of {limit / 1e9:.3f} GB")
 
 
-def counts_of(rows: Sequence[Example]) -> Counts:
-    """Some rows as one micro-batch."""
-    squares = sum(len(document.input_ids) ** 2 for row in rows for document in row.documents)
-    return Counts(1, sum(map(len, rows)), sum(row.supervised_tokens for row in rows), squares)
+def sizes_of(row: Example) -> tuple[int, int, int]:
+    """Tokens, supervised tokens, and the sum of its documents' squared lengths."""
+    return len(row), row.supervised_tokens, sum(len(document.input_ids) ** 2 for document in row.documents)
 
 
-def sum_of(sizes: Sequence[Counts]) -> Counts:
-    """Rows together, as one micro-batch."""
-    return Counts(1, sum(s.tokens for s in sizes), sum(s.supervised for s in sizes), sum(s.squares for s in sizes))
+def as_counts(sizes: Sizes, micro_batches: int = 1) -> Counts:
+    """Some rows, or micro-batches, together."""
+    return Counts(micro_batches, *(int(total) for total in sizes.sum(0)))
 
 
 def is_due(config: RunConfig, plan: Plan | None) -> bool:
@@ -225,7 +230,9 @@ def is_due(config: RunConfig, plan: Plan | None) -> bool:
     # The longest, a median and a short micro-batch are at most two and a half of the longest.
     trained = 2.5 * PASSES * job.micro_tokens / max(job.train_tokens, 1) * seconds.get("train", 0.0)
     read = evaluation_share(job) * seconds.get("evaluate", 0.0)
-    return trained + read + 2 * seconds.get("save", 0.0) < MOST * chosen.total_seconds
+    kept = min(config.save_total_limit + 2, job.steps)
+    saved = chosen.disk[1].get("checkpoints", 0) / kept / LOAD_BYTES_A_SECOND
+    return trained + read + SAVE_PASSES * saved < MOST * chosen.total_seconds
 
 
 def evaluation_share(job: Job) -> float:
@@ -235,7 +242,8 @@ def evaluation_share(job: Job) -> float:
 
 @contextmanager
 def _untouched(stage: Stage) -> Iterator[None]:
-    """Save the run as it stands, and afterwards, whatever happened in between, put it back from there."""
+    """Save the run as it stands, and afterwards put it back from there. Nothing is put back where the run ends here:
+    after a signal, which is in haste, and where something is wrong with the run."""
     scratch = stage.folder / SCRATCH
     shutil.rmtree(scratch, ignore_errors=True)
     try:
@@ -245,14 +253,22 @@ def _untouched(stage: Stage) -> Iterator[None]:
         folder = checkpoint.save(scratch, 0, plan.trainable, optimizer.planned(), {}, plan.save_extras)
         try:
             yield
-        finally:
-            found = checkpoint.load(folder)
-            load_trainable(plan, found)
-            optimizer.zero_grad()
-            optimizer.load_state_dict(found.optimizer)
-            optimizer.reset()
+        except FAILURES as error:  # it may be tried again, in another layout
+            traceback.clear_frames(error.__traceback__)
+            stage.budget.forget()
+            _put_back(stage, folder)
+            raise
+        _put_back(stage, folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _put_back(stage: Stage, folder: Path) -> None:
+    found = checkpoint.load(folder)
+    load_trainable(stage.plan, found)
+    stage.optimizer.zero_grad()
+    stage.optimizer.load_state_dict(found.optimizer)
+    stage.optimizer.reset()
 
 
 def _gradient(stage: Stage, batch: Any) -> None:

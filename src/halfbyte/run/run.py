@@ -29,7 +29,7 @@ from halfbyte.adapters.lora import LoraOptions, report
 from halfbyte.adapters.peft_io import CONFIG as ADAPTER_CONFIG
 from halfbyte.data import Example, Prepared, collate
 from halfbyte.data.options import sources_of
-from halfbyte.errors import HalfbyteError, Interrupted, UsageError
+from halfbyte.errors import DoesNotFit, HalfbyteError, Interrupted, UsageError
 from halfbyte.evaluate.classify import evaluate_classifier
 from halfbyte.evaluate.evaluate import (
     BaseAndTuned,
@@ -61,7 +61,7 @@ from halfbyte.run.config import RunConfig, to_yaml
 from halfbyte.run.continued import with_adapter
 from halfbyte.run.planning import Survey
 from halfbyte.run.rehearsal import Evaluation, Measured, Rehearsal
-from halfbyte.train.budget import Layout, in_chunks
+from halfbyte.train.budget import FAILURES, Layout, in_chunks, is_shortage, reason_of
 from halfbyte.train.checkpoint import Damaged, list_checkpoints, step_of, verify
 from halfbyte.train.dpo import lacking, read_references, references
 from halfbyte.train.evaluation import InChunks, evaluation_loss
@@ -205,11 +205,16 @@ def _discarded_unless_begun(directory: RunDirectory) -> Iterator[None]:
 
 
 def _interruptible(directory: RunDirectory, work: Callable[[], RunResult]) -> RunResult:
-    """Ctrl-C outside of the loop (which has its own handling): the folder is whole, and resume begins again."""
+    """Ctrl-C, or no memory, outside of the loop (which has its own handling): the folder is whole: resume goes on."""
     try:
         return work()
     except KeyboardInterrupt:
         raise Interrupted(f"stopped; go on with `halfbyte resume {directory.path}`") from None
+    except FAILURES as error:
+        if not is_shortage(error):
+            raise
+        onward = f"go on with `halfbyte resume {directory.path}`" if directory.events.exists() else "try again"
+        raise DoesNotFit(f"memory ran out ({reason_of(error)}): free some memory, then {onward}") from None
 
 
 def _train(
@@ -395,12 +400,16 @@ def train_plan(
         loss_scaling=config.dtype == "float16",
         memory=config.memory,
         lowered=partial(_lowered, model, feed),
-        lowest=_lowest(config, model, feed, tokens, max(map(len, prepared.eval), default=1)),
+        lowest=_lowest(config, model, feed, max(map(len, prepared.eval), default=1)),
     )
 
 
-def _lowest(config: RunConfig, model: nn.Module, feed: Feed, tokens: int, longest: int) -> Layout:
-    """How far a run can step down: rows one by one, recomputed activations, held-out rows one by one."""
+def _lowest(config: RunConfig, model: nn.Module, feed: Feed, longest: int) -> Layout:
+    """How far a run can step down: rows one by one, recomputed activations, held-out rows one by one.
+
+    longest     tokens of a held-out row
+    """
+    tokens = max(feed.max_tokens, evaluation_tokens(config))  # of all evaluations, the rehearsal's and the last one too
     chunks = max(1, tokens // longest).bit_length() - 1
     recompute = not config.gradient_checkpointing and _can_recompute(model)
     return Layout(0 if config.by_layer else feed.halvings, recompute, chunks)
@@ -501,12 +510,18 @@ def _base_of_full(
         return None  # a classifier's base has no head, and is compared with always the same answer
     kept = folder.read_base(path)
     if kept is None:
-        options = EvaluateOptions(eval_batch_tokens=tokens)
-        kept = evaluate(loaded.model, loaded.tokenizer, prepared.eval, options, labels=prepared.labels)  # type: ignore[arg-type]
+        kept = evaluate(loaded.model, loaded.tokenizer, prepared.eval, _in_batches(tokens), labels=prepared.labels)  # type: ignore[arg-type]
         folder.write_base(path, kept)
         pool.clear()  # what evaluation needed is of other sizes than what training will
         give_back()
     return kept
+
+
+def _in_batches(tokens: int) -> EvaluateOptions:
+    """Forward passes of so many tokens; labels are scored after fewer prompts at once where that is few."""
+    usual = EvaluateOptions()
+    share = usual.eval_batch_size * tokens // usual.eval_batch_tokens
+    return EvaluateOptions(eval_batch_tokens=tokens, eval_batch_size=max(1, min(usual.eval_batch_size, share)))
 
 
 def _scores(
@@ -514,7 +529,7 @@ def _scores(
 ) -> BaseAndTuned:
     """The loss (and the accuracy of labels) on the held-out rows, `tokens` of them at once, base against tuned."""
     model: Any = loaded.model
-    rows, labels, options = prepared.eval, prepared.labels, EvaluateOptions(eval_batch_tokens=tokens)
+    rows, labels, options = prepared.eval, prepared.labels, _in_batches(tokens)
     if isinstance(model, Classifier):
         return evaluate_classifier(model, rows, options)
     if base is not None:

@@ -14,6 +14,9 @@ On a GPU it is the card's memory, and what torch's allocator holds of it.
 
 import errno
 import gc
+import math
+import sys
+import time
 from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -41,10 +44,19 @@ STEP_ROOM = 64_000_000
 """What an optimizer's step and a save need beside what stands, at most: chunks and pieces of some MB."""
 FARTHEST = 4
 """A need is foretold from micro-batches of at least a quarter of the tokens; what is fixed is most of smaller ones."""
+FRESH = 0.1
+"""Seconds for which a reading of the machine's free memory holds: it takes 0.4 ms, as much as a small micro-batch."""
 
 
 class Shortage(MemoryError):
-    """The work that comes next would not fit; nothing of it was begun."""
+    """The work that comes next would not fit; nothing of it was begun.
+
+    foretold    only by what the machine has left, which nobody promised to keep: it may well go on all the same
+    """
+
+    def __init__(self, message: str, foretold: bool = False) -> None:
+        super().__init__(message)
+        self.foretold = foretold
 
 
 def is_shortage(error: BaseException) -> bool:
@@ -132,7 +144,7 @@ class _Begun:
 
 @dataclass(frozen=True)
 class _Level:
-    """The largest work of a kind since memory was tidied: its tokens, what stood after it, and its peak."""
+    """The largest work of a kind that was seen last: its tokens, what stood after it, and its peak."""
 
     tokens: int
     after: int
@@ -154,6 +166,7 @@ class Budget:
         self._levels: dict[Kind, _Level] = {}
         self._begun: _Begun | None = None
         self._half_way = 0
+        self._reachable, self._read_again = 0, 0.0
         self.standing = 0
         self.reached = 0
         self.tidy()
@@ -168,18 +181,28 @@ class Budget:
 
     def most(self, now: int) -> int:
         """Bytes that this run may have reached at most, from where it is now."""
-        left = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else memory_available()
-        return now + left if self.limit is None else min(self.limit, now + left)
+        clock = time.perf_counter()
+        if clock >= self._read_again:
+            left = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else memory_available()
+            self._reachable, self._read_again = now + left, clock + FRESH
+        return self._reachable if self.limit is None else min(self.limit, self._reachable)
+
+    def ignore_machine(self) -> None:
+        """From here on only the run's own limit counts, and allocations that fail."""
+        self._reachable, self._read_again = sys.maxsize, math.inf
 
     def tidy(self) -> int:
         """Give back what nobody uses, and return what then stands."""
+        before = self.memory()[0]
         gc.collect()
         pool.clear()
         give_back()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        self._levels.clear()
         self.standing = self.memory()[0]
+        # What came since may stay; the same work reaches no more than it did beside that.
+        for kind, level in self._levels.items():
+            self._levels[kind] = _Level(level.tokens, self.standing, level.peak + max(0, before - level.after))
         return self.standing
 
     # -- around the work --------------------------------------------------------------------------------------------
@@ -191,12 +214,13 @@ class Budget:
         now, peak = self.memory()
         need = self.needs[kind].of(tokens)
         if need is not None and not self._is_safe(kind, tokens, need, now):
-            standing, need = self._tidied(kind, tokens, need, now)
+            standing, need = self._tidied(kind, tokens, need)
             most = self.most(standing)
             if standing + need > most:
                 raise Shortage(
                     f"{tokens:,} tokens need about {need / 1e9:.2f} GB beside the {standing / 1e9:.2f} GB that are "
-                    f"held, and the limit is {most / 1e9:.2f} GB"
+                    f"held, and the limit is {most / 1e9:.2f} GB",
+                    foretold=self.limit is None or standing + need <= self.limit,
                 )
             peak = self.memory()[1]
         self._begun, self._half_way = _Begun(kind, tokens, peak), 0
@@ -208,16 +232,14 @@ class Budget:
             return True
         return level is not None and tokens <= level.tokens and level.peak + max(0, now - level.after) <= most
 
-    def _tidied(self, kind: Kind, tokens: int, need: int, now: int) -> tuple[int, int]:
+    def _tidied(self, kind: Kind, tokens: int, need: int) -> tuple[int, int]:
         """(what stands when all that is idle was given back, what the work takes beside that).
 
         Until then a need holds what was used for the first time too: code that was read, scratch that stays.
         """
-        level = self._levels.get(kind)
-        standing = self.tidy()
+        standing, level = self.tidy(), self._levels.get(kind)
         if level is not None and tokens <= level.tokens:
-            grown = max(0, now - level.after)
-            need = min(need, max(0, level.peak + grown - standing))
+            need = min(need, max(0, level.peak - standing))
         return standing, need
 
     def half_way(self) -> None:
@@ -240,14 +262,28 @@ class Budget:
 
     def make_room(self) -> None:
         """Before an optimizer's step and a save, which must not fail half-way for want of some MB that lie idle."""
-        now, mappable = self.memory()[0], data_left()
-        if now + STEP_ROOM > self.most(now) or (mappable is not None and mappable < STEP_ROOM):
+        self.settle()
+        if self._lacks_room():
+            pool.clear()
+            give_back()
+        if self._lacks_room():  # last, as collecting Python's garbage takes 0.1 s
+            standing = self.standing
             self.tidy()
+            self.standing = min(standing, self.standing)  # the gradients that stand here will not, afterwards
+
+    def _lacks_room(self) -> bool:
+        now, mappable = self.memory()[0], data_left()
+        return now + STEP_ROOM > self.most(now) or (mappable is not None and mappable < STEP_ROOM)
 
     def forget(self) -> None:
         """The work that was begun came to nothing."""
         self._begun = None
+        self._levels.clear()
         self.tidy()
+
+    def relearn(self) -> None:
+        """Activations are held in another way from here on: what training took says nothing of what it will."""
+        self.needs["train"] = Needs()
 
 
 class OutOfMemory(DoesNotFit):

@@ -40,8 +40,8 @@ class Feed:
     def rows(self, step: int) -> list[int]:
         """Indices of the examples of update `step`, which counts from 1."""
         epoch, update = divmod(step - 1, self.steps_per_epoch)
-        start = update * self.rows_per_update
-        return [int(index) for index in self.sampler.order(epoch)[start : start + self.rows_per_update]]
+        start, rows = update * self.rows_per_update, len(self.examples)
+        return self.sampler.rows_for(epoch * rows + start, min(self.rows_per_update, rows - start))
 
     def rows_of(self, total_steps: int) -> list[int]:
         """Indices of the examples that the first `total_steps` updates see, sorted."""

@@ -18,6 +18,7 @@ Where memory runs short the run steps down (`train.budget`) and computes what fa
 
 import contextlib
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -30,10 +31,20 @@ from halfbyte.optim.adamw import AdamW, clip_factor
 from halfbyte.optim.schedule import learning_rate_at
 from halfbyte.tensorfile import layout_of, part_of
 from halfbyte.train import checkpoint
-from halfbyte.train.budget import AS_PLANNED, FAILURES, Budget, Layout, OutOfMemory, Watched, is_shortage, reason_of
+from halfbyte.train.budget import (
+    AS_PLANNED,
+    FAILURES,
+    Budget,
+    Layout,
+    OutOfMemory,
+    Shortage,
+    Watched,
+    is_shortage,
+    reason_of,
+)
 from halfbyte.train.events import SCHEMA_VERSION, EventLog, Listener, drop_after
 from halfbyte.train.memory import process_memory
-from halfbyte.train.run_directory import RunDirectory
+from halfbyte.train.run_directory import CONFIG, RunDirectory
 from halfbyte.train.signals import StopRequest
 from halfbyte.train.state import Stage, TrainPlan, TrainResult, TrainState, environment
 from halfbyte.train.update import (
@@ -75,7 +86,7 @@ def train(model: Model, plan: TrainPlan, run: RunDirectory, listeners: Iterable[
                     if plan.evaluation_is_due(state.step) and state.evaluated_step < state.step:
                         s.evaluate(stop, budget)
                     finished = state.step >= plan.total_steps or s.out_of_patience()
-                    s.save_if_due(optimizer, finished)
+                    s.save_if_due(optimizer, budget, finished)
                     if finished:
                         break
 
@@ -205,11 +216,13 @@ class Session:
         """After a failed allocation, or work that would not fit: a layout that takes less, and say so.
 
         Raises `error` itself if it is anything else, and OutOfMemory if nothing is left to lower, with the last
-        finished step saved, or if an update broke off when a part of the weights had it already.
+        finished step saved, or if an update broke off when a part of the weights had it already. What is only foretold
+        of the machine ends no run that has nothing left to lower.
         """
         if not is_shortage(error):
             raise error
         reason = reason_of(error)
+        traceback.clear_frames(error.__traceback__)  # they hold what the work had computed
         if optimizer.updates != self.state.step:
             raise OutOfMemory(
                 f"memory ran out in the middle of update {self.state.step + 1} ({reason}), and some weights have it "
@@ -221,11 +234,18 @@ class Session:
         lower = before.lower(self.planned.lowest, budget.kind) if self.planned.lowered is not None else None
         if lower is None:
             self.save_if_possible(optimizer)
+            told = f"memory ran short at step {self.state.step} ({reason}) and nothing is left to lower"
+            if isinstance(error, Shortage) and error.foretold:
+                budget.ignore_machine()
+                self.warn(f"{told}: it goes on all the same, from here until an allocation fails; free some memory")
+                return
+            more = "" if self.plan.memory is None else f", or raise `memory` in {self.run.path / CONFIG}"
             raise OutOfMemory(
-                f"memory ran short at step {self.state.step} ({reason}) and nothing is left to lower: free some memory "
-                f"or start with a larger --memory; go on from step {self.saved_step or 0} with `halfbyte resume "
+                f"{told}: free some memory{more}; go on from step {self.saved_step or 0} with `halfbyte resume "
                 f"{self.run.path}`"
             ) from None
+        if lower.recompute and not before.recompute:
+            budget.relearn()
         self._lay_out(lower)
         self.warn(f"memory ran short at step {self.state.step} ({reason}): {lower.change_from(before)}")
 
@@ -239,6 +259,7 @@ class Session:
         seconds = time.perf_counter() - started
         self.state.other_seconds += seconds
         self.emit("rehearsal", seconds=round(seconds, 3), **told)
+        self.run.lock.touch()
 
     def emit(self, event: str, **fields: object) -> None:
         assert self.log is not None
@@ -276,7 +297,7 @@ class Session:
         patience = self.plan.options.early_stopping_patience
         return patience is not None and self.state.evaluations_without_gain >= patience
 
-    def save_if_due(self, optimizer: AdamW, finished: bool) -> None:
+    def save_if_due(self, optimizer: AdamW, budget: Budget, finished: bool) -> None:
         """By steps, by minutes, after the best evaluation so far, and at the end."""
         options, step = self.plan.options, self.state.step
         if step == 0 or step == self.saved_step:
@@ -285,11 +306,12 @@ class Session:
         minutes = (time.monotonic() - self.last_save) / 60
         by_minutes = options.save_minutes is not None and minutes >= options.save_minutes
         if finished or by_steps or by_minutes or self.state.best_step == step:
+            budget.make_room()
             self.save(optimizer, final=finished)
 
     def save(self, optimizer: AdamW, final: bool) -> None:
         """Write a checkpoint unless this step's is there. Without room, a warning; `final` makes it an error."""
-        if self.state.step == self.saved_step:
+        if self.state.step in (0, self.saved_step):  # before the first step there is nothing that a new run lacks
             return
         assert self.log is not None
         started = time.perf_counter()
@@ -300,7 +322,6 @@ class Session:
             "identity": dict(self.plan.identity),
             "environment": self.environment,
         }
-        self.last_save = time.monotonic()
         try:
             folder = checkpoint.save(
                 self.run.path,
@@ -314,8 +335,9 @@ class Session:
             if final:
                 raise type(error)(f"the last checkpoint could not be written: {error}") from error
             self.warn(f"no checkpoint at step {self.state.step}, training goes on: {error}")
+            self.last_save = time.monotonic()
             return
-        self.saved_step, self.last_checkpoint = self.state.step, folder
+        self.saved_step, self.last_checkpoint, self.last_save = self.state.step, folder, time.monotonic()
         checkpoint.rotate(self.run.path, self.plan.options.save_total_limit, self.state.best_step)
         seconds = time.perf_counter() - started
         self.state.other_seconds += seconds
@@ -333,7 +355,7 @@ class Session:
     def save_if_possible(self, optimizer: AdamW) -> None:
         """The last finished step, before an end that is already sure."""
         if self.state.step:
-            with contextlib.suppress(HalfbyteError, MemoryError):
+            with contextlib.suppress(HalfbyteError, *FAILURES):
                 self.save(optimizer, final=False)
 
     def load_best_if_asked(self) -> None:
