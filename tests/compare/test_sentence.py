@@ -53,7 +53,7 @@ def test_no_difference_takes_the_faster_one() -> None:
     assert said == (
         "Use lora here: no difference in held-out loss was found between it (1.0000) and qlora (one of 0.0200 would "
         "have been), and it takes the least time of them; one run costs 1.7 min and 3.00 GB of memory. Where memory is "
-        "short, qlora needs the least (1.00 GB), and no difference in held-out loss to lora was found."
+        "short, qlora needs less (1.00 GB), and no difference in held-out loss to lora was found."
     )
 
 
@@ -61,8 +61,34 @@ def test_no_difference_in_time_either_takes_the_smaller_one() -> None:
     comparisons = [found("lora", "qlora", m, NONE) for m in ("eval_loss", "seconds")]
     said = sentence(LOSS, METRICS, [LORA, QLORA], [*comparisons, found("lora", "qlora", "peak_memory_bytes", B)])
     assert said.startswith("Use qlora here: no difference in held-out loss was found between it (1.0100) and lora")
-    assert "of those as fast as lora it takes the least memory" in said
+    assert ", no difference in time was found either, and of them it takes the least memory; one run costs" in said
     assert "Where memory is short" not in said
+
+
+def test_least_is_said_only_of_what_was_found() -> None:
+    """The advised one has the least time and memory by their means, and no difference in either was found."""
+    comparisons = [found("lora", "qlora", m, NONE) for m in ("eval_loss", "seconds", "peak_memory_bytes")]
+    said = sentence(LOSS, METRICS, [LORA, variant("qlora", 1.01, 90, 2.9e9)], comparisons)
+    assert said.startswith("Use qlora here: no difference in held-out loss was found")
+    assert ", no difference in time was found either, and of them none was found to take less memory; one run" in said
+    assert "the least" not in said
+
+
+def test_the_fastest_of_three_are_named() -> None:
+    three = [LORA, variant("dora", 1.0, 101, 2e9), variant("full", 1.0, 500, 9e9)]
+    pairs = (("lora", "dora"), ("lora", "full"), ("dora", "full"))
+    comparisons = [found(a, b, "eval_loss", NONE) for a, b in pairs]
+    comparisons += [found("lora", "dora", "seconds", NONE), found("lora", "full", "seconds", A)]
+    comparisons += [found("lora", "dora", "peak_memory_bytes", B), found("lora", "full", "peak_memory_bytes", A)]
+    said = sentence(LOSS, METRICS, three, comparisons)
+    assert said.startswith("Use dora here: ")
+    assert "and of the fastest (lora and dora: no difference in time found) it takes the least memory; one" in said
+
+
+def test_a_better_mean_over_other_seeds_is_not_the_best() -> None:
+    """One of lora's seeds is missing: over the seeds that both have, qlora was found to be better."""
+    comparisons = [found("lora", "qlora", "eval_loss", B, 0.05)]
+    assert sentence(LOSS, METRICS, [LORA, QLORA], comparisons).startswith("Use qlora here: its held-out loss (1.0100)")
 
 
 def test_a_found_difference_is_said() -> None:
@@ -70,7 +96,7 @@ def test_a_found_difference_is_said() -> None:
     said = sentence(LOSS, METRICS, [LORA, QLORA], comparisons)
     assert said == (
         "Use lora here: its held-out loss (1.0000) is the best, and a difference to every other variant was found; "
-        "one run costs 1.7 min and 3.00 GB of memory. Where memory is short, qlora needs the least (1.00 GB); its "
+        "one run costs 1.7 min and 3.00 GB of memory. Where memory is short, qlora needs less (1.00 GB); its "
         "held-out loss is worse by 0.0100."
     )
 
