@@ -1,6 +1,6 @@
 """GSM8K's exact match: the number after `####`, as its authors score it (Cobbe et al. 2021, arXiv 2110.14168).
 
-    halfbyte compare … --metrics benchmarks/compare_study/gsm8k.py:gsm8k_exact_match
+halfbyte compare … --metrics benchmarks/compare_study/gsm8k.py:gsm8k_exact_match
 """
 
 import re

@@ -42,7 +42,8 @@ def report(*variants: dict[str, Any], comparisons: tuple[dict[str, Any], ...] = 
     return Report(Path("r/report.json"), {
         "variants": list(variants), "comparisons": list(comparisons), "metrics": metrics,
         "model": {"name": name, "parameters": size},
-        "title": f"{name} on {data}", "data": [{"name": data}], "convergence": list(convergence), "settings": {"seeds": [1, 2, 3]},
+        "title": f"{name} on {data}", "data": [{"name": data}],
+        "convergence": list(convergence), "settings": {"seeds": [1, 2, 3]},
         "cells": [{"variant": v["key"], "seed": seed, "status": "done", "origin": "this comparison"}
                   for v in variants for seed in (1, 2, 3)],
     })  # fmt: skip
@@ -134,7 +135,9 @@ def test_losses_on_precise_tasks_only() -> None:
     wide = report(*pair, comparisons=(compared("lora", "qlora", "accuracy", NONE, 0.0, 0.1),))
     lost = report(*pair, comparisons=(compared("lora", "qlora", "accuracy", A, 0.1, 0.05),))
     precise, same = (
-        report(*pair, comparisons=(compared("lora", "qlora", "exact_match", *found),), quality="exact_match", data="maths")
+        report(
+            *pair, comparisons=(compared("lora", "qlora", "exact_match", *found),), quality="exact_match", data="maths"
+        )
         for found in ((A, 0.1, 0.05), (NONE, 0.0, 0.05))
     )
     assert judge(8, [plain, precise]).verdict == "confirmed"
@@ -146,11 +149,17 @@ def test_losses_on_precise_tasks_only() -> None:
 
 
 def test_marginally_worse_and_slightly_slower() -> None:
-    slower = variant("lora", accuracy=[0.5] * 3, tokens_per_second=[105.0] * 3), variant("qlora", tokens_per_second=[100.0] * 3)
+    slower = (
+        variant("lora", accuracy=[0.5] * 3, tokens_per_second=[105.0] * 3),
+        variant("qlora", tokens_per_second=[100.0] * 3),
+    )
     held = {"narrow": "confirmed", "wide": "partly", "worse": "partly"}
     found = {"narrow": (NONE, 0.0, 0.005), "wide": (NONE, 0.0, 0.1), "worse": (A, 0.1, 0.05)}
     for name, verdict in held.items():
-        assert judge(26, [report(*slower, comparisons=(compared("lora", "qlora", "accuracy", *found[name]),))]).verdict == verdict
+        assert (
+            judge(26, [report(*slower, comparisons=(compared("lora", "qlora", "accuracy", *found[name]),))]).verdict
+            == verdict
+        )
 
 
 def test_the_difference_on_sst2() -> None:
@@ -179,11 +188,15 @@ def test_formats_are_compared_in_variants_that_are_alike_otherwise() -> None:
 
 
 @pytest.mark.parametrize(
-    ("qlora", "verdict"), [([1.15, 1.151, 1.149], "confirmed"), ([1.01, 1.011, 1.009], "partly"), ([1.5] * 3, "refuted")]
+    ("qlora", "verdict"),
+    [([1.15, 1.151, 1.149], "confirmed"), ([1.01, 1.011, 1.009], "partly"), ([1.5] * 3, "refuted")],
 )
 def test_a_step_of_qlora(qlora: list[float], verdict: str) -> None:
     """Less than what is claimed is its second half: with fused kernels it nearly disappears."""
-    assert judge(40, [report(variant("qlora", step_seconds=qlora), variant("lora", step_seconds=[1.0] * 3))]).verdict == verdict
+    assert (
+        judge(40, [report(variant("qlora", step_seconds=qlora), variant("lora", step_seconds=[1.0] * 3))]).verdict
+        == verdict
+    )
 
 
 def test_dora_galore_and_loftq_are_three_claims() -> None:
@@ -219,7 +232,11 @@ def test_convergence() -> None:
 
 
 def test_ranks() -> None:
-    ranks = [variant(m, f"{m}-r{r}", fields={"lora_r": r}, accuracy=[0.5] * 3) for m in ("lora", "qlora") for r in (8, 16, 32)]
+    ranks = [
+        variant(m, f"{m}-r{r}", fields={"lora_r": r}, accuracy=[0.5] * 3)
+        for m in ("lora", "qlora")
+        for r in (8, 16, 32)
+    ]
     needed = (compared("lora-r8", "qlora-r8", "accuracy", A), compared("qlora-r16", "qlora-r8", "accuracy", A))
     assert judge(42, [report(*ranks, comparisons=needed)]).verdict == "confirmed"
     assert judge(42, [report(*ranks, comparisons=needed[1:])]).verdict == "not testable here"
@@ -238,7 +255,11 @@ def test_targets() -> None:
 
 
 def test_begin_with_qlora_go_on_with_lora() -> None:
-    three = variant("lora", accuracy=[0.9] * 3), variant("qlora"), variant("lora", "switch", ("goes on from the adapter of half: …",))
+    three = (
+        variant("lora", accuracy=[0.9] * 3),
+        variant("qlora"),
+        variant("lora", "switch", ("goes on from the adapter of half: …",)),
+    )
     gain = (compared("lora", "switch", "accuracy", NONE, 0.0, 0.005), compared("qlora", "switch", "accuracy", B))
     assert judge(21, [report(*three, comparisons=gain)]).verdict == "confirmed"
     assert judge(21, [report(*three, comparisons=gain[:1])]).verdict == "partly"

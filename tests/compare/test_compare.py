@@ -377,7 +377,9 @@ def test_one_variant_that_fits_is_nothing_to_compare(model_folder: Path, data_fi
     design = make_design(request_of(model_folder, data_file, tmp_path / "c"), {})
     lora, qlora = design.variants
     design = replace(design, variants=(replace(lora, skipped="it needs 9 GB"), qlora))
-    with pytest.raises(DoesNotFit, match="only qlora fits, and there is nothing to compare it with: lora: it needs 9 GB"):
+    with pytest.raises(
+        DoesNotFit, match="only qlora fits, and there is nothing to compare it with: lora: it needs 9 GB"
+    ):
         _require_two(design, ())
     assert [cell.variant for cell in design.cells()] == ["qlora", "qlora"]
     _require_two(design, [design.cells(skipped=True)[0].id])

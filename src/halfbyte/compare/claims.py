@@ -328,7 +328,7 @@ def equal_on_sst2(reports: Sequence[Report]) -> list[Said]:
             continue
         low, high = sorted(ends) if made["a"] == lora["key"] else sorted(-x for x in ends)
         mean = made["difference"]["mean"] * (1 if made["a"] == lora["key"] else -1)
-        verdict = REFUTED if not low <= 0.001 <= high else CONFIRMED if -POINT <= low and high <= POINT else OPEN
+        verdict = REFUTED if not low <= 0.001 <= high else CONFIRMED if low >= -POINT and high <= POINT else OPEN
         least = f"; one of {made['detectable'] * 100:.2f} points would have been found" if made["detectable"] else ""
         between = f"{mean * 100:+.2f} points ({low * 100:+.2f} to {high * 100:+.2f})"
         wide = "; the interval is wider than a point either way: it would take more rows" if verdict == OPEN else ""

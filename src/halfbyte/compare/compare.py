@@ -1,5 +1,4 @@
-"""`halfbyte    fields = first.config.pick(ModelOptions).model_dump() | first.config.pick(DataOptions).model_dump()
-    config = RunConfig.model_validate(fields | compare` from a request to a report: plan, show, run what is missing, report.
+"""`halfbyte compare` from a request to a report: plan, show, run what is missing, report.
 
     compare(request) -> Comparison
 
@@ -297,8 +296,8 @@ def _baseline(
     if asked is None or cell_files.is_measured(out, asked):
         return {}
     first = design.variants[0]
-    shared = first.config.pick(ModelOptions).model_dump() | first.config.pick(DataOptions).model_dump()
-    config = RunConfig.model_validate(shared | {"seed": first.config.seed, "method": "lora"})
+    fields = first.config.pick(ModelOptions).model_dump() | first.config.pick(DataOptions).model_dump()
+    config = RunConfig.model_validate(fields | {"seed": first.config.seed, "method": "lora"})
     cell = Cell("baseline", "base", first.config.seed, config, {}, first.pairs, kind="base")
     more = {"config": config.model_dump(mode="json"), "output": str(out), "asked": asked}
     stage = ("base", measuring(options) | more)

@@ -59,8 +59,7 @@ def measure(path: Path, price: float | None = None, asked: Mapping[str, Any] | N
     """The figures of the cell in `path`. `price`: money an hour; `asked`: the metrics that count, and on which rows.
 
     UsageError for damaged files.
-    """| None = None) -> Measured:
-    """The figures of the cell in `path`. `price`: money an hour. UsageError for damaged files."""
+    """
     result, events = read_json(path / RESULT), read_events(path / EVENTS)
     cell = read_json(path / CELL) if (path / CELL).is_file() else {}
     train, held_out = _curves(events)
