@@ -6,6 +6,7 @@
 #   make test-all   the slow tests too
 #   make bench      the same training steps here and in transformers, PEFT, bitsandbytes and TRL, in turns   (ARGS="--preset full")
 #   make bench-kernels   each native operator against the memory bandwidth or product rate that bounds it
+#   make bench-plan   what runs were predicted to need against what they needed   (ARGS="--rounds 1": once instead of three times)
 #   make fuzz       damaged files of others (GGUF, safetensors, adapters, tokenizers) into the parsers   (ARGS="--seconds 1200 --seed 7")
 #   make kill       every writer of final files, killed at each of its file operations
 #   make sanitize   the native tests under AddressSanitizer and UndefinedBehaviorSanitizer
@@ -25,7 +26,7 @@ PIP := $(BIN)/python -m pip install --quiet -c constraints.txt
 # Two test processes share the machine's cores, so each computes on one; tests about threads ask for more themselves.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
-.PHONY: help demo test test-all lint format clean bench bench-kernels fuzz kill sanitize
+.PHONY: help demo test test-all lint format clean bench bench-kernels bench-plan fuzz kill sanitize
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -52,6 +53,9 @@ bench: $(VENV)/.dev-installed $(PEERS)/.installed
 
 bench-kernels: $(VENV)/.dev-installed
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/operators.py $(ARGS)
+
+bench-plan: $(VENV)/.dev-installed
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/plan_accuracy.py $(ARGS)
 
 fuzz: $(VENV)/.dev-installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(ARGS)

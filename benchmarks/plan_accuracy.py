@@ -31,19 +31,17 @@ from halfbyte.plan.hardware import reference_gemm
 
 EVAL_ROWS = 2
 CASES = """
-gemma:qlora:1x128            gemma:qlora:4x512           gemma:qlora:8x256:ckpt      gemma:lora:2x512
-gemma:lora:4x1024:ckpt       gemma:full:1x256            gemma:full:4x256:ckpt       gemma:dora:2x256
-gemma:qlora:1x2048:r64       gemma:qlora:1x4096:ckpt     gemma:full:2x512:adamw_8bit gemma:qdora:2x512
-qwen:qlora:1x128             qwen:qlora:1x512:ckpt       qwen:lora:1x256             qwen:qlora:4x128:r64
-qwen:dora:1x128:ckpt         qwen:qdora:1x256            llama-50m:qlora:8x128       llama-50m:lora:4x1024
-llama-50m:full:8x512         llama-50m:full:1x4096:ckpt  llama-50m:dora:8x256        llama-50m:qlora:2x4096
-llama-50m:lora:1x128:float32 qwen2-130m:qlora:8x512      qwen2-130m:lora:8x128:r64   qwen2-130m:full:4x512
-qwen2-130m:full:8x512:ckpt   qwen2-130m:qlora:1x4096     qwen2-130m:qdora:4x512:ckpt qwen2-130m:full:2x256:float32
-phi3-350m:qlora:4x256        phi3-350m:lora:2x1024:ckpt  phi3-350m:full:1x512        phi3-350m:qlora:1x2048:ckpt
-phi3-350m:lora:8x128         qwen3-600m:qlora:2x512      qwen3-600m:lora:1x1024      qwen3-600m:dora:4x128
-qwen3-600m:full:1x128:adamw_8bit  llama-1b:qlora:1x512   llama-1b:lora:2x256:ckpt    llama-1b:qlora:4x256:ckpt:r64
-llama-1b:lora:1x128          llama-3b:qlora:1x128        llama-3b:lora:1x128         llama-3b:qlora:1x512:ckpt
-llama-3b:qlora:2x128:r8
+gemma:qlora:1x128            gemma:qlora:2x512           gemma:qlora:8x128:ckpt       gemma:lora:2x256
+gemma:lora:1x1024:ckpt       gemma:full:1x256            gemma:full:4x128:ckpt        gemma:dora:2x256
+gemma:qlora:1x1024:r64       gemma:qdora:1x512           qwen:qlora:1x128             qwen:qlora:1x256:ckpt
+qwen:lora:1x128              qwen:qlora:2x128:r64        qwen:qdora:1x128             llama-50m:qlora:8x128
+llama-50m:lora:4x1024        llama-50m:full:4x512        llama-50m:full:1x4096:ckpt   llama-50m:dora:8x256
+llama-50m:qlora:1x4096       llama-50m:lora:1x128:float32  qwen2-130m:qlora:8x256     qwen2-130m:lora:8x128:r64
+qwen2-130m:full:2x512        qwen2-130m:full:8x256:ckpt  qwen2-130m:qlora:1x2048      qwen2-130m:qdora:4x256:ckpt
+phi3-350m:qlora:4x128        phi3-350m:lora:1x512:ckpt   phi3-350m:full:1x256         phi3-350m:qlora:1x1024:ckpt
+phi3-350m:lora:8x128         qwen3-600m:qlora:1x512      qwen3-600m:dora:4x128        llama-1b:qlora:1x256
+llama-1b:lora:1x256:ckpt     llama-1b:lora:1x128         llama-3b:qlora:1x128:ckpt    llama-3b:lora:1x128
+gemma-gguf:qlora:4x128       gemma-gguf:lora:1x512       qwen-gguf:qlora:1x256        qwen2-130m:full:1x256:float32
 """
 
 
@@ -78,7 +76,7 @@ def cases() -> list[Case]:
 
 def write_data(folder: Path, case: Case, steps: int, model: Path) -> tuple[Path, Path]:
     """Rows of `tokens` tokens each, give or take one where a text cut in two is read differently."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model.with_suffix("") if model.suffix == ".gguf" else model)
     room = case.tokens - len(tokenizer("")["input_ids"]) - 1
     files = folder / "train.jsonl", folder / "eval.jsonl"
     counts = case.rows * steps, EVAL_ROWS
@@ -102,7 +100,7 @@ def measure(case: Case, model: Path, out: Path, steps: int, flags: Sequence[str]
         "--method", case.method, "--max-seq-length", case.tokens, "--max-steps", steps, "--output-dir", run,
         "--per-device-train-batch-size", case.rows, "--gradient-accumulation-steps", 1, "--dtype", case.dtype,
         "--optim", case.optim, "--gradient-checkpointing" if case.checkpointing else "--no-gradient-checkpointing",
-        "--save-total-limit", 1, "--json", *flags,
+        "--save-total-limit", 1, "--rehearsal", "--json", *flags,
     ]  # fmt: skip
     if case.method != "full":
         command += ["--lora-r", case.rank]
@@ -118,7 +116,7 @@ def measure(case: Case, model: Path, out: Path, steps: int, flags: Sequence[str]
     steps = [event for event in events if event["event"] == "step"]
     keep = (
         "peak_memory_bytes", "seconds", "seconds_by_phase", "peak_phase", "memory_by_phase", "memory_by_component",
-        "probed", "before_probe", "rates",
+        "before_probe", "rates",
     )  # fmt: skip
     return {
         "case": case.name,
@@ -126,8 +124,7 @@ def measure(case: Case, model: Path, out: Path, steps: int, flags: Sequence[str]
         "measured": {
             "peak_memory_bytes": result["peak_memory_bytes"],
             "seconds": result["seconds"],
-            "update_seconds": result["update_seconds"],
-            "training_seconds": result["training_seconds"],
+            "seconds_by_phase": result["seconds_by_phase"],
             "steps": [event["seconds"] for event in steps],
             "memory": [(event["memory_bytes"], event["peak_memory_bytes"]) for event in steps],
             "wall": wall,
@@ -156,48 +153,60 @@ def collect(args: argparse.Namespace, chosen: Sequence[Case]) -> None:
             done[case.name] += 1
             plan, got = record["plan"], record["measured"]
             error = plan["peak_memory_bytes"]["p50"] / got["peak_memory_bytes"] - 1
-            late = plan["seconds"]["p50"] / got["seconds"] - 1
+            said = sum(plan["seconds_by_phase"][phase]["p50"] for phase in AHEAD)
+            took = sum(got["seconds_by_phase"][phase] for phase in AHEAD)
             print(
                 f"{case.name:36} {got['peak_memory_bytes'] / 1e9:6.3f} GB {error:+7.1%} in {plan['peak_phase']:8} "
-                f"{got['seconds']:6.1f} s {late:+7.1%}  reference {record['reference'][0] / 1e9:.0f}",
+                f"{took:6.1f} s {said / took - 1:+7.1%}  reference {record['reference'][0] / 1e9:.0f}",
                 flush=True,
             )
 
 
 @dataclass(frozen=True)
 class Line:
-    """One configuration's errors, predicted over measured minus one, and whether p95 held."""
+    """One configuration's errors, predicted over measured minus one, and whether p95 held.
+
+    seconds   of loading, training, evaluating and saving: what the plan of before the run speaks of
+    probed    error of what the plan said after the rehearsal about all that was still to come
+    spread    of `seconds` over the rounds: greatest less least, over the median
+    """
 
     case: Case
     peak: float
     memory: float
     holds: bool
     seconds: float
-    time: float | None
-    probed: float | None
+    time: float
+    probed: float
     spread: float
 
 
+AHEAD = ("train", "evaluate", "save")
+"""What is still to come after a rehearsal."""
+
+
 def lines_of(records: Iterable[dict[str, Any]]) -> list[Line]:
-    """The errors of every configuration that was run; times are scaled to the machine's median speed."""
+    """The errors of every configuration that was run.
+
+    Seconds count as they would have been at the machine's usual speed, the median of all reference products; those that
+    a rehearsal timed or predicted are scaled by what the same run's reference was.
+    """
     by_case: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in records:
         by_case[record["case"]].append(record)
-    everyone = [rate for runs in by_case.values() for record in runs for rate in record["reference"]]
-    usual = statistics.median(everyone)
+    usual = statistics.median(rate for runs in by_case.values() for run in runs for rate in run["reference"])
     lines = []
     for case in cases():
         runs = by_case.get(case.name)
         if not runs:
             continue
-        peaks = [record["measured"]["peak_memory_bytes"] for record in runs]
-        plan = runs[0]["plan"]
-        scaled = [r["measured"]["seconds"] * statistics.mean(r["reference"]) / usual for r in runs]
-        seconds = statistics.median(scaled)
-        probed = plan.get("probed", False)
-        plain = [r["plan"]["before_probe"] if probed else r["plan"] for r in runs]
-        # A prediction from the run itself speaks of the speed that the machine had then.
-        late = [r["plan"]["seconds"]["p50"] * statistics.mean(r["reference"]) / usual / seconds - 1 for r in runs]
+        peaks = [run["measured"]["peak_memory_bytes"] for run in runs]
+        speed = [statistics.mean(run["reference"]) / usual for run in runs]
+        took = [run["measured"]["seconds_by_phase"] for run in runs]
+        whole = [k * sum(t[phase] for phase in ("load", *AHEAD)) for k, t in zip(speed, took, strict=True)]
+        ahead = [k * sum(t[phase] for phase in AHEAD) for k, t in zip(speed, took, strict=True)]
+        plan, seconds = runs[-1]["plan"], statistics.median(whole)  # of the newest code, where rounds saw several
+        said = speed[-1] * sum(plan["seconds_by_phase"][phase]["p50"] for phase in AHEAD)
         lines.append(
             Line(
                 case,
@@ -205,9 +214,9 @@ def lines_of(records: Iterable[dict[str, Any]]) -> list[Line]:
                 plan["peak_memory_bytes"]["p50"] / statistics.median(peaks) - 1,
                 plan["peak_memory_bytes"]["p95"] >= max(peaks),
                 seconds,
-                statistics.median(p["seconds"]["p50"] for p in plain) / seconds - 1,
-                statistics.median(late) if probed else None,
-                (max(scaled) - min(scaled)) / seconds,
+                plan["before_probe"]["seconds"]["p50"] / seconds - 1,
+                said / statistics.median(ahead) - 1,
+                (max(whole) - min(whole)) / seconds,
             )
         )
     return lines
@@ -219,18 +228,17 @@ def summary(errors: Sequence[float]) -> tuple[float, float]:
 
 
 def markdown(lines: Sequence[Line]) -> str:
-    head = "| model | method | rows x tokens | | peak GB | error | s | error | error, probed |"
-    out = [head, "|---|---|---|---|---|---|---|---|---|"]
+    head = "| model | method | rows x tokens | | peak GB | error | s | spread | error | error, probed |"
+    out = [head, "|---|---|---|---|---|---|---|---|---|---|"]
     for line in lines:
         case = line.case
         more = [f"r {case.rank}"] if case.rank != 16 else []
         more += ["recomputed"] * case.checkpointing + [case.optim] * (case.optim != "adamw")
         more += [case.dtype] * (case.dtype != "bfloat16") + ["**held out**"] * case.held_out
-        probed = f"{line.probed:+.1%}" if line.probed is not None else ""
-        plain = f"{line.time:+.1%}" if line.time is not None else ""
         out.append(
             f"| {case.model} | {case.method} | {case.rows} x {case.tokens} | {', '.join(more)} | "
-            f"{line.peak / 1e9:.3f} | {line.memory:+.1%} | {line.seconds:.1f} | {plain} | {probed} |"
+            f"{line.peak / 1e9:.3f} | {line.memory:+.1%} | {line.seconds:.1f} | {line.spread:.0%} | {line.time:+.1%} | "
+            f"{line.probed:+.1%} |"
         )
     out += ["", "| | configurations | memory: median, 95 % | above p95 | time: median, 95 % | probed: median, 95 % |"]
     out += ["|---|---|---|---|---|---|"]
@@ -242,8 +250,7 @@ def markdown(lines: Sequence[Line]) -> str:
         cells = ["{:.1%}, {:.1%}".format(*summary([x.memory for x in group]))]
         cells.append(str(sum(not x.holds for x in group)))
         for field in ("time", "probed"):
-            values = [getattr(x, field) for x in group if getattr(x, field) is not None]
-            cells.append("{:.1%}, {:.1%}".format(*summary(values)) if values else "")
+            cells.append("{:.1%}, {:.1%}".format(*summary([getattr(x, field) for x in group])))
         out.append(f"| {name} | {len(group)} | {' | '.join(cells)} |")
     return "\n".join(out)
 
@@ -254,7 +261,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path.home() / ".cache" / "halfbyte-models")
     parser.add_argument("--made", type=Path, default=Path("runs/plan-models"), help="where random models are written")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6, help="updates of each run")
+    parser.add_argument("--steps", type=int, default=4, help="updates of each run")
     parser.add_argument("--configs", default="", help="parts of names, separated by commas; all by default")
     parser.add_argument("--flag", action="append", default=[], help="a further flag of halfbyte train")
     parser.add_argument("--table", action="store_true", help="print the tables and run nothing")

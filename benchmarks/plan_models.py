@@ -16,8 +16,13 @@ from halfbyte.models.spec import ModelSpec
 from halfbyte.tensorfile import Planned, write_file
 
 VOCAB, EOS = 32_000, "<eos>"
-REAL = {"gemma": "gemma-3-270m", "qwen": "qwen2.5-coder-1.5b"}
-"""The two real models, by their folders below --models."""
+REAL = {
+    "gemma": "gemma-3-270m",
+    "qwen": "qwen2.5-coder-1.5b",
+    "gemma-gguf": "gemma-3-270m.gguf",
+    "qwen-gguf": "qwen2.5-coder-1.5b.gguf",
+}
+"""The two real models below --models: in 16 bits, and in the blocks of their files."""
 
 _LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "hidden_act": "silu"}
 

@@ -90,6 +90,18 @@ def test_with_less_than_the_minimum_it_refuses_and_names_it(halfbyte: Run, model
     assert not Path("r").exists()
 
 
+def test_what_would_fit_can_be_typed(halfbyte: Run) -> None:
+    """A change's words, typed behind the command as they stand, fit."""
+    words = ("plan", "-m", "gemma-3-270m", "--method", "lora", "--no-gradient-checkpointing",
+             "--per-device-train-batch-size", "16")  # fmt: skip
+    layouts = ((), ("--gradient-checkpointing",))
+    kept, lean = (halfbyte(*words, *more, "--memory", "1", "--json").json for more in layouts)
+    budget = (kept["peak_memory_bytes"]["p95"] + lean["peak_memory_bytes"]["p95"]) // 2
+    said = halfbyte(*words, "--memory", budget).out.split("lora would fit with: ")[1].split(" (")[0]
+    assert said == "--gradient-checkpointing"
+    assert halfbyte(*words, "--memory", budget, *said.split(), "--json").json["verdict"] == "fits"
+
+
 def test_auto_says_why_and_trains_what_it_said(halfbyte: Run, model_folder: Path, data_file: Path) -> None:
     done = halfbyte("train", "-m", model_folder, "-d", data_file, "-o", "r", "--max-steps", "1", "--dtype", "float32")
     assert done.code == 0, done.err

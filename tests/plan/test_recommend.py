@@ -11,7 +11,7 @@ from halfbyte.errors import DoesNotFit
 from halfbyte.models.spec import ModelSpec
 from halfbyte.optim.options import OptimOptions
 from halfbyte.plan import memory
-from halfbyte.plan.calibration import Calibration
+from halfbyte.plan.calibration import Calibration, of
 from halfbyte.plan.estimate import least_peak
 from halfbyte.plan.hardware import Gpu, Hardware, Rates
 from halfbyte.plan.price import Price
@@ -80,7 +80,7 @@ def test_fits_is_a_promise_and_tight_is_not() -> None:
     [
         (300_000_000, "auto", r"qlora needs at least .* the budget is 0.30 GB \(--memory\)"),
         (3_000_000_000, "full", r"full needs at least .*: --method qlora fits \("),
-        (600_000_000, "qlora", r"qlora needs at least .*with 1 x 16, recomputed rows.*most of it is "),
+        (600_000_000, "qlora", r"qlora needs at least .*with 1 x 16 rows, activations recomputed.*most of it is "),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_minimum_and_a_way_out(budget: int, method: str, message: str) -> None:
@@ -88,7 +88,33 @@ def test_what_does_not_fit_is_refused_with_the_minimum_and_a_way_out(budget: int
     with pytest.raises(DoesNotFit, match=message) as caught:
         check_fits(made)
     assert "\n" not in str(caught.value)
-    check_fits(plan(budget=made.chosen.peak_p95, method=made.method))  # the minimum that was named is one
+    large = replace(CPU, memory_total=10**12)
+    check_fits(plan(machine=large, budget=made.chosen.peak_p95, method=made.method))  # what was named is enough
+
+
+def test_a_budget_is_no_memory() -> None:
+    """A budget above what the machine has can be planned with, but no run is started that needs more than there is."""
+    made = plan("7b", budget=10**12, method="full")
+    assert made.verdict(made.chosen) == "fits"
+    with pytest.raises(DoesNotFit, match=r"^full needs up to .*, and this machine has 16.00 GB of memory in all"):
+        check_fits(made)
+    check_fits(plan(budget=10**12, method="qlora"))
+    card = plan("7b", machine=GPU, budget=10**12, method="full")
+    with pytest.raises(DoesNotFit, match=r"has 24\.00 GB of GPU memory in all"):
+        check_fits(card)
+
+
+def test_a_deadline_is_answered_for_a_method_that_was_asked_for() -> None:
+    time = plan(method="qlora").chosen.time
+    for deadline, said in (
+        (time.p95 + 1, "asked for"),
+        (time.p95 - 1, "asked for; it may take longer than the "),
+        (time.p50 - 1, "asked for; it is not done within "),
+    ):
+        reason = plan(method="qlora", deadline=deadline).reason
+        assert reason.startswith(said)
+        assert (reason == said) == (deadline > time.p95)
+    assert "within 5 s" in plan(method="qlora", deadline=5.0).reason
 
 
 # -- layouts ----------------------------------------------------------------------------------------------------------
@@ -232,7 +258,7 @@ def test_every_change_that_is_named_was_tried_and_fits() -> None:
         candidate = Candidate("lora", asked)
         again = estimate(spec_of("1b"), candidate, rows, RATES, budget)
         assert again.peak_p95 == change.peak_p95
-        assert least_peak(spec_of("1b"), candidate, rows, Calibration()) <= budget
+        assert least_peak(spec_of("1b"), candidate, rows, of("cpu")) <= budget
     assert "qlora" not in made.changes, "it fits as it is"
 
 
@@ -245,7 +271,7 @@ def test_what_the_user_fixed_is_named_first() -> None:
         ["per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"],
     )
     assert made.changes["qlora"][0].flags.startswith(
-        ("--gradient-checkpointing true", "--per-device-train-batch-size 1")
+        ("--gradient-checkpointing", "--per-device-train-batch-size 1 --gradient-accumulation-steps 16")
     )
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from halfbyte.errors import DoesNotFit, UsageError
-from halfbyte.plan.recommend import Plan
+from halfbyte.plan.recommend import DataShape, Plan
 from halfbyte.run.config import RunConfig, load_config
 from halfbyte.run.offer import Where, duration, offer, refuse
 from halfbyte.run.planning import make, resolve, survey
@@ -119,6 +119,7 @@ def test_what_no_machine_holds_is_refused_with_the_nearest(priced: Path) -> None
         ),
         ({"pick": "cheapest"}, "needs prices, and there is none for this machine .*give --price '0.34 EUR/h'"),
         ({"devices": ["rtx-3060"], "pick": "best"}, "--pick best: it is cheapest or fastest"),
+        ({"devices": ["cpu,auto"]}, "--device: cpu and auto are both this machine: name one of them"),
         ({"devices": ["rtx-9999"]}, "'rtx-9999' is not a machine of the catalogue: did you mean"),
         (
             {"devices": ["rtx-3060", "rtx-4090"], "price": "1 EUR"},
@@ -207,3 +208,81 @@ def test_another_architecture_has_a_plan(tmp_path: Path) -> None:
         here(load_config(model=str(tmp_path), method="full"))
     with pytest.raises(UsageError, match="method full is built for the decoder's families only"):
         here(load_config(model=str(tmp_path)), methods=["full", "lora"])
+
+
+def test_another_machine_gives_no_more_than_it_has() -> None:
+    config = load_config(model="llama-3.1-8b")
+    usable = here(config, devices=["rtx-3060"]).budget
+    for memory, budget in ((80_000_000_000, usable), (6_000_000_000, 6_000_000_000)):
+        asked = here(config.replace(memory=memory), devices=["rtx-3060"])
+        assert asked.budget == budget
+        assert asked.chosen.peak_p95 <= budget or asked.clause == "none"
+
+
+def test_a_machine_that_is_named_beside_a_budget_is_for_without_it() -> None:
+    """`--device t4` typed beside `--memory 1GB` would have the same gigabyte."""
+    config = load_config(model="llama-3.1-8b")
+    for memory, note in ((None, False), ("1GB", True)):
+        plan = here(config.replace(memory=memory), devices=["rtx-3070"])
+        found = [change for changes in (plan.changes or {}).values() for change in changes if "device" in change.fields]
+        assert found
+        assert all(("without --memory" in change.note) == note for change in found)
+
+
+def test_a_config_for_a_gpu_is_planned_for_others_without_having_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    config = load_config(model="llama-3.1-8b", device="cuda")
+    assert here(config, devices=["rtx-4090"]).chosen.job.device == "cuda"
+    with pytest.raises(UsageError, match="cuda was asked for"):
+        here(config)
+
+
+def test_a_deadline_is_answered_whatever_chose_the_method() -> None:
+    plan = here(load_config(model="llama-3.1-8b", method="qlora"), devices=["rtx-4090"], deadline="5s")
+    assert plan.reason == "asked for; it is not done within 5 s"
+    assert "no method is done within 5 s" in here(load_config(model="llama-3.1-8b"), devices=["rtx-4090"],
+                                                  deadline="5s").reason  # fmt: skip
+
+
+def test_auto_takes_nothing_that_ignores_what_was_set() -> None:
+    """So many tokens that all of the model would be trained: but a rank says adapters, and a format four bits."""
+    many = DataShape(rows=1_000_000, tokens=500_000_000, longest=512, supervised_share=1.0)
+    for given, method in (({}, "full"), ({"lora_r": 32}, "lora"), ({"target_modules": "q_proj"}, "lora"),
+                          ({"quant_type": "nf4"}, "qlora"), ({"blocksize": 32, "lora_r": 8}, "qlora")):  # fmt: skip
+        found = survey(load_config(model="qwen2.5-0.5b", memory="60GB", **given), to_train=False)
+        found.__dict__["data"] = many
+        assert make(found).method == method, given
+
+
+def test_methods_that_none_of_the_rows_go_with_are_one_line(model_folder: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"say {i}:", "chosen": " yes", "rejected": " no"} for i in range(30)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UsageError, match="--methods full: these rows or this adapter need another"):
+        offer(load_config(model=str(model_folder), data=str(file)), methods=["full"])
+
+
+def test_memory_never_changes_an_update_that_is_made_layer_by_layer() -> None:
+    """GaLore has one micro-batch an update: 16 rows, or advice to take fewer."""
+    config = load_config(model="gemma-3-270m", method="galore", memory="60GB")
+    roomy = here(config)
+    assert (roomy.chosen.batch, roomy.chosen.job.steps) == ((16, 1), 189)
+    least = here(config.replace(memory="1GB"))
+    assert least.chosen.batch == (16, 1)
+    asked = here(config.replace(memory=least.chosen.peak_p95 - 1))
+    assert asked.changes is not None
+    advice = asked.changes["galore"][0]
+    assert list(advice.fields) == ["per_device_train_batch_size"]
+    assert advice.note.endswith("instead of 16 rows an update")
+    fewer = here(config.replace(memory=asked.budget, **advice.fields))
+    assert fewer.fits(fewer.chosen)
+
+
+def test_a_quantized_model_of_which_only_the_config_is_there_says_so(tmp_path: Path) -> None:
+    """How its tensors are packed stands in their file."""
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "vocab_size": 100}  # fmt: skip
+    for quantized in ({}, {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32}}):
+        (tmp_path / "config.json").write_text(json.dumps(config | quantized))
+        plan = here(load_config(model=str(tmp_path), memory="4GB"))
+        assert any("planned as a 16-bit model" in said for said in plan.assumed) == bool(quantized)

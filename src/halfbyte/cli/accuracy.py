@@ -36,7 +36,11 @@ def show(found: dict[str, Any]) -> None:
             )
     before, after = found["shipped"], found["refit"]
     if after is None:
-        out.print("none of these runs can be learnt from: plans use the shipped constants", soft_wrap=True)
+        out.print(
+            "none of these runs can be learnt from (another version's formulas predicted them, or they were resumed or "
+            "too short): plans use the shipped constants",
+            soft_wrap=True,
+        )
     else:
         out.print(f"plans are {after['source']}: {_changes(before, after)}", soft_wrap=True)
 

@@ -53,7 +53,7 @@ class Reporter:
         config, plan = event["config"], event["plan"]
         values = {name: getattr(config, name) for name in SHOWN}
         hidden = {"full": ("lora_", "target_modules", "quant_"), "lora": ("quant_",)}.get(config.method, ("-",))
-        if plan is not None and plan.chosen.job.held and not config.requantize:
+        if plan.chosen.job.held and not config.requantize:
             hidden = (*hidden, "quant_")  # the file's own blocks
         # What a method's name sets is printed, too: it is short for these.
         own = {field for preset in PRESETS.values() for field in preset.fields}
@@ -63,15 +63,12 @@ class Reporter:
             values |= {name: value for name, value in config.model_dump().items() if name.startswith("dpo_")}
         shown = [f"{k} {screen.value(v)}" for k, v in values.items() if v is not None and not k.startswith(hidden)]
         self._line(f"settings: {', '.join(shown)}")
-        if plan is None:
-            self._line(f"method {config.method_name}; this architecture has no plan")
-        else:
-            chosen = plan.chosen
-            self._line(
-                f"method {config.method_name}: {plan.reason}; expected peak {screen.gigabytes(chosen.peak)} "
-                f"(up to {screen.gigabytes(chosen.peak_p95)} of {screen.gigabytes(plan.budget)}), "
-                f"{screen.duration(chosen.total_seconds)}"
-            )
+        chosen = plan.chosen
+        self._line(
+            f"method {config.method_name}: {plan.reason}; expected peak {screen.gigabytes(chosen.peak)} "
+            f"(up to {screen.gigabytes(chosen.peak_p95)} of {screen.gigabytes(plan.budget)}), "
+            f"{screen.duration(chosen.total_seconds)}"
+        )
         self._line(f"run: {config.output_dir}")
 
     def _show_loaded(self, event: dict[str, Any]) -> None:

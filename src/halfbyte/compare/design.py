@@ -251,10 +251,9 @@ def _model(found: Survey) -> dict[str, Any]:
     blocks = {"gguf": "a GGUF file's own blocks", "gptq": "GPTQ's codes", "awq": "AWQ's codes"}
     said = None
     if stored:
-        said = (
-            f"{source.name} has {blocks.get(source.blocks or '', 'blocks of ' + str(source.blocks))} in {len(stored)} "
-            "tensors: the 16-bit weights were quantized once already"
-        )
+        held = blocks.get(source.blocks or "", f"blocks of {source.blocks}")
+        name = Path(source.name).name
+        said = f"{name} has {held} in {len(stored)} tensors: the 16-bit weights were quantized once already"
     return {
         "name": Path(found.config.model).name,
         "family": source.config.get("model_type"),

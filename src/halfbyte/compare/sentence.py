@@ -37,7 +37,7 @@ def sentence(
         cheap = min(known, key=lambda v: v["figures"]["seconds"]["mean"])
         return (
             f"With one seed a difference in {quality['label']} cannot be told from chance, so no method is advised for "
-            f"its quality; {cheap['label']} took the least time: {_cost(cheap, metrics)}."
+            f"its quality; {cheap['label']} took the least time in its run: {_cost(cheap, metrics)}."
         )
     sign = 1 if quality["better"] == "lower" else -1
     unbeaten = [v for v in known if not any(_better(comparisons, other, v, key) for other in known)] or known
@@ -47,28 +47,11 @@ def sentence(
     as_fast = [v for v in equal if v is fastest or _verdict(comparisons, v, fastest, "seconds") == NOTHING]
     advised = min(as_fast, key=lambda v: v["figures"]["peak_memory_bytes"]["mean"])
     said = f"Use {advised['label']} here: {_why(advised, best, equal, quality, comparisons)}"
-    said += _why_of_them(advised, as_fast, equal, comparisons)
-    said += f"; one run costs {_cost(advised, metrics)}."
+    if len(equal) > 1:
+        said += _time_and_memory(advised, fastest, as_fast, comparisons)
+    said += "; "
+    said += f"one run costs {_cost(advised, metrics)}."
     return said + _least_memory(advised, known, quality, comparisons)
-
-
-def _why_of_them(
-    advised: Mapping[str, Any],
-    as_fast: Sequence[Mapping[str, Any]],
-    equal: Sequence[Mapping[str, Any]],
-    comparisons: Sequence[Mapping[str, Any]],
-) -> str:
-    """Why this one of those that no difference was found between."""
-    if len(equal) == 1:
-        return ""
-    if len(as_fast) == 1:
-        return ", and it takes the least time of them"
-    smallest = all(v is advised or _better(comparisons, advised, v, "peak_memory_bytes") for v in as_fast)
-    memory = "it takes the least memory" if smallest else "none was found to take less memory"
-    if len(as_fast) == len(equal):
-        return f", no difference in time was found either, and of them {memory}"
-    fastest = wording.names([v["label"] for v in as_fast])
-    return f", and of the fastest ({fastest}: no difference in time found) {memory}"
 
 
 def _why(
@@ -94,6 +77,22 @@ def _why(
     if sizes:
         text += f" (one of {wording.difference(max(sizes), dict(quality))} would have been)"
     return text
+
+
+def _time_and_memory(
+    advised: Mapping[str, Any],
+    fastest: Mapping[str, Any],
+    as_fast: Sequence[Mapping[str, Any]],
+    comparisons: Sequence[Mapping[str, Any]],
+) -> str:
+    """Why this one of several equally good ones: only differences that were found are told as such."""
+    if len(as_fast) == 1:
+        return ", and it takes the least time of them"
+    others = [v for v in as_fast if v is not advised] if advised is fastest else [fastest]
+    text = f", nor one in time between it and {wording.names([v['label'] for v in others])}"
+    if all(_verdict(comparisons, advised, v, "peak_memory_bytes") != NOTHING for v in as_fast if v is not advised):
+        return text + ", and it takes the least memory of these"
+    return text + "; on average it took the least memory of these"
 
 
 def _cost(variant: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> str:

@@ -151,8 +151,7 @@ def _train(config: RunConfig, overwrite: bool, screen: Screen, console: Console)
         def listen(event: Event) -> None:
             if event["event"] == "planned":
                 screen.title("3  The plan, and the training")
-                if event["plan"] is not None:
-                    screen.plan(event["plan"].as_dict())
+                screen.plan(event["plan"].as_dict())
             elif event["event"] not in ("prepared", "loaded", "finished"):
                 progress(event)
 

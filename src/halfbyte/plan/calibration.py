@@ -57,7 +57,14 @@ class Calibration:
         return Interval(middle, middle * (1 + (self.probe_spread if probed else self.time_spread)))
 
 
-CPU = Calibration()
+CPU = Calibration(
+    memory_spread=0.08,
+    memory_margin=80_000_000,
+    time_spread=0.5,
+    probe_spread=0.25,
+    runs=44,
+    source="44 configurations on one processor (docs/planner-accuracy.md)",
+)
 GPU = Calibration()
 
 

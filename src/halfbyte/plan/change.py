@@ -29,11 +29,14 @@ class Change:
     @property
     def flags(self) -> str:
         """As one would type it."""
-        return " ".join(f"--{name.replace('_', '-')} {_word(value)}" for name, value in self.fields.items())
+        return " ".join(_flag(name.replace("_", "-"), value) for name, value in self.fields.items())
 
 
-def _word(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def _flag(name: str, value: Any) -> str:
+    """A switch takes no value."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {value}"
 
 
 def find(
@@ -71,6 +74,7 @@ def _open_layout(candidate: Candidate, data: DataShape) -> Iterator[Step]:
     request = candidate.request
     rows = request.batches[0][0] * request.batches[0][1]
     freed = replace(request, batches=((1, rows),))
+    by_layer = _by_layer(candidate)
     if request.checkpointing is False:
         yield (
             replace(candidate, request=replace(request, checkpointing=True)),
@@ -78,12 +82,15 @@ def _open_layout(candidate: Candidate, data: DataShape) -> Iterator[Step]:
             {"gradient_checkpointing": True},
             "",
         )
-    if request.batches[-1][0] > 1 and not _by_layer(candidate):
+    if request.batches[-1][0] > 1 and not by_layer:
         fields = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": rows}
         yield replace(candidate, request=freed), data, fields, "the same update"
         if request.checkpointing is False:
             both = replace(candidate, request=replace(freed, checkpointing=True))
             yield both, data, {**fields, "gradient_checkpointing": True}, "the same update"
+    for fewer in (n for n in (8, 4, 2, 1) if by_layer and n < rows):
+        smaller = replace(candidate, request=replace(request, batches=((fewer, 1),)))
+        yield smaller, data, {"per_device_train_batch_size": fewer}, f"{fewer} instead of {rows} rows an update"
 
 
 def _by_layer(candidate: Candidate) -> bool:
@@ -147,4 +154,5 @@ def _together(candidate: Candidate, data: DataShape) -> Iterator[Step]:
         )
     for length in LENGTHS:
         if length < data.longest:
-            yield lean, data.cut(length), {**freed, "max_seq_length": length}, ""
+            note = f"the longest row has {data.longest} tokens"
+            yield lean, data.cut(length), {**freed, "max_seq_length": length}, note

@@ -41,8 +41,9 @@ Where memory depends on the run, two setups bound it: *lean*, one row of 512 tok
 2,048; both recompute activations and train float32 adapters of rank 16 on all linears with AdamW. The figures are
 the stock stack's, transformers with PEFT and bitsandbytes, as modelled in
 [published-memory.md](published-memory.md): what the driver shows, the CUDA context included. Where halfbyte's own
-are given, they are arithmetic for a GPU that no GPU run has checked yet. A published range holds if lean takes
-no more than its low end and large no less than its high end: it says what ordinary runs take, not what one run does.
+are given, they are arithmetic for a GPU that no GPU run has checked yet. A published range holds if, to the whole GB,
+lean takes no more than its low end and large no less than its high end: it says what ordinary runs take, not what one
+run does.
 
 7B, 13B and 70B are Llama 2's shapes, 30B (32.5B parameters; some pages call it 33B) and 65B LLaMA's. 1 GB is 10⁹
 bytes. A card has what its driver shows, less what display and driver take (assumed, in the catalogue of machines).

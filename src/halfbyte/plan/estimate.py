@@ -16,7 +16,7 @@ from halfbyte.models.foreign_spec import ForeignSpec
 from halfbyte.models.spec import ModelSpec
 from halfbyte.optim.options import OptimOptions
 from halfbyte.plan import foreign, memory, time
-from halfbyte.plan.calibration import Calibration, Interval
+from halfbyte.plan.calibration import Calibration, Interval, of
 from halfbyte.plan.hardware import Rates
 from halfbyte.plan.memory import Job
 from halfbyte.plan.price import Price
@@ -241,8 +241,8 @@ class Estimate:
 
     @property
     def layout(self) -> str:
-        """In words, for a table: `4 x 4`, with `recomputed` where it is."""
-        return f"{self.batch[0]} x {self.batch[1]}{', recomputed' if self.job.checkpointing else ''}"
+        """In words: rows at once times accumulation."""
+        return f"{self.batch[0]} x {self.batch[1]} rows{', activations recomputed' if self.job.checkpointing else ''}"
 
     def as_dict(self) -> dict[str, Any]:
         seconds = {phase: self.calibration.seconds(value, self.probed) for phase, value in self.seconds.items()}
@@ -294,7 +294,7 @@ def estimate(
     price: Price | None = None,
 ) -> Estimate:
     """One method in the largest layout whose P95 is within `limit`; where none is, in the one that needs least."""
-    constants = calibration or Calibration()
+    constants = calibration or of(candidate.request.device)
     best: tuple[float, Job, tuple[int, int], Phases] | None = None
     for batch, checkpointing in _layouts(candidate.request, data):
         for eval_tokens in _eval_tokens(candidate.request, data):

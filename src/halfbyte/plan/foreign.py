@@ -250,13 +250,12 @@ def seconds(
     train = _seconds_of(training_work(shape, job, rows, source_share), job, rates)
     source = float(job.file_itemsize) * shape.total_parameters
     quantizing = shape.linear_parameters / rates.dequantize * 4 if job.method == "qlora" else 0.0
-    tokenizer = time.STARTUP_SECONDS + time.TOKENIZER_SECONDS_A_WORD * shape.vocab_size
     spec = _as_spec(shape)
     return {
-        "load": tokenizer + max(source, values + constants) / time.LOAD_BYTES_A_SECOND + quantizing,
+        "load": max(source, values + constants) / time.LOAD_BYTES_A_SECOND + quantizing,
         "train": train + time.optimizer_seconds(spec, job, rates) * job.steps,
         "evaluate": train / 3 * job.eval_tokens / max(job.train_tokens, 1),
-        "save": 4.0 * 4 * memory.trainable_parameters(spec, job) / time.LOAD_BYTES_A_SECOND,
+        "save": time.SAVE_SECONDS + 4.0 * 4 * memory.trainable_parameters(spec, job) / time.SAVE_BYTES_A_SECOND,
     }
 
 

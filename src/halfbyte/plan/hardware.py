@@ -342,7 +342,7 @@ def _gemm_rate(dtype: torch.dtype, device: str, budget: float = 0.4) -> float:
 
 def _bandwidth(device: str) -> float:
     """Bytes a second of a copy too large for any cache: what is read plus what is written."""
-    source = torch.ones((1 << 27) if device == "cpu" else (1 << 29), dtype=torch.uint8, device=device)
+    source = torch.ones((1 << 26) if device == "cpu" else (1 << 29), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = _best_seconds(lambda: target.copy_(source), device)
     return 2.0 * source.numel() / seconds

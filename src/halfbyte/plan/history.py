@@ -11,7 +11,6 @@ Units: bytes, seconds.
 """
 
 import contextlib
-import hashlib
 import itertools
 import json
 import math
@@ -25,8 +24,8 @@ from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from halfbyte.plan import arithmetic
 from halfbyte.plan import calibration as shipped_constants
-from halfbyte.plan import memory, time
 from halfbyte.plan.calibration import Calibration
 from halfbyte.plan.hardware import Hardware, machine_key
 from halfbyte.plan.refit import Ratios, refit
@@ -38,6 +37,8 @@ LAST_RUNS = 200
 KEPT_RUNS = 10_000
 SHORTEST = 10.0
 """Seconds below which a run tells nothing about time: that is start-up, and the plan's figures are rounded."""
+STEPPED_DOWN = "stepped_down"
+"""Status of a run for which memory fell short, and that went on in a smaller layout than was predicted for."""
 PATIENCE = 5.0
 """Seconds to wait for another process's lock."""
 
@@ -51,13 +52,13 @@ class Run:
     """One row. `predicted` is the arithmetic before any calibration and any probe, `said` what plan.json told at last.
 
     machine             `hardware.machine_key`: processor, cores, threads, GPU, torch version, backend
-    arithmetic          of which formulas `predicted` is (`arithmetic_version`)
+    arithmetic          of which formulas `predicted` is (`plan.arithmetic`)
     family, parameters  the architecture's name (gemma3_text) and its size
     quant, rank         NF4 or "gguf", ... and LoRA's rank; None where the method has none
     probed_seconds      the prediction after a probe, where there was one
     phases              {"predicted", "probed", "measured"}: {"bytes" | "seconds": {phase: figure}} as JSON
-    status              completed or stopped_early
-    resumed, first      it was interrupted once; it was the first run of its process
+    status              completed, stopped_early or stepped_down
+    resumed, first      it was interrupted once; it was the first of its process to take memory
     """
 
     finished: str
@@ -101,7 +102,11 @@ class Run:
 
     @property
     def tells_memory(self) -> bool:
-        return self.first and not self.resumed and min(self.predicted_bytes, self.measured_bytes) > 0
+        """A run that stepped down took less than its layout would have: more than predicted it may have taken still."""
+        predicted, measured = self.predicted_bytes, self.measured_bytes
+        if not self.first or self.resumed or min(predicted, measured) <= 0:
+            return False
+        return self.status != STEPPED_DOWN or measured > predicted
 
     @property
     def tells_time(self) -> bool:
@@ -131,15 +136,6 @@ def path() -> Path:
 def enabled() -> bool:
     """Unless HALFBYTE_HISTORY is 0, no, off or false."""
     return os.environ.get("HALFBYTE_HISTORY", "1").strip().lower() not in ("0", "no", "off", "false")
-
-
-def arithmetic_version() -> str:
-    """Eight hex digits of the formulas: what other ones predicted says nothing about what these will."""
-    digest = hashlib.sha256()
-    for module in (memory, time):
-        with contextlib.suppress(OSError, TypeError):
-            digest.update(Path(str(module.__file__)).read_bytes())
-    return digest.hexdigest()[:8]
 
 
 def keep(run: Run) -> str | None:
@@ -234,8 +230,10 @@ def _open(create: bool) -> Iterator[sqlite3.Connection]:
 
 def calibration(machine: str, device: str) -> Calibration | None:
     """The constants that this machine's runs ask for (`plan.refit`); None where there are none to learn from."""
-    version = arithmetic_version()
-    found = [run for run in runs(machine, device) if run.arithmetic == version]
+    found = runs(machine, device)
+    if found:
+        version = arithmetic.version()
+        found = [run for run in found if run.arithmetic == version]
     shipped = shipped_constants.of(device)
     held, taken = [r for r in found if r.tells_memory], [r for r in found if r.tells_time]
     probed = [run for run in taken if run.probed_seconds]
@@ -286,7 +284,7 @@ def accuracy(machine: str, device: str) -> dict[str, Any]:
         "machine": machine,
         "device": device,
         "runs": len(found),
-        "other_runs": len(runs()) - len(found),
+        "other_runs": sum((run.machine, run.device) != (machine, device) for run in runs(last=KEPT_RUNS)),
         "methods": {name: _errors([run for run in found if run.method_name == name]) for name in methods},
         "all": _errors(found),
         "worst": {"memory": _worst(found, "memory"), "time": _worst(found, "time")},

@@ -16,7 +16,7 @@ from halfbyte.plan.calibration import Calibration
 from halfbyte.plan.estimate import Candidate, DataShape, Estimate, Request, Shape, estimate, least_peak
 from halfbyte.plan.hardware import Hardware, Rates
 from halfbyte.plan.price import Price
-from halfbyte.plan.rule import gb
+from halfbyte.plan.rule import gb, hours
 
 __all__ = [
     "Candidate", "DataShape", "Estimate", "Plan", "Request", "Shape", "check_fits", "estimate",
@@ -62,6 +62,13 @@ class Plan:
 
     def fits(self, estimate: Estimate) -> bool:
         return estimate.peak_p95 <= self.budget
+
+    @property
+    def installed(self) -> int:
+        """Bytes that the device has in all, whatever the budget says."""
+        gpus = self.hardware["gpus"]
+        own: int = gpus[0]["memory"] if self.chosen.job.device == "cuda" and gpus else self.hardware["memory_total"]
+        return own
 
     def verdict(self, estimate: Estimate) -> Verdict:
         """`fits` is a promise (P95), `tight` is more likely than not (P50)."""
@@ -149,11 +156,22 @@ def make_plan(
     else:
         name, clause, reason = asked or request.method, "asked", "asked for"
     chosen = next(e for e in estimates if e.name == name)
+    if clause != "deadline":  # that reason says it
+        reason += _lateness(chosen, deadline)
     changes = _changes(spec, ranked, data, rates, limit, made) if advise else None
     return Plan(
         estimates, limit, why, chosen.method, reason, data, hardware.as_dict(), asdict(rates),
         name=name, clause=clause, changes=changes, deadline=deadline,
     )  # fmt: skip
+
+
+def _lateness(chosen: Estimate, deadline: float | None) -> str:
+    """What the reason adds where the deadline is not sure to be kept."""
+    if deadline is None or chosen.time.p95 <= deadline:
+        return ""
+    if chosen.time.p50 <= deadline:
+        return f"; it may take longer than the {hours(deadline)} that it has"
+    return f"; it is not done within {hours(deadline)}"
 
 
 def where(device: str) -> str:
@@ -239,9 +257,14 @@ def _choose(
 
 
 def check_fits(plan: Plan) -> None:
-    """DoesNotFit if the plan's method is over its budget at p95."""
+    """DoesNotFit if the plan's method is over its budget at p95, or over what the machine has in all."""
     if not plan.fits(plan.chosen):
         raise DoesNotFit(too_big(plan.chosen, plan.budget, plan.budget_reason, plan))
+    if plan.chosen.peak_p95 > plan.installed:
+        raise DoesNotFit(
+            f"{plan.name} needs up to {gb(plan.chosen.peak_p95)}, and this machine has {gb(plan.installed)} of "
+            f"{where(plan.chosen.job.device)} in all, whatever --memory says: plan again with less"
+        )
 
 
 def too_big(e: Estimate, budget: int, why: str, plan: Plan | None = None) -> str:
@@ -262,5 +285,5 @@ def too_big(e: Estimate, budget: int, why: str, plan: Plan | None = None) -> str
         advice = f"most of it is {largest} ({gb(parts[largest])}): {tips.get(largest, 'try a smaller model')}"
     return (
         f"{e.name} needs at least {gb(e.peak_p95)} (expected {gb(e.peak)}, in phase '{e.peak_phase}', with "
-        f"{e.layout} rows), and the budget is {gb(budget)} ({why}): {advice}"
+        f"{e.layout}), and the budget is {gb(budget)} ({why}): {advice}"
     )

@@ -16,8 +16,8 @@ says the same in other words. The clauses of `choose`, in order; the first that 
             that LoRA would decode into 16 bits, in a fraction of the memory, and they are what is served afterwards.
 `room`      LoRA where its 16-bit base fits with room. Four bits are never better than sixteen, and small models lose
             much in them: NF4 raises Gemma 270M's perplexity by a quarter and Qwen 1.5B's by 4 %, and Gemma's loss
-            after training is 0.10 lower on 16 bits (docs/results.md). It costs no time: a QLoRA step takes 0.96 of a
-            LoRA step on a CPU (docs/benchmarks.md) and more than one on a GPU. "Room" is 80 % of a budget that is
+            after training is 0.10 lower on 16 bits (docs/results.md). It costs next to no time: a QLoRA step takes
+            0.96 of a LoRA step on a CPU (docs/benchmarks.md), more on a GPU. "Room" is 80 % of a budget that is
             only what is free now, and all of one that was stated with --memory; and LoRA must not pay for the memory
             with time, by recomputing activations where QLoRA need not, or by being a quarter slower in small batches.
 `memory`    QLoRA: it fits where LoRA does not, or not well. From 7B on, the published comparisons find the same
@@ -136,7 +136,7 @@ def choose(case: Case, offers: Sequence[Offer]) -> Choice | None:
         return None
     pool, late = _in_time(fitting, case.deadline)
     if late:
-        return Choice(late.name, "deadline", f"no method is done within {_hours(case.deadline)}; this is the fastest")
+        return Choice(late.name, "deadline", f"no method is done within {hours(case.deadline)}; this is the fastest")
     # Variants stand for their base only where the plain method was not asked about.
     of_base: dict[str, Offer] = {}
     for offer in sorted(pool, key=lambda o: o.name != o.base):
@@ -201,7 +201,7 @@ def _instead_of(case: Case, qlora: Offer, lora: Offer | None, every_lora: Offer 
     if every_lora.peak.p95 > case.budget:
         return f"it fits in {gb(case.budget)}, which {every_lora.name} on a 16-bit base ({need}) does not"
     if lora is None:
-        return f"it is done within {_hours(case.deadline)}, which {every_lora.name} is not"
+        return f"it is done within {hours(case.deadline)}, which {every_lora.name} is not"
     if lora.peak.p95 > case.room:
         return (
             f"{lora.name} on a 16-bit base would take {need} of the {gb(case.budget)} that are free now, and this "
@@ -219,8 +219,11 @@ def _pace(one: Offer, other: Offer) -> str:
     return "no slower" if ratio < 1.03 else f"{ratio - 1:.0%} slower"
 
 
-def _hours(seconds: float | None) -> str:
+def hours(seconds: float | None) -> str:
+    """Seconds for people."""
     assert seconds is not None
+    if seconds < 60:
+        return f"{seconds:.3g} s"
     return f"{seconds / 3600:.3g} h" if seconds >= 3600 else f"{seconds / 60:.3g} min"
 
 

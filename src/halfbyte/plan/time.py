@@ -17,12 +17,24 @@ import numpy as np
 from halfbyte.models.spec import ModelSpec
 from halfbyte.plan import engine_rates
 from halfbyte.plan.hardware import Rates
-from halfbyte.plan.memory import Job, adapter_parameters, base_bytes, layer_tensors, targets, trainable_parameters
+from halfbyte.plan.memory import (
+    Job,
+    adapter_parameters,
+    base_bytes,
+    layer_tensors,
+    optimizer_state,
+    targets,
+    trainable_bytes,
+    trainable_parameters,
+)
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a part over its operations (or bytes) at the measured rate; `layer` is seconds a layer and pass."""
+    """Seconds of a part over those that it would take at the measured rate; `layer` is seconds a layer and pass.
+
+    Below 1 for products: a model's are larger than the ones that were measured.
+    """
 
     linears: float
     adapters: float
@@ -30,21 +42,26 @@ class Costs:
     attention: float
     traffic: float
     layer: float
+    update: float
 
 
-NATIVE = Costs(linears=1.05, adapters=1.5, loss=1.1, attention=1.1, traffic=6.0, layer=3e-4)
+NATIVE = Costs(linears=0.885, adapters=1.2, loss=1.1, attention=0.8, traffic=10.0, layer=2.5e-3, update=2.0)
 """With the native engine and frozen weights."""
-TORCH = Costs(linears=1.4, adapters=2.0, loss=2.0, attention=1.1, traffic=10.0, layer=5e-4)
-"""Where PyTorch multiplies: trained weights, a GPU, a processor without the engine."""
+TORCH = Costs(linears=0.73, adapters=1.0, loss=2.2, attention=0.8, traffic=20.0, layer=2.5e-3, update=4.5)
+"""Where PyTorch multiplies on a processor: trained weights, or no engine."""
+CUDA = Costs(linears=1.4, adapters=2.0, loss=2.0, attention=1.1, traffic=10.0, layer=1e-4, update=1.0)
+"""On a GPU. Guesses: nothing was measured there."""
 GEMM_EFFICIENCY = 0.55
 """Share of torch's measured rate that a step's products are taken to reach where the engine was not measured."""
 FORWARD = 0.4
-"""A forward pass beside a forward and a backward one, adapters' gradients included, for what is not a product."""
-LOAD_BYTES_A_SECOND = 400e6
-STARTUP_SECONDS = 0.5
-TOKENIZER_SECONDS_A_WORD = 5e-6
-OUTPUT_SECONDS_A_WORD = 2e-6
-"""Writing the tokenizer's files at the end."""
+"""A forward pass beside a forward and a backward one, for what is not a product."""
+LOAD_BYTES_A_SECOND = 3e9
+"""Of a file that the system has in memory. One that must come from a disk first takes the disk's time instead."""
+QUANTIZING = 20.0
+"""Quantizing a weight takes so much longer than decoding it."""
+SAVE_SECONDS, SAVE_BYTES_A_SECOND = 0.5, 1e9
+"""The model card and the tokenizer's files; tensors with their checksums, to a disk that buffers them."""
+MINUTES_A_CHECKPOINT = 15.0
 
 
 @dataclass(frozen=True)
@@ -88,6 +105,8 @@ class Work:
 
 
 def costs_of(job: Job) -> Costs:
+    if job.device != "cpu":
+        return CUDA
     return NATIVE if job.native_linears else TORCH
 
 
@@ -153,7 +172,7 @@ def evaluation_seconds(spec: ModelSpec, job: Job, length: float, rates: Rates) -
     forward = Work(
         linears=work.linears / (2 + full + again),
         adapters=work.adapters / (3 + again),
-        loss=work.loss / (2 + full),
+        loss=work.loss / 2,  # where the head is trained, the exponentials make up for the third product
         attention=work.attention / (3.5 + again),
         traffic=work.traffic * FORWARD / (1.0 + FORWARD * again),
         layers=work.layers / (2 + again),
@@ -168,22 +187,25 @@ def phases(spec: ModelSpec, job: Job, rates: Rates, length: float) -> dict[str, 
     # What the file has in blocks of its own, or beside them, is read as it is.
     linears = [x for x in spec.linears() if job.is_coded(x.name)]
     fresh = sum(x.parameters for x in linears if job.held_bytes(f"{x.name}.weight") is None)
-    quantizing = fresh / rates.dequantize * 4 if job.method == "qlora" else 0.0
+    quantizing = fresh / rates.dequantize * QUANTIZING if job.method == "qlora" else 0.0
     train = training_work(spec, job, counts_of(job, length), rates).seconds(costs_of(job))
-    tokenizer = STARTUP_SECONDS + TOKENIZER_SECONDS_A_WORD * spec.vocab_size
-    written = 4.0 * spec.total_parameters if job.method == "full" else 4.0 * 4 * adapter_parameters(spec, job)
+    train += optimizer_seconds(spec, job, rates) * job.steps
+    kept, state = trainable_bytes(spec, job), optimizer_state(spec, job)
+    checkpoints = 1 + int(train / (60 * MINUTES_A_CHECKPOINT))
+    # Adapters are written twice into a checkpoint, as the run resumes from them and as PEFT reads them.
+    written = checkpoints * (state + kept * (1 if job.method == "full" else 2)) + kept
     return {
-        "load": tokenizer + max(source, values + constants) / LOAD_BYTES_A_SECOND + quantizing,
-        "train": train + optimizer_seconds(spec, job, rates) * job.steps,
+        "load": max(source, values + constants) / LOAD_BYTES_A_SECOND + quantizing,
+        "train": train,
         "evaluate": evaluation_seconds(spec, job, length, rates),
-        "save": written / LOAD_BYTES_A_SECOND + OUTPUT_SECONDS_A_WORD * spec.vocab_size,
+        "save": SAVE_SECONDS + written / SAVE_BYTES_A_SECOND,
     }
 
 
 def optimizer_seconds(spec: ModelSpec, job: Job, rates: Rates) -> float:
     """One update beside its gradient: parameter, gradient and two moments, most of them read and written."""
     count = trainable_parameters(spec, job)
-    seconds = count * (4.0 * 4 if job.optim.endswith("8bit") else 4.0 * 7) / rates.bandwidth
+    seconds = count * (4.0 * 4 if job.optim.endswith("8bit") else 4.0 * 7) / rates.bandwidth * costs_of(job).update
     if job.method != "full" and job.lora.use_dora:
         # DoRA measures the rows of every adapted weight once an update: a product with the rows of A, 64 at least.
         products = sum(2.0 * x.parameters * max(64, job.lora.rank_of(x.name)) for x in targets(spec, job))

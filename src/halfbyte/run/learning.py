@@ -1,7 +1,8 @@
 """A run's figures for what learns from them: the time left while it goes on, the machine's history once it is over.
 
 outlook(path, config, prepared)          fields of the training plan that the time left is made from
-remember(path, config, found, result)    plan.json and result.json as a row of `plan.history`
+untouched()                              whether the process's peak will be the run's
+remember(path, config, found, result, alone)    plan.json and result.json as a row of `plan.history`
 accuracy_here()                          what the rows of this machine say of the predictions
 """
 
@@ -14,15 +15,20 @@ from typing import Any
 
 from halfbyte import ops
 from halfbyte.data import Prepared
+from halfbyte.errors import HalfbyteError
 from halfbyte.models.spec import ModelSpec
-from halfbyte.plan import history
+from halfbyte.plan import arithmetic, history
 from halfbyte.plan.hardware import detect
+from halfbyte.plan.memory import PROCESS_FLOOR
 from halfbyte.run import tasks
 from halfbyte.run.config import RunConfig
 from halfbyte.run.planning import Survey
 from halfbyte.train.events import read_events
+from halfbyte.train.memory import process_memory
 from halfbyte.train.run_directory import EVENTS, PLAN
 
+FRESH = 1.5 * PROCESS_FLOOR
+"""Bytes of a process that has imported what a run needs, and not much else."""
 SCORING_LABELS = 5
 """Passes over the rows that base against tuned costs where answers are labels, each of which is scored: measured."""
 
@@ -42,20 +48,35 @@ def final_evaluations(config: RunConfig, prepared: Prepared) -> int:
 
 
 def predicted(plan: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """Seconds by phase as plan.json has them, after the probe where there was one."""
+    """Seconds by phase as plan.json has them, after the probe where there was one.
+
+    None for a plan of an older version, which had one figure where there is an interval now, or one that was changed.
+    """
     if plan is None:
         return None
-    seconds = history.middles(plan.get("seconds_by_phase", {}))
-    return {"seconds": seconds, "probed": bool(plan.get("probed"))} if seconds else None
+    try:
+        seconds = history.middles(plan["seconds_by_phase"])
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return None
+    return {"seconds": seconds, "probed": bool(plan.get("probed"))}
 
 
-def remember(path: Path, config: RunConfig, found: Survey, result: Mapping[str, Any]) -> str | None:
-    """Keep what was predicted and what happened, if anything was. Returns what to warn of; never raises."""
+def untouched() -> bool:
+    """Before a run: whether this process has had no more memory than one that has just begun. A notebook's peak may be
+    whatever was done in it before."""
+    return process_memory()[1] < FRESH
+
+
+def remember(path: Path, config: RunConfig, found: Survey, result: Mapping[str, Any], alone: bool = True) -> str | None:
+    """Keep what was predicted and what happened, if anything was. Returns what to warn of; never raises.
+
+    alone   whether the process's peak is this run's (`untouched` before it began)
+    """
     if not history.enabled():
         return None
     try:
-        run = row(path, config, found, result)
-    except (KeyError, TypeError, ValueError, OSError) as error:
+        run = row(path, config, found, result, alone)
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, OSError, HalfbyteError) as error:
         return f"this run is not in the history: its plan.json is not as it was written ({type(error).__name__})"
     return history.keep(run) if run is not None else None
 
@@ -66,7 +87,9 @@ def accuracy_here() -> dict[str, Any]:
     return history.accuracy(history.key_of(hardware, hardware.device), hardware.device)
 
 
-def row(path: Path, config: RunConfig, found: Survey, result: Mapping[str, Any]) -> history.Run | None:
+def row(
+    path: Path, config: RunConfig, found: Survey, result: Mapping[str, Any], alone: bool = True
+) -> history.Run | None:
     """The figures of a finished run; None where nothing was predicted."""
     plan = _plan_of(path)
     if plan is None or not isinstance(found.spec, ModelSpec):
@@ -83,7 +106,7 @@ def row(path: Path, config: RunConfig, found: Survey, result: Mapping[str, Any])
         device=str(config.device),
         backend=ops.backend().name,
         halfbyte=_version(),
-        arithmetic=history.arithmetic_version(),
+        arithmetic=arithmetic.version(),
         family=_family(found),
         parameters=found.spec.total_parameters,
         trainable_parameters=plan["trainable_parameters"],
@@ -106,9 +129,9 @@ def row(path: Path, config: RunConfig, found: Survey, result: Mapping[str, Any])
         said_seconds_p95=seconds["p95"],
         probed_seconds=seconds["p50"] if plan["probed"] else None,
         measured_seconds=result["seconds"],
-        status=result["status"],
+        status=history.STEPPED_DOWN if any(result["layout"].values()) else result["status"],
         resumed=any(event["event"] == "resume" for event in events),
-        first=history.first_of_process(),
+        first=history.first_of_process() and alone,
         phases=history.phases_of(plan, result),
     )
 

@@ -86,6 +86,8 @@ def offer(
     local = next((name for name, machine in chosen.items() if machine is None and name in LOCAL), None)
     if local is not None:
         config = config.replace(device=local)
+    elif devices:
+        config = config.replace(device="auto")  # whatever the config asks of this machine, it is about others
     amount = None if price is None else Price.parse(price)
     if amount is not None and len(chosen) > 1 and local is None:
         raise UsageError(
@@ -133,6 +135,9 @@ def _machines(names: Sequence[str], extra: Path | None) -> dict[str, Machine | N
         else:
             machine = catalog.find_machine(word, extra)
             found[machine.name] = machine
+    here = [name for name, machine in found.items() if machine is None]
+    if len(here) > 1:
+        raise UsageError(f"--device: {' and '.join(here)} are both this machine: name one of them")
     return found or {"": None}
 
 

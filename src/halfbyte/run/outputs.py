@@ -103,9 +103,9 @@ def result_of(
 ) -> dict[str, Any]:
     """result.json: what happened, beside what was predicted."""
     predicted: dict[str, Any] = {}
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # a spoilt plan costs no run
         plan = json.loads((path / PLAN).read_bytes())
-        predicted = {key: plan[key] for key in ("peak_memory_bytes", "seconds")}
+        predicted = {key: {at: plan[key][at] for at in ("p50", "p95")} for key in ("peak_memory_bytes", "seconds")}
     return {
         "schema_version": SCHEMA_VERSION,
         "method": config.method,

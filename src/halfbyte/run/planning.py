@@ -20,7 +20,7 @@ from halfbyte.data import Example, Prepared, prepare
 from halfbyte.data.builtin_templates import BUILTINS
 from halfbyte.data.options import DataOptions, DataSource, sources_of
 from halfbyte.errors import UsageError
-from halfbyte.evaluate.preference import DpoOptions
+from halfbyte.models.config_source import ConfigOnly
 from halfbyte.models.foreign_spec import ForeignSpec
 from halfbyte.models.load import check_pattern, resolve_device, resolve_dtype
 from halfbyte.models.source import ModelSource, open_source
@@ -36,6 +36,7 @@ from halfbyte.plan.price import Price
 from halfbyte.plan.recommend import Candidate, DataShape, Plan, Request, Shape, least_peak, make_plan
 from halfbyte.quant.options import QuantOptions
 from halfbyte.run import tasks
+from halfbyte.run.checks import check_options, check_task
 from halfbyte.run.config import RunConfig
 from halfbyte.run.continued import with_adapter
 from halfbyte.run.variants import Variant, variants
@@ -172,8 +173,8 @@ def make(found: Survey, rates: Rates | None = None, ask: Ask | None = None) -> P
     UsageError for options that have no effect or contradict the data. What does not fit is for `check_fits` to refuse.
     """
     ask = ask or Ask()
-    check_task(found)
-    check_options(found)
+    check_task(found.config, found.prepared)
+    check_options(found.config, found.prepared)
     config, spec = found.config, found.spec
     if spec is not None and config.method in ("auto", "qlora"):
         check_pattern(config.pick(QuantOptions), spec)
@@ -185,16 +186,21 @@ def make(found: Survey, rates: Rates | None = None, ask: Ask | None = None) -> P
     if spec is None and any(variant.config.method == "full" for variant in compared):
         raise UsageError(NO_FULL)
     asked = request(config, found, ask.machine)
+    candidates = [_candidate(variant, found, ask) for variant in compared]
+    if asked.method == "auto" and not any(candidate.choosable for candidate in candidates):
+        names = ", ".join(candidate.name for candidate in candidates)
+        raise UsageError(f"--methods {names}: these rows or this adapter need another: add lora or qlora")
+    budget, why = _budget(config.memory, machine)
     plan = make_plan(
         found.shape,
         asked,
         found.data,
         hardware,
         found_rates,
-        machine.usable if machine is not None and config.memory is None else config.memory,
-        [_candidate(variant, found, ask) for variant in compared],
+        budget,
+        candidates,
         asked=None if asked.method == "auto" else config.replace(method=asked.method).method_name,
-        budget_reason=None if machine is None or config.memory is not None else f"the memory of {machine.name}",
+        budget_reason=why,
         price=ask.price or (machine.price if machine is not None else None),
         deadline=ask.deadline,
         advise=ask.advise,
@@ -202,6 +208,13 @@ def make(found: Survey, rates: Rates | None = None, ask: Ask | None = None) -> P
     )
     plan = replace(plan, machine=machine.name if machine else None, assumed=assumptions(found, hardware, ask))
     return _with_machines(plan, compared, found) if ask.advise else plan
+
+
+def _budget(stated: int | None, machine: Machine | None) -> tuple[int | None, str | None]:
+    """(bytes, whose they are); None for what `make_plan` decides. Another machine gives no more than it has."""
+    if machine is None or (stated is not None and stated <= machine.usable):
+        return stated, None
+    return machine.usable, f"the memory of {machine.name}"
 
 
 def _machine(found: Survey, ask: Ask, rates: Rates | None) -> tuple[Hardware, Rates]:
@@ -217,12 +230,19 @@ def _candidate(variant: Variant, found: Survey, ask: Ask) -> Candidate:
     """`auto` does not take a method that what the user set, or these rows, do not go with."""
     whole = variant.config.method == "full"
     unfit = whole and (asks_reference(found) or found.config.adapter_path is not None)
-    asked = variant.name in ask.methods
+    useless = bool(variant.lost) or _ignores(variant.config.method, found.config)
     return Candidate(
         variant.name,
         request(variant.config, found, ask.machine),
-        choosable=not unfit and (asked or not variant.lost),
+        choosable=not unfit and (variant.name in ask.methods or not useless),
     )
+
+
+def _ignores(method: str, config: RunConfig) -> bool:
+    """Whether a method has no use for a rank, a target or a format that the user chose."""
+    if method == "full" and any(config.given(name) for name in LoraOptions.model_fields):
+        return True
+    return method != "qlora" and any(config.given(name) for name in QuantOptions.model_fields)
 
 
 def _with_machines(plan: Plan, compared: Sequence[Variant], found: Survey) -> Plan:
@@ -240,7 +260,8 @@ def _with_machines(plan: Plan, compared: Sequence[Variant], found: Survey) -> Pl
                 made = plan.chosen.calibration if found.spec is None else of(asked.device)
                 least[kind] = int(least_peak(found.shape, Candidate(name, asked), found.data, made))
             if least[kind] <= machine.usable and machine.name != plan.machine:
-                changes[name] = (*changes[name], Change({"device": machine.name}, least[kind], machine.title))
+                note = machine.title if found.config.memory is None else f"{machine.title}, without --memory"
+                changes[name] = (*changes[name], Change({"device": machine.name}, least[kind], note))
                 break
     return replace(plan, changes=changes)
 
@@ -251,6 +272,11 @@ def assumptions(found: Survey, hardware: Hardware, ask: Ask) -> tuple[str, ...]:
     if data.assumed:
         said.append(
             f"no data was given: {data.rows:,} rows of {data.longest} tokens, half of them supervised, are assumed"
+        )
+    if isinstance(found.source, ConfigOnly) and found.source.config.get("quantization_config"):
+        said.append(
+            f"{found.source.name} is quantized, and only its config.json was read: it is planned as a 16-bit model and "
+            "not with its own blocks"
         )
     if ask.machine is not None:
         said.append(
@@ -268,42 +294,6 @@ def assumptions(found: Survey, hardware: Hardware, ask: Ask) -> tuple[str, ...]:
     return tuple(said)
 
 
-def check_options(found: Survey) -> None:
-    """UsageError for options that were set and that this optimizer, or these rows, leave without effect."""
-    config, prepared = found.config, found.prepared
-    names = type(config).model_fields
-    idle: dict[str, str] = {}
-    if not config.galore:
-        idle |= {name: "optim galore_…" for name in names if name.startswith("galore_")}
-    if not config.paged:
-        idle |= dict.fromkeys(("optim_memory", "optim_offload_dir"), "optim paged_…")
-    if prepared is not None and not prepared.pairs:
-        idle |= dict.fromkeys(DpoOptions.model_fields, "task dpo, and these rows are no pairs of answers")
-    if prepared is not None and not prepared.labels:
-        idle["label_names"] = "rows with labels, and these have none"
-    for name, purpose in idle.items():
-        if getattr(config, name) != names[name].get_default(call_default_factory=True):
-            raise UsageError(f"{name} is for {purpose}: leave it out")
-
-
-def check_task(found: Survey) -> None:
-    """UsageError where the rows and the method do not go together."""
-    prepared = found.prepared
-    if prepared is None:
-        return
-    odd = next((example for example in prepared.eval if (example.rejected is not None) != prepared.pairs), None)
-    if odd is not None:
-        raise UsageError(
-            f"{odd.origin}: held-out rows must be of the kind that is trained on, "
-            f"{'pairs of answers (prompt, chosen, rejected)' if prepared.pairs else 'not pairs of answers'}"
-        )
-    if prepared.pairs and found.config.method == "full":
-        raise UsageError(
-            "task dpo compares the model with what it was before, which is the base with its adapter switched off; "
-            "method full changes the base itself: use lora or qlora"
-        )
-
-
 def asks_reference(found: Survey) -> bool:
     """Whether a reference is asked about the rows before the first step."""
     return found.prepared is not None and found.prepared.pairs
@@ -317,7 +307,9 @@ def plan_of(config: RunConfig, ask: Ask | None = None) -> Plan:
 def request(config: RunConfig, found: Survey, machine: Machine | None = None) -> Request:
     """What the config asks of the plan; on another machine, in the type that it computes in."""
     options = _training(config)
-    batches = dict.fromkeys(batch_rows(options, fits) for fits in range(EFFECTIVE_BATCH, 0, -1))
+    # Per-layer updates have one micro-batch: fewer rows at once would be another update.
+    sizes = (EFFECTIVE_BATCH,) if config.by_layer else range(EFFECTIVE_BATCH, 0, -1)
+    batches = dict.fromkeys(batch_rows(options, fits) for fits in sizes)
     data = found.data
     rows_per_update = next(iter(batches))[0] * next(iter(batches))[1]
     per_epoch, steps = count_steps(data.rows, rows_per_update, options)

@@ -27,6 +27,7 @@ import torch
 
 from halfbyte.data import Example, plan_micro_batches
 from halfbyte.errors import HalfbyteError
+from halfbyte.heap import give_back
 from halfbyte.plan.memory import Job
 from halfbyte.plan.recommend import Plan
 from halfbyte.plan.time import Counts, Probed
@@ -176,6 +177,8 @@ class Rehearsal:
             _gradient(stage, batch)
             seconds = _clock(stage) - started
             _require_budget(stage)
+            stage.optimizer.zero_grad()
+            give_back()  # as after every update of the run, whose peak this is to show
         return Probed(self._size(members), seconds)
 
     def _evaluated(self, stage: Stage) -> Probed | None:

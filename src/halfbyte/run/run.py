@@ -102,14 +102,14 @@ def run(config: RunConfig, on_event: Listener = silent, overwrite: bool = False)
 
     overwrite   replace a run that is in the folder already; otherwise that is a UsageError
     """
+    alone = learning.untouched()
     if config.output_dir is not None:
         require_output(config, config.output_dir, overwrite)
     require_sinks(config.report_to)
     found = planning.survey(with_adapter(config))
     tell_prepared(found, on_event)
     plan = planning.make(found)
-    if plan is not None:
-        check_fits(plan)
+    check_fits(plan)
     resolved = planning.resolve(found, plan)
     assert resolved.output_dir is not None
     require_weights(found, resolved)
@@ -118,9 +118,8 @@ def run(config: RunConfig, on_event: Listener = silent, overwrite: bool = False)
     on_event({"event": "planned", "config": resolved, "plan": plan, "record": record})
     with RunDirectory.create(resolved.output_dir, overwrite) as directory, _discarded_unless_begun(directory):
         write_atomic(directory.path / CONFIG, to_yaml(resolved, record))
-        if plan is not None:
-            write_atomic(directory.path / PLAN, json.dumps(plan.as_dict(), indent=2) + "\n")
-        return _interruptible(directory, partial(_train, directory, resolved, record, found, on_event, plan))
+        write_atomic(directory.path / PLAN, json.dumps(plan.as_dict(), indent=2) + "\n")
+        return _interruptible(directory, partial(_train, directory, resolved, record, found, on_event, plan, alone))
 
 
 def resume(path: Path, on_event: Listener = silent, max_steps: int | None = None) -> RunResult:
@@ -220,8 +219,12 @@ def _train(
     found: Survey,
     on_event: Listener,
     planned: Plan | None = None,
+    alone: bool = False,
 ) -> RunResult:
-    """Everything between the first file of a run and its last. `planned`: of a new run."""
+    """Everything between the first file of a run and its last.
+
+    planned, alone  of a new run: its plan, and whether nothing but it has had memory in this process
+    """
     clock = time.perf_counter
     started = clock()
     prepared = found.prepared
@@ -251,7 +254,7 @@ def _train(
     base = in_chunks(partial(_base_of_full, directory.path, config, loaded, prepared), tokens, tell)
     plan = train_plan(config, loaded, trainable, prepared, planning.identity(found))
     if rehearsal.is_due(config, planned):
-        correct = partial(_correct_plan, directory.path, found, planned, loaded)
+        correct = partial(_correct_plan, directory.path, found, planned, loaded, loading)
         plan = replace(plan, rehearse=rehearsal_of(config, loaded, prepared, plan.total_steps, correct))
     model: Any = loaded.model
     reference: Tensor | None = None
@@ -277,7 +280,7 @@ def _train(
     pool.clear()  # activations are done with: the tokenizer's files are made of as much garbage as a small model takes
     give_back()
     result = outputs.write(directory.path, config, record, found, loaded, trained, scores, beside)
-    if (problem := learning.remember(directory.path, config, found, result)) is not None:
+    if (problem := learning.remember(directory.path, config, found, result, alone)) is not None:
         on_event({"event": "warning", "step": trained.step, "message": problem})
     on_event({"event": "finished", "path": directory.path, "result": result})
     return RunResult(directory.path, config, result)
@@ -457,9 +460,10 @@ def rehearsal_of(
 
 
 def _correct_plan(
-    path: Path, found: Survey, plan: Plan | None, loaded: LoadedModel, measured: Measured
+    path: Path, found: Survey, plan: Plan | None, loaded: LoadedModel, loading: float, measured: Measured
 ) -> Event | None:
-    """Write plan.json anew, with the seconds that the probe of this very run leads to; the memory stays the plan's.
+    """Write plan.json anew, with the seconds that loading and the probe of this very run took or lead to; the memory
+    stays the plan's.
 
     Returns them for the time left, as fields of the rehearsal's event.
     """
@@ -471,7 +475,7 @@ def _correct_plan(
         measured.update_seconds, measured.evaluation,
     )  # fmt: skip
     before = plan.as_dict()
-    better = plan.corrected(seconds | {"rehearsal": measured.seconds}).as_dict() | {
+    better = plan.corrected(seconds | {"load": loading, "rehearsal": measured.seconds}).as_dict() | {
         "probed": True,
         "before_probe": {name: before[name] for name in ("seconds", "seconds_by_phase")},
     }
