@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,29 @@ def test_finished_cells_are_never_run_twice(
 
 
 @pytest.mark.slow
+def test_half_removed_cells_and_moved_rows_are_no_dead_end(
+    whole: Comparison, model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """Killed while a cell was removed, and another one was begun where the rows lay before."""
+    assert whole.report is not None
+    copy, moved = tmp_path / "copy", tmp_path / "moved" / data_file.name
+    shutil.copytree(whole.path, copy)
+    moved.parent.mkdir()
+    shutil.copyfile(data_file, moved)
+    first, second = (copy / cell["path"] for cell in whole.report["cells"][:2])
+    (first / "run.yaml").unlink()
+    (second / "result.json").unlink()
+    text = (second / "run.yaml").read_text()
+    assert str(data_file) in text
+    (second / "run.yaml").write_text(text.replace(str(data_file), str(tmp_path / "gone" / data_file.name)))
+    events = Events()
+    again = compare(request_of(model_folder, moved, copy), events)
+    assert again.failed == {}
+    assert events.begun == [("lora", "train"), ("qlora", "train")]
+    assert losses(again.report) == losses(whole.report)
+
+
+@pytest.mark.slow
 def test_one_more_method_runs_only_its_own_cells(
     whole: Comparison, model_folder: Path, data_file: Path, tmp_path: Path
 ) -> None:
@@ -185,6 +209,19 @@ def test_a_run_that_is_another_is_not_accepted(
     design = make_design(request_of(model_folder, data_file, tmp_path / "x"), {})
     found = cell_files.accept([damaged], tmp_path / "cells", design.cells(), {"processor": "any"})
     assert found.taken == {}
+    extended = tmp_path / "extended"
+    shutil.copytree(whole.path, extended)
+    for events in extended.rglob("events.jsonl"):
+        first, *rest = events.read_text().splitlines(keepends=True)
+        begun = json.loads(first) | {"event": "resume", "step": 3, "total_steps": 4}
+        events.write_text("".join([first, *rest[:-1], json.dumps(begun) + "\n", rest[-1]]))
+    found = cell_files.accept([extended], tmp_path / "cells", design.cells(), {"processor": "any"})
+    assert found.taken == {}
+    assert any("for another number of updates than it was begun with" in note for note in found.notes)
+    halves = [replace(cell, config=cell.config.replace(dtype="bfloat16")) for cell in design.cells()]
+    found = cell_files.accept([whole.path], tmp_path / "cells", halves, {"processor": "any"})
+    assert found.taken == {}
+    assert any("dtype float32, not bfloat16" in note for note in found.notes)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="no finished run is there"):
         cell_files.accept([tmp_path / "empty"], tmp_path / "cells", design.cells(), {"processor": "any"})
@@ -204,6 +241,32 @@ def test_what_fails_is_said_and_the_rest_is_reported(model_folder: Path, data_fi
     assert any("broken, seed 42 failed" in warning for warning in made.report["warnings"])
     assert made.report["sentence"].startswith("Only lora has finished runs")
     assert len([1 for name, _ in events.begun if name == "broken"]) == 2  # begun once, failed once
+
+
+@pytest.mark.slow
+def test_a_run_whose_metric_fails_is_still_a_run(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    metric = tmp_path / "mine.py"
+    metric.write_text("def odd(prediction, reference):\n    raise ValueError('no')\n")
+    request = request_of(model_folder, data_file, tmp_path / "c", seeds=1, metrics=f"{metric}:odd", max_new_tokens=2)
+    made = compare(request)
+    assert made.exit_code == 1
+    report = made.report
+    assert report is not None
+    assert [cell["status"] for cell in report["cells"]] == ["done", "done"]
+    assert all(variant["figures"]["eval_loss"]["n"] == 1 for variant in report["variants"])
+    assert any("lora, seed 42 is not measured whole: metric" in warning for warning in report["warnings"])
+    assert any(c["metric"] == "seconds" for c in report["comparisons"])
+    metric.write_text("def odd(prediction, reference):\n    return 1.0\n")
+    events = Events()
+    again = compare(request, events)
+    assert again.exit_code == 0
+    assert {status for _, status in events.begun} == {"metrics", "base"}
+    assert again.report is not None
+    assert again.report["metrics"][0]["key"] == "odd"
+    fewer = request_of(model_folder, data_file, tmp_path / "c", seeds=1, metrics=f"{metric}:odd", max_new_tokens=1)
+    events = Events()
+    compare(fewer, events)
+    assert {status for _, status in events.begun} == {"metrics", "base"}  # shorter answers are others
 
 
 @pytest.mark.slow
@@ -288,6 +351,65 @@ def test_a_dry_run_writes_nothing(model_folder: Path, data_file: Path, tmp_path:
     assert made.plan["cost"]["amount"] == pytest.approx(made.plan["seconds"]["p50"] / 3600, rel=0.01)
     assert not (tmp_path / "c").exists()
     assert [event["event"] for event in events] == ["planned"]
+
+
+def test_what_cannot_be_measured_is_refused_before_anything_is_run(
+    model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    for changes, message in (
+        ({"metrics": "exact_mach"}, "unknown metric 'exact_mach'"),
+        ({"metrics": "pass@1"}, "--allow-code-execution"),
+        ({"metrics": "pass@1", "allow_code_execution": True}, "rows with tests"),
+        ({"metrics": "accuracy"}, "rows with labels"),
+        ({"quality": "exact_match"}, "choose from eval_loss"),
+        ({"quality": "token_fl", "metrics": "token_f1"}, "choose from eval_loss, token_f1"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            compare(request_of(model_folder, data_file, tmp_path / "c", **changes), dry_run=True)
+    assert compare(request_of(model_folder, data_file, tmp_path / "c", quality="eval_loss"), dry_run=True).plan
+
+
+def test_one_variant_that_fits_is_nothing_to_compare(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    """Hours of one method, and no comparison: that is said before, and not where the other's runs are there already."""
+    from halfbyte.compare.compare import _require_two
+    from halfbyte.compare.design import make_design
+
+    design = make_design(request_of(model_folder, data_file, tmp_path / "c"), {})
+    lora, qlora = design.variants
+    design = replace(design, variants=(replace(lora, skipped="it needs 9 GB"), qlora))
+    with pytest.raises(
+        DoesNotFit, match="only qlora fits, and there is nothing to compare it with: lora: it needs 9 GB"
+    ):
+        _require_two(design, ())
+    assert [cell.variant for cell in design.cells()] == ["qlora", "qlora"]
+    _require_two(design, [design.cells(skipped=True)[0].id])
+
+
+def test_rates_are_searched_as_often_for_all_and_on_a_seed_of_their_own(
+    model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """A rate that suits one of the comparison's own seeds would favour it; more seeds later search nothing again."""
+    from halfbyte.compare.design import make_design
+    from halfbyte.compare.tune import search_of
+
+    searches = []
+    for seeds in (2, 3):
+        request = request_of(model_folder, data_file, tmp_path / "c", methods="full,lora", tune_lr=True, seeds=seeds)
+        searches.append(search_of(make_design(request, {}), request.options))
+    assert searches[0] == searches[1]
+    assert [len(runs) for runs in searches[0].cells.values()] == [3, 3]
+    assert {(cell.seed, cell.config.eval_seed) for cell in searches[0].all_cells()} == {(142, 42)}
+
+
+def test_varied_fields_are_told_as_what_they_are(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    """A flag brings words, and whoever reads report.json looks for numbers."""
+    from halfbyte.compare.compare import variant_as_dict
+    from halfbyte.compare.design import make_design
+
+    request = request_of(model_folder, data_file, tmp_path / "c", methods="qlora,qdora", vary={"lora_r": "4,8"})
+    design = make_design(request, {})
+    fields = [variant_as_dict(planned, design, request)["fields"] for planned in design.variants]
+    assert fields == [{"method": method, "lora_r": r} for method in ("qlora", "qdora") for r in (4, 8)]
 
 
 def test_a_variant_that_does_not_fit_is_skipped(model_folder: Path, data_file: Path, tmp_path: Path) -> None:

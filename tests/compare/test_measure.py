@@ -57,20 +57,23 @@ def test_several_updates_in_one_event(tmp_path: Path) -> None:
 
 
 def test_metrics_of_the_run_and_what_was_measured_afterwards(tmp_path: Path) -> None:
+    asked = {"metrics": ["exact_match"], "metric_rows": 4, "max_new_tokens": 8}
     metrics = {"loss": 1.0, "perplexity": 2.7, "accuracy": 0.75, "intervals": {}, "base": {"accuracy": 0.5, "loss": 3}}
     path = write_cell(tmp_path / "c", [step(1, 1.0)], metrics=metrics)
     rows = [{"schema_version": 1, "rows": 4}]
     rows += [{"row": f"f:{n}", "tokens": 2, "nll": n, "base_nll": 9, "scores": {"accuracy": float(n > 0)},
               "base_scores": {}, "label": "ab"[n > 0]} for n in range(4)]  # fmt: skip
     (path / "eval_rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (path / "evaluation.json").write_text(json.dumps({"loss": 9.0, "exact_match": 0.25, "evaluated_rows": 4}))
-    made = measure(path)
+    (path / "evaluation.json").write_text(json.dumps({"loss": 9.0, "exact_match": 0.25, "asked": asked}))
+    made = measure(path, asked=asked)
     assert made.task_metrics == ("accuracy", "exact_match")
     assert (made.figures["accuracy"], made.figures["exact_match"]) == (0.75, 0.25)
     assert made.base == {"accuracy": 0.5, "eval_loss": 3.0}
     assert made.majority == 0.75
     assert made.rows["eval_loss"].figure == 6 / 8
     assert made.rows["accuracy"].figure == 0.75
+    for other in (None, asked | {"metric_rows": None}, asked | {"max_new_tokens": 9}, asked | {"metrics": ["rouge_l"]}):
+        assert measure(path, asked=other).task_metrics == ("accuracy",)  # figures of other rows are others
     (path / "eval_rows.jsonl").write_text("{}\n")
     with pytest.raises(UsageError, match=r"eval_rows\.jsonl is damaged"):
         measure(path)

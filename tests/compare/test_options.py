@@ -83,6 +83,21 @@ def test_what_is_wrong_is_said_in_one_line(options: dict[str, Any], fields: dict
     assert "\n" not in str(caught.value)
 
 
+def test_how_a_base_is_quantized_may_be_shared() -> None:
+    """A GGUF file's comparison of lora and qlora: what only a quantized base takes is for those variants alone."""
+    made = variants({"methods": "full,lora,qlora,loftq"}, requantize=True)
+    assert [v.config.requantize for v in made] == [False, False, True, True]
+    with pytest.raises(UsageError, match="requantize is for method qlora"):
+        variants({"variants": ({"method": "lora", "requantize": True}, {"method": "qlora"})})
+
+
+def test_variants_that_a_search_would_make_one_are_refused() -> None:
+    rates = {"methods": "lora", "vary": {"learning_rate": (1e-4, 3e-4)}}
+    assert len(variants(rates)) == 2
+    with pytest.raises(UsageError, match="differ in nothing but the learning rate, which --tune-lr searches"):
+        variants({**rates, "tune_lr": True})
+
+
 def test_a_file_has_both_kinds_of_fields(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(

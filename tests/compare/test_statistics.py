@@ -94,6 +94,35 @@ def test_the_same_seed_gives_the_same_interval() -> None:
     assert row_difference(a, b) == row_difference(a, b)
 
 
+def test_seeds_that_agree_by_luck_make_nothing_certain() -> None:
+    """One answer of 100 more in each of three seeds, each time another one: the seeds alone would have no doubt."""
+    names, ones = tuple(map(str, range(100))), np.ones(100)
+    a = [Rows(names, np.eye(100)[row], ones) for row in (5, 17, 40)]
+    b = [Rows(names, np.zeros(100), ones)] * 3
+    found = row_difference(a, b)
+    assert found.mean == pytest.approx(0.01)
+    assert not found.found
+    assert found.detectable is not None
+    assert found.detectable > 0.01
+    same = row_difference(b, b)
+    assert (same.low, same.high, same.found, same.detectable) == (0.0, 0.0, False, None)
+
+
+@pytest.mark.parametrize("seeds", [2, 3])
+def test_an_interval_is_the_same_from_the_other_side(seeds: int) -> None:
+    """Student's t with one degree of freedom has tails that a few thousand draws do not fill."""
+    rng = np.random.default_rng(4)
+    a, b = simulated(rng, seeds, 80, (0.05, 0.0, 0.0), True, 0.3)
+    found, turned = row_difference(a, b), row_difference(b, a)
+    assert found.low is not None
+    assert found.high is not None
+    assert turned.low == pytest.approx(-found.high, rel=1e-6)
+    by_seed = [one.figure - other.figure for one, other in zip(a, b, strict=True)]
+    student = mean_interval(by_seed)
+    assert student.high is not None
+    assert found.high - found.mean == pytest.approx(student.high - student.mean, rel=0.04)
+
+
 def simulated(
     rng: np.random.Generator, seeds: int, rows: int, spread: tuple[float, float, float], shared: bool, shift: float
 ) -> tuple[list[Rows], list[Rows]]:

@@ -57,6 +57,9 @@ def compare(
     elif result.report is not None:
         screen.console().print(result.report["sentence"], soft_wrap=True, markup=False)
         screen.console().print(f"report: {result.path / 'report.html'}", soft_wrap=True, markup=False)
+    if result.failed:
+        text = f"{len(result.failed)} failed: the same command tries again; {result.path / 'logs'} has what was printed"
+        screen.console(stderr=True).print(text, style="yellow", soft_wrap=True, markup=False)
     if result.exit_code:
         raise typer.Exit(result.exit_code)
 
@@ -114,7 +117,9 @@ class _Listener:
             f"{count} seed{'s' * (count > 1)}, {work.steps} updates of {work.rows_per_update} rows, "
             f"{work.supervised_tokens:,} supervised tokens a run; in all {screen.duration(seconds['p50'])} (up to "
             f"{screen.duration(seconds['p95'])})"
-            + (f", {cost['amount']:.2f} {cost['currency']}" if cost is not None else ""),
+            + (f", {cost['amount']:.2f} {cost['currency']}" if cost is not None else "")
+            + (f"; not in it: {', '.join(plan['without'])}" if plan["without"] else "")
+            + (f"; {event['finished']} runs are there already" if event["finished"] else ""),
             soft_wrap=True,
             markup=False,
         )

@@ -13,6 +13,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,18 @@ def finished(path: Path, want: Mapping[str, Any], pairs: bool, chained: bool = F
         return "its events.jsonl has no end"
     if result.get("step") != events[-1].get("step"):
         return "its result.json and events.jsonl are of different runs"
+    if len({event.get("total_steps") for event in events if event["event"] in ("start", "resume")}) > 1:
+        return "it went on for another number of updates than it was begun with, and so did its learning rate"
     if chained:
         fields = {name: value for name, value in want["fields"].items() if name not in SHAPE}  # the adapter's own
         config, want = config.replace(adapter_path=None), {**want, "continues": None, "fields": fields}
     return identity.mismatch(want, config, record, pairs)
+
+
+def _another_dtype(path: Path, cell: Cell) -> str | None:
+    """A dtype that was left to the machine is none of a run's identity, and still all runs of a report have one."""
+    dtype = folder.read_config(path)[0].dtype
+    return None if dtype == cell.config.dtype else f"dtype {dtype}, not {cell.config.dtype}"
 
 
 def is_finished(cells: Path, cell: Cell) -> bool:
@@ -71,23 +80,32 @@ def has_model(path: Path) -> bool:
     return (path / ADAPTER[0]).is_file() or any(path.glob("model*.safetensors"))
 
 
+def is_measured(path: Path, asked: Mapping[str, Any]) -> bool:
+    """Whether an evaluation's file has what is asked for, of the same rows and with answers as long."""
+    with contextlib.suppress(UsageError):
+        found = folder.read_json(path).get("asked") or {}
+        names = found.get("metrics", [])
+        return set(asked["metrics"]) <= set(names) and found == {**asked, "metrics": names}
+    return False
+
+
 def close(path: Path, machine: Mapping[str, Any], energy: float | None, keep: bool) -> None:
-    """Write cell.json, and unless `keep` remove what is large and measured: checkpoints, fully trained weights."""
-    if not (path / CELL).is_file():
-        said = {
-            "schema_version": SCHEMA_VERSION,
-            "origin": HERE,
-            "machine": dict(machine),
-            "adapter_bytes": _bytes(path, "adapter_model*.safetensors"),
-            "weight_bytes": _bytes(path, "model*.safetensors"),
-            "energy_joules": energy if _sessions(path) == 1 else None,
-        }
-        write_atomic(path / CELL, json.dumps(said, indent=1) + "\n")
+    """Write cell.json, and before it, unless `keep`, remove what is large and measured: checkpoints, whole weights."""
+    said = {
+        "schema_version": SCHEMA_VERSION,
+        "origin": HERE,
+        "machine": dict(machine),
+        "adapter_bytes": _bytes(path, "adapter_model*.safetensors"),
+        "weight_bytes": _bytes(path, "model*.safetensors"),
+        "energy_joules": energy if _sessions(path) == 1 else None,
+    }
     if not keep:
         for checkpoint in list_checkpoints(path):
             shutil.rmtree(checkpoint)
         for weights in path.glob("model*.safetensors"):
             weights.unlink()
+    if not (path / CELL).is_file():
+        write_atomic(path / CELL, json.dumps(said, indent=1) + "\n")
 
 
 def _bytes(path: Path, pattern: str) -> int | None:
@@ -138,7 +156,7 @@ def accept(places: Sequence[Path], cells: Path, wanted: Sequence[Cell], machine:
         for run in runs:
             reasons = {}
             for cell in missing:
-                reason = finished(run, cell.want, cell.pairs)
+                reason = finished(run, cell.want, cell.pairs) or _another_dtype(run, cell)
                 if reason is None and cell.id not in taken and not (cells / cell.id / EVENTS).is_file():
                     _copy(run, cells / cell.id, machine)
                     taken[cell.id] = run
@@ -171,6 +189,9 @@ def _copy(run: Path, out: Path, machine: Mapping[str, Any]) -> None:
     theirs = said.get("machine") or {"processor": _processor(run)}
     same = theirs.get("processor") == machine["processor"]
     origin = "an earlier run" if same else f"another machine: {theirs.get('processor') or 'unknown'}"
+    _, record = folder.read_config(run)
+    if (made_by := record.get("versions", {}).get("halfbyte")) != version("halfbyte"):
+        origin += f" (halfbyte {made_by or 'of an unknown version'})"
     said = {
         "schema_version": SCHEMA_VERSION,
         "adapter_bytes": _bytes(run, "adapter_model*.safetensors"),

@@ -17,7 +17,7 @@ import datetime
 import json
 import shlex
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +28,7 @@ from halfbyte.compare import energy, identity, process, report_data, tune
 from halfbyte.compare.design import Cell, Design, PlannedVariant, cell_of, make_design
 from halfbyte.compare.options import CompareOptions, Request
 from halfbyte.compare.render import write_report
+from halfbyte.compare.variants import shared
 from halfbyte.data.options import DataOptions, sources_of
 from halfbyte.errors import DoesNotFit, Interrupted, UsageError
 from halfbyte.files import write_atomic
@@ -37,6 +38,7 @@ from halfbyte.plan.price import Price
 from halfbyte.run import folder
 from halfbyte.run.config import RunConfig
 from halfbyte.train.lock import Lock
+from halfbyte.train.run_directory import CONFIG, RESULT, running
 
 FILE = "comparison.json"
 LOCK = "compare.lock"
@@ -57,7 +59,7 @@ class Comparison:
 
     @property
     def exit_code(self) -> int:
-        """0 with a report of all cells, 1 where some failed, 3 where nothing fits."""
+        """0 with a report of all that was asked for, 1 where something of it failed."""
         return 1 if self.failed else 0
 
 
@@ -79,17 +81,28 @@ def compare(request: Request, on_event: process.Tell = silent, dry_run: bool = F
     design = make_design(request, stored.get("layouts", {}))
     hardware = detect()
     plan = plan_of(design, options, price)
-    on_event({"event": "planned", "design": design, "plan": plan})
+    there = {cell.id for cell in design.cells(skipped=True) if cell_files.is_finished(root / "cells", cell)}
+    on_event({"event": "planned", "design": design, "plan": plan, "finished": len(there)})
     if dry_run:
         return Comparison(root, plan, None, {})
-    runnable = [planned for planned in design.variants if planned.skipped is None]
-    if not runnable:
-        raise DoesNotFit(f"no variant fits: {design.variants[0].key}: {design.variants[0].skipped}")
+    if not options.accept:
+        _require_two(design, there)
     with Lock(root / LOCK):
         try:
             return _run(request, design, plan, price, hardware, stored, on_event, command)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; everything is saved: the same command goes on in {root}") from None
+
+
+def _require_two(design: Design, there: Collection[str]) -> None:
+    """DoesNotFit where not two variants can be compared: neither run here nor there already."""
+    known = {cell.variant for cell in design.cells(skipped=True) if cell.id in there}
+    compared = [planned for planned in design.variants if not planned.variant.only_a_start]
+    able = [planned for planned in compared if planned.skipped is None or planned.key in known]
+    if len(able) < 2:
+        first = next(planned for planned in compared if planned not in able)
+        fits = f"only {able[0].key} fits, and there is nothing to compare it with" if able else "no variant fits"
+        raise DoesNotFit(f"{fits}: {first.key}: {first.skipped}")
 
 
 def _run(
@@ -113,12 +126,14 @@ def _run(
         "machine": machine,
         "versions": versions(),
         "layouts": dict(stored.get("layouts", {})) | layouts(design),
-        "plan": stored.get("plan") if _same_plan(stored, design) else plan,
+        "plan": plan,
         "price": None if price is None else {"amount": price.amount, "currency": price.currency},
         "tune": None,
         "model": dict(design.model),
         "data": data_of(design),
         "notes": list(design.notes),
+        "asked": asked_of(options) if options.metrics else None,
+        "baseline": baseline_of(design, options),
     }
     if energy.read() is None:
         said["notes"].append("Energy is not known: this machine shows no counters that this user may read.")
@@ -132,8 +147,11 @@ def _run(
         design = tune.with_rates(design, chosen)
         said["tune"] = tune.as_dict(search, chosen, losses)
         failed = {}  # a rate at which training breaks is an answer, too
-    wanted = design.cells()
-    said["notes"] += _accept(options, places, wanted, machine)
+    said["notes"] += _accept(options, places, design.cells(skipped=True), machine)
+    there = {cell.id for cell in design.cells(skipped=True) if cell_files.is_finished(places, cell)}
+    _require_two(design, there)
+    runnable = {cell.id for cell in design.cells()}
+    wanted = [cell for cell in design.cells(skipped=True) if cell.id in runnable | there]
     said |= {
         "seeds": list(design.seeds),
         "variants": [variant_as_dict(planned, design, request) for planned in design.variants],
@@ -183,10 +201,6 @@ def layouts(design: Design) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _same_plan(stored: Mapping[str, Any], design: Design) -> bool:
-    return bool(stored.get("plan")) and stored["plan"].get("variants") == [planned.key for planned in design.variants]
-
-
 def _accept(options: CompareOptions, places: Path, wanted: Sequence[Cell], machine: Mapping[str, Any]) -> list[str]:
     if not options.accept:
         return []
@@ -211,13 +225,15 @@ def _work(
         path = root / "cells" / cell.id
         if not cell_files.is_finished(root / "cells", cell):
             return "train", {"config": run_config(cell, root).model_dump(mode="json", exclude_unset=True)}
-        if cell.kind == "tune" or not cell_files.has_model(path):
+        only_begun = cell.kind == "tune" or design.variant(cell.variant).variant.only_a_start
+        if only_begun or not cell_files.has_model(path):
             return None
-        if options.metrics and not _is_measured(path, options):
-            return "metrics", measuring(options)
+        here = {"config": cell.config.model_dump(mode="json", exclude_unset=True)}
+        if options.metrics and not cell_files.is_measured(path / cell_files.EVALUATION, asked_of(options)):
+            return "metrics", here | measuring(options)
         adapter = (path / cell_files.ADAPTER[0]).is_file()
         if options.merge_loss and adapter and not (path / cell_files.MERGE).is_file():
-            return "merge", {"output": str(root / "cells" / f".{cell.id}.merged")}
+            return "merge", here | {"output": str(root / "cells" / f".{cell.id}.merged")}
         return None
 
     def finish(cell: Cell, joules: float | None) -> None:
@@ -227,33 +243,35 @@ def _work(
     left = [cell for cell in cells if next_stage(cell) or not (root / "cells" / cell.id / cell_files.CELL).is_file()]
     for cell in left:
         _clear_unfit(root / "cells" / cell.id, cell)
-    return process.run_cells(left, root, next_stage, finish, options.jobs, hardware.usable, on_event).failed
+    outcome = process.run_cells(left, root, next_stage, finish, options.jobs, hardware.usable, on_event)
+    for cell in left:
+        if cell.id in outcome.failed and cell_files.is_finished(root / "cells", cell):  # a metric failed, not the run
+            cell_files.close(root / "cells" / cell.id, machine, outcome.joules.get(cell.id), keep=True)
+    return outcome.failed
 
 
 def _clear_unfit(path: Path, cell: Cell) -> None:
-    """A folder with a finished run that is not the cell's cannot be gone on with: begin again."""
-    unfit = cell_files.finished(path, cell.want, cell.pairs, cell.source is not None)
-    if unfit is not None and (path / "result.json").is_file():
-        shutil.rmtree(path)
+    """A folder that is no run, or a finished one that is not the cell's, cannot be gone on with: begin again."""
+    begun = (path / CONFIG).is_file() and not (path / RESULT).is_file()
+    if begun or not path.is_dir() or running(path) is not None:
+        return
+    if cell_files.finished(path, cell.want, cell.pairs, cell.source is not None) is not None:
+        old = path.with_name(f".{path.name}.old")  # whole or not there, as a kill in between would leave neither
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
+        shutil.rmtree(old)
 
 
-def _is_measured(path: Path, options: CompareOptions) -> bool:
-    """Whether evaluation.json has all the metrics that are asked for."""
-    with contextlib.suppress(UsageError):
-        found = folder.read_json(path / cell_files.EVALUATION)
-        rows = options.metric_rows
-        names = [name.rpartition(":")[2] for name in options.metrics]
-        return all(name in found for name in names) and (rows is None or found["evaluated_rows"] >= rows)
-    return False
+def asked_of(options: CompareOptions) -> dict[str, Any]:
+    """What decides a metric's figure beside model and rows."""
+    return {
+        "metrics": list(options.metrics), "metric_rows": options.metric_rows, "max_new_tokens": options.max_new_tokens,
+    }  # fmt: skip
 
 
 def measuring(options: CompareOptions) -> dict[str, Any]:
     """What a worker needs to measure metrics."""
-    return {
-        "metrics": list(options.metrics),
-        "metric_rows": options.metric_rows,
-        "max_new_tokens": options.max_new_tokens,
-    }
+    return {"asked": asked_of(options), "allow_code_execution": options.allow_code_execution}
 
 
 def run_config(cell: Cell, root: Path) -> RunConfig:
@@ -274,24 +292,36 @@ def _baseline(
     """The metrics of the 16-bit base, measured once."""
     root = options.output
     out = root / report_data.BASELINE
-    if not options.metrics or out.is_file():
+    asked = baseline_of(design, options)
+    if asked is None or cell_files.is_measured(out, asked):
         return {}
     first = design.variants[0]
-    shared = first.config.pick(ModelOptions).model_dump() | first.config.pick(DataOptions).model_dump()
-    config = RunConfig.model_validate(shared | {"seed": first.config.seed, "method": "lora"})
+    fields = first.config.pick(ModelOptions).model_dump() | first.config.pick(DataOptions).model_dump()
+    config = RunConfig.model_validate(fields | {"seed": first.config.seed, "method": "lora"})
     cell = Cell("baseline", "base", first.config.seed, config, {}, first.pairs, kind="base")
-    stage = ("base", {"config": config.model_dump(mode="json"), "output": str(out), **measuring(options)})
-    found = process.run_cells(
-        [cell], root, lambda _: None if out.is_file() else stage, lambda _, __: None, 1, hardware.usable, on_event
-    )
+    more = {"config": config.model_dump(mode="json"), "output": str(out), "asked": asked}
+    stage = ("base", measuring(options) | more)
+
+    def next_stage(_: Cell) -> process.Stage | None:
+        return None if cell_files.is_measured(out, asked) else stage
+
+    found = process.run_cells([cell], root, next_stage, lambda _, __: None, 1, hardware.usable, on_event)
     return {f"the base's {', '.join(options.metrics)}": message for message in found.failed.values()}
+
+
+def baseline_of(design: Design, options: CompareOptions) -> dict[str, Any] | None:
+    """What baseline.json is asked for, None: nothing. The folder may have held a comparison of another model."""
+    if not options.metrics:
+        return None
+    first = design.variants[0]
+    return asked_of(options) | {"of": identity.identity_of(first.record), "eval_seed": first.config.eval_seed}
 
 
 # ---------------------------------------------------------------- what is said before
 
 
 def plan_of(design: Design, options: CompareOptions, price: Price | None) -> dict[str, Any]:
-    """Peak, hours and cost of every variant and of everything, before anything is run."""
+    """Hours and cost of everything, before anything is run; `without`: what is not planned, and comes on top."""
     known = [planned for planned in design.variants if planned.skipped is None and planned.plan is not None]
     share = 1.0
     if options.tune_lr:
@@ -306,7 +336,7 @@ def plan_of(design: Design, options: CompareOptions, price: Price | None) -> dic
         "seconds": seconds,
         "cost": None if price is None else _cost(seconds["p50"], price),
         "skipped": {planned.key: planned.skipped for planned in design.variants if planned.skipped is not None},
-        "unplanned": [planned.key for planned in design.variants if planned.plan is None],
+        "without": ["answers"] * bool(options.metrics) + ["merges"] * options.merge_loss,
     }
 
 
@@ -343,11 +373,12 @@ def data_of(design: Design) -> list[dict[str, Any]]:
 
 def variant_as_dict(planned: PlannedVariant, design: Design, request: Request) -> dict[str, Any]:
     """A variant as comparison.json holds it."""
-    config = planned.config
+    config, given = planned.config, planned.variant.fields
+    values = config.model_dump(mode="json")  # a flag's "8" is 8
     return {
         "key": planned.key,
         "label": planned.variant.label,
-        "fields": {name: _plain(value) for name, value in planned.variant.fields.items()},
+        "fields": {name: values.get(name, value) for name, value in given.items()} | {"method": given["method"]},
         "continue_from": planned.variant.continue_from,
         "only_a_start": planned.variant.only_a_start,
         "skipped": planned.skipped,
@@ -365,7 +396,8 @@ def variant_as_dict(planned: PlannedVariant, design: Design, request: Request) -
 
 def train_command(planned: PlannedVariant, seed: int, request: Request) -> str:
     """The `halfbyte train` that is the variant's first cell, in the words of the request."""
-    names = {**request.of_file, **request.of_flags}
+    of_file, of_flags = shared(request, str(planned.variant.fields["method"]))
+    names = {**of_file, **of_flags}
     values: dict[str, Any] = {name: entry.value for name, entry in names.items()}
     values |= dict(planned.variant.fields)
     defaults = {name: field.get_default(call_default_factory=True) for name, field in RunConfig.model_fields.items()}
@@ -393,7 +425,3 @@ def train_command(planned: PlannedVariant, seed: int, request: Request) -> str:
 
 def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.compare import identity
-from halfbyte.compare.options import Request
+from halfbyte.compare.options import CompareOptions, Request
 from halfbyte.compare.variants import Variant, variants_of
 from halfbyte.data.options import DataOptions
 from halfbyte.errors import DoesNotFit, HalfbyteError, UsageError
+from halfbyte.evaluate.metrics import ACCURACY, MACRO_F1, PASS_AT_1, find_metrics
 from halfbyte.models.options import ModelOptions
 from halfbyte.plan.catalog import machines
 from halfbyte.plan.recommend import Plan, check_fits
@@ -107,17 +108,17 @@ class Design:
     def variant(self, key: str) -> PlannedVariant:
         return next(planned for planned in self.variants if planned.key == key)
 
-    def cells(self) -> list[Cell]:
+    def cells(self, skipped: bool = False) -> list[Cell]:
         """Every cell that fits, seed by seed: a comparison that is stopped has every variant for the seeds it reached.
 
-        A cell comes after the one that it goes on from.
+        A cell comes after the one that it goes on from. With `skipped` also those that are not run here.
         """
         made: list[Cell] = []
         for seed in self.seeds:
             by_variant: dict[str, Cell] = {}
             for planned in self.variants:
                 source = planned.variant.continue_from
-                if planned.skipped is None and (source is None or source in by_variant):
+                if (skipped or planned.skipped is None) and (source is None or source in by_variant):
                     by_variant[planned.key] = cell_of(planned, seed, by_variant[source].id if source else None)
             made += by_variant.values()
         return made
@@ -161,6 +162,7 @@ def make_design(request: Request, known: Mapping[str, Mapping[str, Any]]) -> Des
             notes.append(f"{variant.key} is the same run as {ids[first]} and is left out.")
             continue
         made[variant.key] = planned
+    _require_measurable(next(iter(surveys.values())), request.options)
     if not request.options.unequal:
         _require_equal([planned for planned in made.values() if not planned.variant.only_a_start])
     seeds = tuple(range(seed, seed + request.options.seeds))
@@ -287,6 +289,31 @@ def _work(found: Survey, rows: int, steps: int) -> Work:
         tokens=feed.tokens(steps),
         supervised_tokens=sum(supervised[row] for step in range(1, steps + 1) for row in feed.rows(step)),
     )
+
+
+def _require_measurable(found: Survey, options: CompareOptions) -> None:
+    """UsageError for metrics that are none, or that these rows do not allow: before hours of training, not after."""
+    prepared, asked = found.prepared, options.metrics
+    assert prepared is not None
+    metrics = find_metrics([name for name in asked if name != MACRO_F1 or not prepared.labels])
+    rows = prepared.eval[: options.metric_rows]
+    if PASS_AT_1 in asked and not options.allow_code_execution:
+        raise UsageError(
+            "metrics: pass@1 runs the programs that the models write, on this machine and as you: allow it with "
+            "--allow-code-execution, or leave it out"
+        )
+    if PASS_AT_1 in asked and not any(row.tests is not None for row in rows):
+        raise UsageError("metrics: pass@1 needs held-out rows with tests, and these have none")
+    if ACCURACY in asked and not prepared.labels:
+        raise UsageError("metrics: accuracy is for rows with labels, and these have none: use exact_match")
+    if metrics and not any(row.completion is not None and row.prompt_length for row in rows):
+        raise UsageError(f"metrics: {metrics[0].name} compares answers, and these rows are plain text")
+    known = ["eval_loss", *(name.rpartition(":")[2] for name in asked)]
+    known += [ACCURACY, MACRO_F1] if prepared.labels else []
+    known += ["rewards/accuracies"] if prepared.pairs else []
+    if options.quality is not None and options.quality not in known:
+        choices = ", ".join(dict.fromkeys(known))
+        raise UsageError(f"quality: {options.quality} is not measured here: choose from {choices}")
 
 
 def _require_equal(compared: Sequence[PlannedVariant]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from halfbyte.compare.cells import CELL, EVALUATION, MERGE, METRIC_ROWS
+from halfbyte.compare.cells import CELL, EVALUATION, MERGE, METRIC_ROWS, is_measured
 from halfbyte.compare.statistics import Rows
 from halfbyte.evaluate.rows_file import NAME as ROWS
 from halfbyte.evaluate.rows_file import EvalRow, read_rows
@@ -41,7 +41,7 @@ class Measured:
 
     base        figures of the untrained model on the same rows
     majority    share of the commonest label among the held-out rows
-    seconds     of the whole run, loading and scoring included
+    machine     the processor that it ran on
     """
 
     figures: Mapping[str, float]
@@ -51,11 +51,15 @@ class Measured:
     train: tuple[Point, ...]
     held_out: tuple[Point, ...]
     origin: str
+    machine: str | None
     task_metrics: tuple[str, ...]
 
 
-def measure(path: Path, price: float | None = None) -> Measured:
-    """The figures of the cell in `path`. `price`: money an hour. UsageError for damaged files."""
+def measure(path: Path, price: float | None = None, asked: Mapping[str, Any] | None = None) -> Measured:
+    """The figures of the cell in `path`. `price`: money an hour; `asked`: the metrics that count, and on which rows.
+
+    UsageError for damaged files.
+    """
     result, events = read_json(path / RESULT), read_events(path / EVENTS)
     cell = read_json(path / CELL) if (path / CELL).is_file() else {}
     train, held_out = _curves(events)
@@ -65,7 +69,7 @@ def measure(path: Path, price: float | None = None) -> Measured:
     if result["base_eval_loss"] is not None:
         base[EVAL_LOSS] = result["base_eval_loss"]
     rows, majority = _rows(path / ROWS)
-    if (path / EVALUATION).is_file():
+    if asked is not None and is_measured(path / EVALUATION, asked):
         more = {k: v for k, v in read_json(path / EVALUATION).items() if _is_score(k, v)}
         scores |= more
         found, _ = _rows(path / METRIC_ROWS)
@@ -88,7 +92,8 @@ def measure(path: Path, price: float | None = None) -> Measured:
     if held_out and EVAL_LOSS in base:
         held_out = (Point(0, 0, 0.0, base[EVAL_LOSS]), *held_out)
     origin = str(cell.get("origin", "this comparison"))
-    return Measured(known, rows, base, majority, train, held_out, origin, tuple(scores))
+    machine = cell.get("machine", {}).get("processor")
+    return Measured(known, rows, base, majority, train, held_out, origin, machine, tuple(scores))
 
 
 def after(source: Measured, own: Measured) -> Measured:

@@ -4,11 +4,11 @@ A YAML file holds both, flat: fields of `CompareOptions` and fields of any run.
 
     model: my-model
     data: rows.jsonl
-    max_steps: 200
+    num_train_epochs: 2
     vary: {method: [lora, qlora], lora_r: [8, 16, 32]}     every combination
     variants:                                               and these beside them
-      - {name: half, method: qlora, max_steps: 100, only_a_start: true}
-      - {name: switch, method: lora, max_steps: 100, continue_from: half}
+      - {name: half, method: qlora, num_train_epochs: 1, only_a_start: true}
+      - {name: switch, method: lora, num_train_epochs: 1, continue_from: half}
     seeds: 3
 """
 
@@ -28,6 +28,7 @@ from halfbyte.yamlfile import Entry, read_yaml
 
 NOT_SHARED = ("output_dir", "method", "adapter_path", "report_to")
 """Fields of a run that a comparison sets itself, or that its variants have each for themselves."""
+MAX_SEEDS = 100
 
 
 def _words(value: Any) -> Any:
@@ -61,12 +62,12 @@ class CompareOptions(Options):
         description="further variants, each a set of fields; name, continue_from (the variant whose adapter of the "
         "same seed it goes on from) and only_a_start (it is there for others to go on from) are its own",
     )
-    seeds: int = Field(default=3, ge=1, le=100, description="runs of each variant: seed, seed + 1, …")
+    seeds: int = Field(default=3, ge=1, le=MAX_SEEDS, description="runs of each variant: seed, seed + 1, …")
     output: Path = Field(default=Path("comparison"), description="folder of the report and the cells")
     title: str = Field(default="", description="title of the report; by default model and data")
     tune_lr: bool = Field(
         default=False,
-        description="give each variant the same small search for its learning rate, by held-out loss on one seed",
+        description="give each variant the same small search for its learning rate, by held-out loss of one more seed",
     )
     tune_multiples: tuple[float, ...] = Field(
         default=(0.3, 1.0, 3.0), description="learning rates that are tried, in multiples of the variant's own"
@@ -79,6 +80,9 @@ class CompareOptions(Options):
     )
     metric_rows: int | None = Field(default=None, ge=1, description="use only the first held-out rows for metrics")
     max_new_tokens: int = Field(default=256, ge=1, description="longest answer that is generated for metrics")
+    allow_code_execution: bool = Field(
+        default=False, description="let pass@1 run the programs that the models write, on this machine and as you"
+    )
     quality: str | None = Field(
         default=None,
         description="the metric that variants are judged by; by default the first task metric, else eval_loss",

@@ -28,6 +28,8 @@ def pack(root: Path, out: Path) -> list[Path]:
     """Write the folder `out`, whole or not at all; returns its files. UsageError where it holds something already."""
     if not (root / report_data.FILE).is_file():
         raise UsageError(f"{root} holds no comparison to pack")
+    if "cells" not in read_json(root / report_data.FILE):
+        raise UsageError(f"{root}: its comparison stopped before its first run: start it again, then pack it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--pack {out}: it is there already: choose another folder")
     with new_folder(out) as part:

@@ -22,7 +22,7 @@ from halfbyte.compare import energy
 from halfbyte.compare.design import Cell
 from halfbyte.compare.worker import FAILED
 from halfbyte.errors import HalfbyteError
-from halfbyte.files import write_atomic
+from halfbyte.files import one_line, write_atomic
 from halfbyte.train.run_directory import running
 
 POLL_SECONDS = 0.1
@@ -39,12 +39,13 @@ Tell = Callable[[dict[str, Any]], None]
 
 @dataclass
 class Active:
-    """A worker at work."""
+    """A worker at work. `log_begins`: bytes that workers of before left in its log."""
 
     cell: Cell
     stage: str
     process: subprocess.Popen[bytes]
     log: Path
+    log_begins: int
     meter: energy.Meter | None
 
 
@@ -142,14 +143,14 @@ def start(cell: Cell, root: Path, stage: Stage, metered: bool) -> Active:
     path = root / "cells" / cell.id
     wait_for_orphan(path)
     logs = root / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
     job, log = logs / f"{cell.id}-{name}.json", logs / f"{cell.id}-{name}.log"
     write_atomic(job, json.dumps({"stage": name, "folder": str(path), **more}) + "\n")
     environment = dict(os.environ)
     if not environment.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}:
         environment["OMP_WAIT_POLICY"] = "PASSIVE"  # as the command line does (`cli.wait_without_spinning`)
     meter = energy.Meter() if metered else None
-    with log.open("ab") as out:
+    with one_line(log), log.open("ab") as out:
+        begins = out.tell()
         process = subprocess.Popen(
             [sys.executable, "-m", "halfbyte.compare.worker", str(job)],
             stdin=subprocess.PIPE,
@@ -158,7 +159,7 @@ def start(cell: Cell, root: Path, stage: Stage, metered: bool) -> Active:
             env=environment,
             start_new_session=True,  # Ctrl-C in a terminal is for the comparison, which asks its workers once
         )
-    return Active(cell, name, process, log, meter)
+    return Active(cell, name, process, log, begins, meter)
 
 
 def wait_for_orphan(path: Path) -> None:
@@ -204,7 +205,7 @@ def _ended(code: int) -> str:
 
 def _message(one: Active, code: int) -> str:
     """Why a worker failed: its own line, or how it ended."""
-    lines = one.log.read_text(errors="replace").splitlines()
+    lines = one.log.read_bytes()[one.log_begins :].decode(errors="replace").splitlines()
     said = next((line.removeprefix(FAILED) for line in reversed(lines) if line.startswith(FAILED)), None)
     if said is not None and code > 0:
         return said

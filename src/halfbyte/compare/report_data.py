@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.compare import wording
+from halfbyte.compare.cells import is_measured
 from halfbyte.compare.measure import EVAL_LOSS, Measured, Point, after, measure, reached
 from halfbyte.compare.sentence import sentence
 from halfbyte.compare.statistics import (
@@ -24,6 +25,7 @@ from halfbyte.compare.statistics import (
 from halfbyte.errors import HalfbyteError
 from halfbyte.evaluate.metrics import ACCURACY
 from halfbyte.run.folder import read_json
+from halfbyte.train.run_directory import RESULT
 
 SCHEMA_VERSION = 1
 FILE = "comparison.json"
@@ -78,7 +80,7 @@ def build(root: Path) -> dict[str, Any]:
     groups = [Cells(v["key"], cells.get(v["key"], {})) for v in compared]
     metrics = _metrics(groups, said)
     by_key = {metric["key"]: metric for metric in metrics}
-    quality = _quality(metrics, said)
+    quality = metrics[0]
     variants = [
         _variant(v, group, groups, compared, quality, said, metrics) for v, group in zip(compared, groups, strict=True)
     ]
@@ -97,14 +99,14 @@ def build(root: Path) -> dict[str, Any]:
         "settings": _settings(said, compared),
         "metrics": [{k: v for k, v in metric.items() if k != "currency"} for metric in metrics],
         "variants": variants,
-        "baselines": _baselines(root, groups, compared, by_key),
+        "baselines": _baselines(root, said, groups, compared, by_key),
         "comparisons": comparisons,
         "convergence": _convergence(groups),
         "pareto": _pareto(groups, metrics),
         "plan": {"seconds": plan.get("seconds"), "cost": plan.get("cost")},
         "cells": _cell_list(said, cells, messages),
         "commands": [said["command"], *(v["command"] for v in compared if v["skipped"] is None)],
-        "notes": _notes(said, compared, comparisons, quality),
+        "notes": _notes(said, compared, groups, comparisons, quality),
         "warnings": _warnings(said, compared, groups, cells, messages),
     }
 
@@ -116,10 +118,10 @@ def _measured(root: Path, said: Mapping[str, Any], messages: dict[str, str]) -> 
     found: dict[str, dict[int, Measured]] = {}
     for cell in said["cells"]:
         path = root / "cells" / cell["id"]
-        if cell["id"] in said.get("failed", {}) or not (path / "result.json").is_file():
+        if not (path / RESULT).is_file():  # written last: what failed afterwards is a metric or a merge
             continue
         try:
-            made = measure(path, price)
+            made = measure(path, price, said.get("asked"))
         except HalfbyteError as error:
             messages[cell["id"]] = str(error)
             continue
@@ -136,7 +138,7 @@ def _measured(root: Path, said: Mapping[str, Any], messages: dict[str, str]) -> 
 
 
 def _metrics(groups: Sequence[Cells], said: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What was measured anywhere: quality first, the task's own before the loss."""
+    """What was measured anywhere. The first decides: as asked for, else the first of the task's own, else the loss."""
     names = dict.fromkeys(n for g in groups for m in g.by_seed.values() for n in m.task_metrics)
     made: list[dict[str, Any]] = [
         {"key": name, "label": name.replace("_", " "), "better": "higher", "unit": "share", "quality": True}
@@ -148,6 +150,7 @@ def _metrics(groups: Sequence[Cells], said: Mapping[str, Any]) -> list[dict[str,
         if any(not 0 <= value <= 1 for value in values):
             metric["unit"] = "count"
     made.append({"key": EVAL_LOSS, "label": "held-out loss", "better": "lower", "unit": "loss", "quality": True})
+    made.sort(key=lambda metric: metric["key"] != said["options"]["quality"])
     currency = said["price"]["currency"] if said["price"] is not None else ""
     for key, label, better, unit in _METRICS:
         if any(group.values(key) for group in groups):
@@ -159,21 +162,20 @@ def _metrics(groups: Sequence[Cells], said: Mapping[str, Any]) -> list[dict[str,
     return made
 
 
-def _quality(metrics: Sequence[dict[str, Any]], said: Mapping[str, Any]) -> dict[str, Any]:
-    """The metric that decides: as asked for, else the first of the task's own, else the loss."""
-    asked = said["options"]["quality"]
-    return next((m for m in metrics if m["key"] == asked), metrics[0])
-
-
 def _baselines(
-    root: Path, groups: Sequence[Cells], compared: Sequence[Mapping[str, Any]], metrics: Mapping[str, Any]
+    root: Path,
+    said: Mapping[str, Any],
+    groups: Sequence[Cells],
+    compared: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, Any],
 ) -> dict[str, Any]:
     """The untrained model, in 16 bits where a variant holds it so, else as the first does; the commonest label."""
     order = sorted(
         zip(compared, groups, strict=True), key=lambda pair: (pair[0]["config"]["method"] == "qlora", pair[0]["key"])
     )
     made: dict[str, Any] = {}
-    measured = read_json(root / BASELINE) if (root / BASELINE).is_file() else {}
+    asked = said.get("baseline")
+    measured = read_json(root / BASELINE) if asked is not None and is_measured(root / BASELINE, asked) else {}
     for name in metrics:
         if not metrics[name]["quality"]:
             continue
@@ -244,7 +246,7 @@ def _precision(config: Mapping[str, Any], own_blocks: bool) -> str:
 def _variant_notes(said: Mapping[str, Any], cells: Cells, whole: Mapping[str, Any]) -> list[str]:
     notes = []
     if said["skipped"] is not None:
-        notes.append(f"not run: {said['skipped']}")
+        notes.append(f"not run here: {said['skipped']}")
     if said["continue_from"] is not None:
         notes.append(
             f"goes on from the adapter of {said['continue_from']}: time, energy and cost are of both runs, the peak is "
@@ -337,15 +339,19 @@ def _comparisons(groups: Sequence[Cells], metrics: Mapping[str, dict[str, Any]])
 
 
 def difference(a: Cells, b: Cells, metric: str) -> tuple[Difference, bool] | None:
-    """(a minus b over the seeds that both have, whether rows were paired too); None where there is no such seed."""
+    """(a minus b over the seeds that both have, whether rows were paired too); None where there is no such seed.
+
+    Memory and time are compared on one machine only: a seed that one variant ran elsewhere is left out.
+    """
     seeds = [seed for seed in a.seeds(metric) if seed in b.seeds(metric)]
+    if metric in COMPARED:
+        seeds = [seed for seed in seeds if a.by_seed[seed].machine == b.by_seed[seed].machine]
     if not seeds:
         return None
     rows = [(a.by_seed[seed].rows.get(metric), b.by_seed[seed].rows.get(metric)) for seed in seeds]
-    mine = [one for one, other in rows if one is not None and other is not None and one.names == other.names]
-    theirs = [other for one, other in rows if one is not None and other is not None and one.names == other.names]
-    if len(mine) == len(seeds):
-        return row_difference(mine, theirs), True
+    paired = [(one, other) for one, other in rows if one is not None and other is not None and one.pairs_with(other)]
+    if len(paired) == len(seeds):
+        return row_difference([one for one, _ in paired], [other for _, other in paired]), True
     return paired_difference(a.values(metric, seeds), b.values(metric, seeds)), False
 
 
@@ -428,7 +434,8 @@ def _pareto(groups: Sequence[Cells], metrics: Sequence[dict[str, Any]]) -> list[
 
 
 def _title(said: Mapping[str, Any], compared: Sequence[Mapping[str, Any]]) -> str:
-    return f"{', '.join(v['label'] for v in compared)} on {said['model']['name']}"
+    names = ", ".join(data["name"] for data in said["data"])
+    return f"{', '.join(v['label'] for v in compared)} on {said['model']['name']}, {names}"
 
 
 def _settings(said: Mapping[str, Any], compared: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -470,6 +477,7 @@ def _cell_list(
 def _notes(
     said: Mapping[str, Any],
     compared: Sequence[Mapping[str, Any]],
+    groups: Sequence[Cells],
     comparisons: Sequence[Mapping[str, Any]],
     quality: Mapping[str, Any],
 ) -> list[str]:
@@ -480,7 +488,7 @@ def _notes(
         "Packing and micro-batches lay rows out in memory and change no update."
     )
     notes = [
-        *([same] if _equal(compared) else []),
+        *([same] if _equal(compared) and _as_long(groups) else []),
         "Memory by component is planned; the peak beside it is measured, of a process for each run.",
         "A detectable difference is the true one that these seeds and rows would have found with 80 % power at the 5 % "
         "level.",
@@ -505,12 +513,36 @@ def _equal(compared: Sequence[Mapping[str, Any]]) -> bool:
     return len({tuple(v["work"][k] for k in ("data", "rows_per_update", "supervised_tokens")) for v in compared}) == 1
 
 
+def _as_long(groups: Sequence[Cells]) -> bool:
+    """Whether the runs of each seed went through as many supervised tokens; early stopping ends some sooner."""
+    seen: dict[int, set[int]] = {}
+    for group in groups:
+        for seed, measured in group.by_seed.items():
+            if measured.train:
+                seen.setdefault(seed, set()).add(measured.train[-1].supervised_tokens)
+    return all(len(counts) == 1 for counts in seen.values())
+
+
+def _without_metrics(said: Mapping[str, Any], groups: Sequence[Cells]) -> list[str]:
+    """Metrics that were asked for and that runs lack which are there otherwise."""
+    asked = [name.rpartition(":")[2] for name in (said.get("asked") or {}).get("metrics", [])]
+    found = []
+    for group, name in itertools.product(groups, asked):
+        lacking = len(group.by_seed) - len(group.values(name))
+        if lacking:
+            found.append(
+                f"{group.key}: {name} is not known of {lacking} of {len(group.by_seed)} runs: it failed, or what they "
+                "trained is not there any more (--keep keeps fully trained weights)"
+            )
+    return found
+
+
 def _search_notes(search: Mapping[str, Any]) -> list[str]:
     """What was tried, and where a better rate may lie beyond."""
     tries = max((len(rates) for rates in search["grid"].values()), default=0)
     notes = [
-        f"Learning rates were searched: {tries} a variant, {search['steps']} updates each on the first seed, by "
-        "held-out loss on the rows of this report."
+        f"Learning rates were searched: {tries} a variant, {search['steps']} updates each with a seed of their "
+        f"own ({search['seed']}), by held-out loss on the rows of this report."
     ]
     for key, chosen in search["chosen"].items():
         rates = search["grid"][key]
@@ -530,10 +562,14 @@ def _warnings(
     cells: Mapping[str, Mapping[int, Measured]],
     messages: Mapping[str, str],
 ) -> list[str]:
-    found = [f"{v['label']} was not run: {v['skipped']}" for v in compared if v["skipped"] is not None]
+    found = [f"{v['label']} was not run here: {v['skipped']}" for v in compared if v["skipped"] is not None]
     failed = said.get("failed", {})
+    done = {cell["id"] for cell in said["cells"] if cell["seed"] in cells.get(cell["variant"], {})}
     labels = {cell["id"]: f"{cell['variant']}, seed {cell['seed']}" for cell in said["cells"]}
-    found += [f"{labels.get(key, key)} failed: {message}" for key, message in {**failed, **messages}.items()]
+    found += [
+        f"{labels.get(key, key)} {'is not measured whole' if key in done else 'failed'}: {message}"
+        for key, message in {**failed, **messages}.items()
+    ]
     runnable = [group for v, group in zip(compared, groups, strict=True) if not v["skipped"]]
     missing = sum(len(said["seeds"]) - len(group.by_seed) for group in runnable)
     if missing:
@@ -544,6 +580,9 @@ def _warnings(
         found.append("Runs were made side by side: times and rates are of a shared machine.")
     if not _equal(compared):
         found.append("The variants did not learn from the same: rows or supervised tokens differ (--unequal).")
+    elif not _as_long(groups):
+        found.append("Not all runs of a seed saw the same number of supervised tokens: some ended early.")
+    found += _without_metrics(said, groups)
     asked = said["options"]["quality"]
     if asked is not None and not any(asked in m.figures for runs in cells.values() for m in runs.values()):
         found.append(f"{asked}, by which variants were to be judged, was not measured: another metric decides.")

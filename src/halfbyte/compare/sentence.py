@@ -1,10 +1,11 @@
 """The sentence for whoever decides: which variant to use here, and what it costs. Plain rules on the statistics.
 
 1. With one seed, nothing is said of quality: what a seed changes is not known.
-2. The best is the variant with the best mean of the quality metric. Beside it stand those from which no difference was
-   found ("no difference found" is what is said, with the difference that would have been).
+2. The best is the variant with the best mean of the quality metric among those that no other was found to beat. Beside
+   it stand those from which no difference was found, with the difference that would have been.
 3. Of these, the one that takes the least time is advised; where no difference in time to it was found, the one of those
-   with the least memory. It is named as the best only where it is the best and a difference to the next was found.
+   with the least memory. It is said to take the least only where a difference to every other of them was found, and
+   named as the best only where it is the best and a difference to every other variant was found.
 4. What it costs: time and memory of one run, money where a price is known; and the variant with the least memory, where
    that is another.
 
@@ -39,7 +40,8 @@ def sentence(
             f"its quality; {cheap['label']} took the least time in its run: {_cost(cheap, metrics)}."
         )
     sign = 1 if quality["better"] == "lower" else -1
-    best = min(known, key=lambda v: sign * v["figures"][key]["mean"])
+    unbeaten = [v for v in known if not any(_better(comparisons, other, v, key) for other in known)] or known
+    best = min(unbeaten, key=lambda v: sign * v["figures"][key]["mean"])
     equal = [v for v in known if v is best or _verdict(comparisons, v, best, key) == NOTHING]
     fastest = min(equal, key=lambda v: v["figures"]["seconds"]["mean"])
     as_fast = [v for v in equal if v is fastest or _verdict(comparisons, v, fastest, "seconds") == NOTHING]
@@ -49,7 +51,7 @@ def sentence(
         said += _time_and_memory(advised, fastest, as_fast, comparisons)
     said += "; "
     said += f"one run costs {_cost(advised, metrics)}."
-    return said + _least_memory(advised, known, equal, quality, metrics, comparisons)
+    return said + _least_memory(advised, known, quality, comparisons)
 
 
 def _why(
@@ -106,13 +108,11 @@ def _cost(variant: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) 
 def _least_memory(
     advised: Mapping[str, Any],
     known: Sequence[Mapping[str, Any]],
-    equal: Sequence[Mapping[str, Any]],
     quality: Mapping[str, Any],
-    metrics: Mapping[str, Mapping[str, Any]],
     comparisons: Sequence[Mapping[str, Any]],
 ) -> str:
     least = min(known, key=lambda v: v["figures"]["peak_memory_bytes"]["mean"])
-    if least is advised or _verdict(comparisons, least, advised, "peak_memory_bytes") == NOTHING:
+    if least is advised or not _better(comparisons, least, advised, "peak_memory_bytes"):
         return ""
     key = quality["key"]
     memory = wording.nbytes(least["figures"]["peak_memory_bytes"]["mean"])
@@ -120,7 +120,7 @@ def _least_memory(
     comparison = _comparison(comparisons, least, advised, key)
     if comparison is None or comparison["verdict"] == NOTHING:
         return text + f", and no difference in {quality['label']} to {advised['label']} was found."
-    better = comparison["verdict"] == ("a better" if comparison["a"] == least["key"] else "b better")
+    better = _better(comparisons, least, advised, key)
     size = wording.difference(comparison["difference"]["mean"], dict(quality))
     return text + f"; its {quality['label']} is {'better' if better else 'worse'} by {size}."
 
@@ -137,3 +137,11 @@ def _verdict(
 ) -> str:
     found = _comparison(comparisons, one, other, metric)
     return NOTHING if found is None else str(found["verdict"])
+
+
+def _better(
+    comparisons: Sequence[Mapping[str, Any]], one: Mapping[str, Any], other: Mapping[str, Any], metric: str
+) -> bool:
+    """Whether the first was found to be better than the second."""
+    found = _comparison(comparisons, one, other, metric)
+    return found is not None and found["verdict"] == ("a better" if found["a"] == one["key"] else "b better")

@@ -10,8 +10,10 @@ Two things vary between two such comparisons: the seeds (initial values, order o
 (Efron 1979), the same for all seeds, as in the pigeonhole bootstrap (Owen 2007, Ann. Appl. Stat. 1:386). Seeds are few:
 three of them have ten different resamples, whose percentiles cover far less than they say, so their part is drawn from
 Student's t with n - 1 degrees of freedom. What of the rows' spread is in the spread between seeds already (a row's luck
-with a seed) is taken out of the rows' part, so that it counts once. Where each seed held out rows of its own, the
-spread between seeds has all of theirs, and the interval is Student's alone. `tests/compare` simulates coverage.
+with a seed) is taken out of the rows' part, so that it counts once. Seeds that agree by luck
+(scores of a few rows may) make nothing certain: the interval is never narrower than that of the rows alone. Where each
+seed held out rows of its own, the spread between seeds has all of theirs, and the interval is Student's alone.
+`tests/compare` simulates coverage.
 
 The *detectable* difference is the true difference that this many seeds and rows would have found with a power of 80 %
 at the 5 % level, two-sided, by the noncentral t of the standard error found, with the degrees of freedom of
@@ -20,7 +22,7 @@ Satterthwaite (1946, Biometrics Bulletin 2:110). numpy only; the same seed gives
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -32,6 +34,8 @@ Array = NDArray[np.float64]
 LEVEL = 0.95
 POWER = 0.80
 DRAWS = 4000
+T_DRAWS = 50
+"""Draws of the seeds' part for each of the rows': with few degrees of freedom the tails of Student's t are long."""
 _CHUNK = 2_000_000  # resampled indices held at once: 16 MB
 
 
@@ -86,6 +90,10 @@ class Rows:
     def figure(self) -> float:
         return float(self.totals.sum() / self.weights.sum())
 
+    def pairs_with(self, other: "Rows") -> bool:
+        """Whether both are of the same rows, each with the same weight."""
+        return self.names == other.names and np.array_equal(self.weights, other.weights)
+
 
 def mean_interval(values: Sequence[float]) -> Figure:
     """Mean over seeds with Student's 95 % interval. ValueError for no values."""
@@ -119,35 +127,36 @@ def row_difference(a: Sequence[Rows], b: Sequence[Rows], seed: int = 0) -> Diffe
     if len(a) != len(b) or not a:
         raise ValueError(f"paired seeds differ in number: {len(a)} and {len(b)}")
     for one, other in zip(a, b, strict=True):
-        if one.names != other.names or not np.array_equal(one.weights, other.weights):
+        if not one.pairs_with(other):
             raise ValueError("the two were measured on different held-out rows")
     totals = [one.totals - other.totals for one, other in zip(a, b, strict=True)]
     weights = [one.weights for one in a]
     by_seed = np.array([t.sum() / w.sum() for t, w in zip(totals, weights, strict=True)])
     mean, rows = float(by_seed.mean()), min(map(len, totals))
-    if len(a) == 1:
-        return Difference(mean, None, None, None, 1, rows)
-    seed_variance = float(by_seed.var(ddof=1)) / len(a)
+    if len(a) == 1 or rows < 2 or len({one.names for one in a}) > 1:  # the rows' spread is in the seeds'
+        return replace(paired_difference(by_seed.tolist(), [0.0] * len(a)), rows=rows)
     rng = np.random.default_rng(seed)
-    draws = mean + rng.standard_t(len(a) - 1, DRAWS) * math.sqrt(seed_variance)
-    parts = [(seed_variance, float(len(a) - 1))]
-    if len({one.names for one in a}) == 1 and rows > 1:
-        row_part = _resample_rows(totals, weights, rng) - mean
-        # The bootstrap of n values is too narrow by these two (Hesterberg 2015, Am. Statistician 69:371).
-        row_part *= math.sqrt(rows / (rows - 1)) * t_quantile(0.5 + LEVEL / 2, rows - 1) / t_quantile(0.975, 1e6)
-        variance = float(row_part.var())
-        own = max(variance - _noise(totals, weights, by_seed), 0.0)
-        draws = draws + row_part * math.sqrt(own / variance if variance > 0 else 0.0)
-        parts.append((own, float(rows - 1)))
-    else:  # their spread is in the seeds': Student's interval, without the noise of drawing it
-        figure = mean_interval(by_seed.tolist())
-        assert figure.low is not None
-        assert figure.high is not None
-        error = detectable(math.sqrt(seed_variance), len(a) - 1)
-        return Difference(mean, figure.low, figure.high, error, len(a), rows)
-    low, high = (float(x) for x in np.percentile(draws, (50 - 50 * LEVEL, 50 + 50 * LEVEL)))
-    error = math.sqrt(sum(variance for variance, _ in parts))
-    return Difference(mean, low, high, detectable(error, satterthwaite(parts)), len(a), rows)
+    row_part = _resample_rows(totals, weights, rng) - mean
+    # The bootstrap of n values is too narrow by these two (Hesterberg 2015, Am. Statistician 69:371).
+    row_part *= math.sqrt(rows / (rows - 1)) * t_quantile(0.5 + LEVEL / 2, rows - 1) / t_quantile(0.975, 1e6)
+    variance, seed_variance = float(row_part.var()), float(by_seed.var(ddof=1)) / len(a)
+    own = max(variance - _noise(totals, weights, by_seed), 0.0)
+    drawn = rng.standard_t(len(a) - 1, (T_DRAWS // 2, DRAWS)) * math.sqrt(seed_variance)
+    seed_part = np.concatenate([drawn, -drawn])  # both ways, so that a minus b says what b minus a does
+    both = _ends(mean + seed_part + row_part * math.sqrt(own / variance if variance > 0 else 0.0))
+    alone = _ends(mean + row_part)
+    low, high = min(both[0], alone[0]), max(both[1], alone[1])
+    parts = [(seed_variance, len(a) - 1.0), (own, rows - 1.0)]
+    sizes = (
+        detectable(math.sqrt(seed_variance + own), satterthwaite(parts)),
+        detectable(math.sqrt(variance), rows - 1),
+    )
+    return Difference(mean, low, high, max((s for s in sizes if s is not None), default=None), len(a), rows)
+
+
+def _ends(draws: Array) -> tuple[float, float]:
+    low, high = np.percentile(draws, (50 - 50 * LEVEL, 50 + 50 * LEVEL))
+    return float(low), float(high)
 
 
 def _resample_rows(totals: Sequence[Array], weights: Sequence[Array], rng: np.random.Generator) -> Array:

@@ -1,9 +1,9 @@
 """The same small search for every variant's learning rate (`--tune-lr`).
 
 Methods want different learning rates, and a comparison at one rate compares how well it suits them. Each variant is run
-for a few updates at the same multiples of its own rate, on the first seed, and takes the one with the lowest held-out
-loss. The held-out rows are the comparison's: all variants choose on them equally often. A best rate at an end of the
-grid is told: a better one may lie beyond.
+for a few updates at the same multiples of its own rate, with a seed that no cell has, and takes the one with the lowest
+held-out loss. The held-out rows are the comparison's: all variants choose on them equally often. A best rate at an end
+of the grid is told: a better one may lie beyond.
 """
 
 import math
@@ -15,7 +15,7 @@ from typing import Any
 from halfbyte.compare import identity
 from halfbyte.compare.cells import is_finished
 from halfbyte.compare.design import Cell, Design, PlannedVariant, cell_of
-from halfbyte.compare.options import CompareOptions
+from halfbyte.compare.options import MAX_SEEDS, CompareOptions
 from halfbyte.run.folder import read_json
 from halfbyte.train.run_directory import RESULT
 
@@ -24,6 +24,7 @@ from halfbyte.train.run_directory import RESULT
 class Search:
     """What is tried: by variant the rates and their cells."""
 
+    seed: int
     steps: int
     rates: Mapping[str, tuple[float, ...]]
     cells: Mapping[str, tuple[Cell, ...]]
@@ -36,14 +37,15 @@ def search_of(design: Design, options: CompareOptions) -> Search:
     """The runs of the search. Variants that go on from another's adapter keep their rate."""
     first = design.variants[0]
     steps = options.tune_steps or max(1, math.ceil(first.work.steps / 3))
+    seed = design.seeds[0] + MAX_SEEDS  # whatever the number of seeds: one more of them searches nothing again
     rates, cells = {}, {}
     for planned in design.variants:
         if planned.skipped is None and planned.variant.continue_from is None:
             own = identity.learning_rate(planned.config, planned.pairs)
             # Rounded, so that a config can be written down: 3 * 2e-4 is 0.0006000000000000001.
             rates[planned.key] = tuple(float(f"{own * multiple:.6g}") for multiple in options.tune_multiples)
-            cells[planned.key] = tuple(_cell(planned, design.seeds[0], rate, steps) for rate in rates[planned.key])
-    return Search(steps, rates, cells)
+            cells[planned.key] = tuple(_cell(planned, seed, rate, steps) for rate in rates[planned.key])
+    return Search(seed, steps, rates, cells)
 
 
 def _cell(planned: PlannedVariant, seed: int, rate: float, steps: int) -> Cell:
@@ -84,6 +86,7 @@ def as_dict(
 ) -> dict[str, Any]:
     """What the report says of the search."""
     return {
+        "seed": search.seed,
         "steps": search.steps,
         "grid": {key: list(rates) for key, rates in search.rates.items()},
         "losses": {key: list(values) for key, values in losses.items()},

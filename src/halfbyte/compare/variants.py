@@ -14,7 +14,7 @@ from halfbyte.adapters.options import LoraOptions
 from halfbyte.compare.options import Request
 from halfbyte.errors import UsageError
 from halfbyte.run import methods
-from halfbyte.run.config import RunConfig, build, translate
+from halfbyte.run.config import QUANTIZED_ALONE, RunConfig, build, translate
 from halfbyte.run.continued import SHAPE
 from halfbyte.yamlfile import Entry
 
@@ -82,7 +82,7 @@ def variants_of(request: Request) -> list[Variant]:
             raise UsageError(f"two variants are called {variant.key}: give them different names")
         seen.add(variant.key)
     made = _chained(made)
-    _require_different(made)
+    _require_different(made, options.tune_lr)
     return made
 
 
@@ -96,12 +96,19 @@ def _variant(request: Request, fields: Mapping[str, Any], where: str, own: Mappi
             raise UsageError(f"{where}: {name} cannot vary: {_reason(name)}")
     if "method" not in entries:
         raise UsageError(f"{where}: no method: give one of {', '.join(methods.PRESETS)}")
-    config = build(request.of_file, request.of_flags, entries)
+    config = build(*shared(request, str(entries["method"].value)), entries)
     if config.method == "auto":
         raise UsageError(f"{where}: method auto leaves open what is compared: name the methods")
     given = {key: entry.value for key, entry in entries.items()}
     name = str(own.get("name") or _name(given))
     return Variant(_word(name), given, config, own.get("continue_from"), bool(own.get("only_a_start", False)))
+
+
+def shared(request: Request, method: str) -> list[dict[str, Entry]]:
+    """The entries of file and flags that go for a method: how a base is quantized is for methods that do."""
+    preset = methods.PRESETS.get(method)
+    left_out = () if preset is None or preset.method == "qlora" else QUANTIZED_ALONE
+    return [{k: v for k, v in entries.items() if k not in left_out} for entries in (request.of_file, request.of_flags)]
 
 
 def _name(fields: Mapping[str, Any]) -> str:
@@ -161,13 +168,21 @@ def _chained(made: Sequence[Variant]) -> list[Variant]:
     return list(out.values())
 
 
-def _require_different(made: Sequence[Variant]) -> None:
+def _require_different(made: Sequence[Variant], tuned: bool) -> None:
     compared = [variant for variant in made if not variant.only_a_start]
     if len(compared) < 2:
         raise UsageError(
             f"{len(compared)} variant is nothing to compare: give at least two methods, or vary a field: "
             "--methods lora,qlora or --vary lora_r=8,16"
         )
+    searched = {"learning_rate"} if tuned else None
     for one, other in itertools.combinations(compared, 2):
-        if one.config.model_dump() == other.config.model_dump() and one.continue_from == other.continue_from:
+        if one.continue_from != other.continue_from:
+            continue
+        if one.config.model_dump() == other.config.model_dump():
             raise UsageError(f"{one.key} and {other.key} are the same run: leave one out")
+        if one.config.model_dump(exclude=searched) == other.config.model_dump(exclude=searched):
+            raise UsageError(
+                f"{one.key} and {other.key} differ in nothing but the learning rate, which --tune-lr searches: leave "
+                "one out"
+            )

@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,27 +42,41 @@ def stop_without_a_parent() -> None:
 
 def train(job: dict[str, Any]) -> None:
     """The run of a cell: begun, gone on with, or there already."""
-    from halfbyte.run.config import RunConfig
+    from halfbyte.files import write_atomic
+    from halfbyte.run import folder
+    from halfbyte.run.config import RunConfig, to_yaml
     from halfbyte.run.run import resume, run
     from halfbyte.train.run_directory import CONFIG
 
-    path = Path(job["folder"])
-    if (path / CONFIG).is_file():
-        resume(path)
-    else:
-        run(RunConfig.model_validate(job["config"]))
+    path, here = Path(job["folder"]), RunConfig.model_validate(job["config"])
+    if not (path / CONFIG).is_file():
+        run(here)
+        return
+    config, record = folder.read_config(path)
+    if moved := _moved(config, here):
+        write_atomic(path / CONFIG, to_yaml(config.replace(**moved), record))
+    resume(path)
+
+
+def _moved(config: Any, here: Any) -> dict[str, Any]:
+    """Where model, rows and adapter are now, as far as that is elsewhere: fingerprints say that they are the same."""
+    values = {name: getattr(here, name) for name in ("model", "data", "eval_data", "chat_template", "adapter_path")}
+    if here.adapter_path is not None:
+        values["adapter_path"] = str(Path(here.adapter_path).resolve())
+    moved = {name: value for name, value in values.items() if value != getattr(config, name)}
+    return moved | ({"revision": here.revision} if "model" in moved else {})
 
 
 def metrics(job: dict[str, Any]) -> None:
     """The tuned model's answers on the held-out rows."""
     from halfbyte.evaluate.rows_file import write_rows
     from halfbyte.files import write_atomic
-    from halfbyte.run.target import evaluate_tuned, find
+    from halfbyte.run.target import evaluate_tuned
 
     path = Path(job["folder"])
-    result = evaluate_tuned(find(str(path)), _options(job))
+    result = evaluate_tuned(_target(job), _options(job))
     write_rows(path / "metric_rows.jsonl", result)
-    write_atomic(path / "evaluation.json", json.dumps(result.to_json(), indent=1) + "\n")
+    write_atomic(path / "evaluation.json", _said(result, job))
 
 
 def base(job: dict[str, Any]) -> None:
@@ -72,15 +87,37 @@ def base(job: dict[str, Any]) -> None:
 
     config = RunConfig.model_validate(job["config"])
     result = evaluate_tuned(Target(config, None, None), _options(job))
-    write_atomic(Path(job["output"]), json.dumps(result.to_json(), indent=1) + "\n")
+    write_atomic(Path(job["output"]), _said(result, job))
 
 
 def _options(job: dict[str, Any]) -> Any:
     from halfbyte.evaluate.evaluate import EvaluateOptions
 
+    asked = job["asked"]
     return EvaluateOptions(
-        metrics=tuple(job["metrics"]), max_rows=job["metric_rows"], max_new_tokens=job["max_new_tokens"]
+        metrics=tuple(asked["metrics"]),
+        max_rows=asked["metric_rows"],
+        max_new_tokens=asked["max_new_tokens"],
+        allow_code_execution=job["allow_code_execution"],
     )
+
+
+def _said(result: Any, job: dict[str, Any]) -> str:
+    """The figures, with what was asked for: figures of other rows or shorter answers are others."""
+    return json.dumps(result.to_json() | {"asked": job["asked"]}, indent=1) + "\n"
+
+
+def _target(job: dict[str, Any]) -> Any:
+    """The cell's run, with model and rows where the comparison has them: an accepted run names another machine's."""
+    from halfbyte.run.config import RunConfig
+    from halfbyte.run.target import find
+
+    found = find(job["folder"])
+    moved = _moved(found.config, RunConfig.model_validate(job["config"]))
+    moved.pop("adapter_path", None)  # what the run went on from is in its own adapter
+    if found.adapter is None:  # the run is the model
+        moved = {name: value for name, value in moved.items() if name not in ("model", "revision")}
+    return replace(found, config=found.config.replace(**moved))
 
 
 def merge(job: dict[str, Any]) -> None:
@@ -88,15 +125,16 @@ def merge(job: dict[str, Any]) -> None:
     from halfbyte.evaluate.evaluate import EvaluateOptions
     from halfbyte.export.merge import MergeOptions
     from halfbyte.files import write_atomic
-    from halfbyte.run import folder
-    from halfbyte.run.target import Target, evaluate_tuned, find, merge_target
+    from halfbyte.run.target import Target, evaluate_tuned, merge_target
 
     path, out = Path(job["folder"]), Path(job["output"])
     try:
-        report = merge_target(find(str(path)), out, MergeOptions(overwrite=True)).to_json()
-        config, _ = folder.read_config(path)
-        merged = config.replace(model=str(out), revision=None, method="lora", requantize=False, quant_pattern={},
-                                init_lora_weights="default", loftq_iter=1, adapter_path=None)  # fmt: skip
+        target = _target(job)
+        report = merge_target(target, out, MergeOptions(overwrite=True)).to_json()
+        merged = target.config.replace(
+            model=str(out), revision=None, method="lora", requantize=False, quant_pattern={},
+            init_lora_weights="default", loftq_iter=1, adapter_path=None,
+        )  # fmt: skip
         result = evaluate_tuned(Target(merged, None, None), EvaluateOptions())
     finally:
         shutil.rmtree(out, ignore_errors=True)

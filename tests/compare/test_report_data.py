@@ -1,0 +1,72 @@
+"""What is compared with what, on cells whose figures are known."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from halfbyte.compare.cells import is_measured
+from halfbyte.compare.measure import Measured, Point
+from halfbyte.compare.pack import pack
+from halfbyte.compare.report_data import Cells, _as_long, difference
+from halfbyte.compare.statistics import Rows
+from halfbyte.errors import UsageError
+
+
+def cells(key: str, losses: list[float], weights: float = 1.0, machine: str = "one", tokens: int = 9) -> Cells:
+    """Two held-out rows a seed, each with the seed's loss; a run took as many seconds as its loss is."""
+    made = {}
+    for seed, loss in enumerate(losses):
+        rows = Rows(("a", "b"), np.array([loss, loss]) * weights, np.full(2, weights))
+        made[seed] = Measured(
+            {"eval_loss": loss, "seconds": loss}, {"eval_loss": rows}, {}, None, (Point(3, tokens, 1.0, loss),), (),
+            "this comparison", machine, (),
+        )  # fmt: skip
+    return Cells(key, made)
+
+
+def test_rows_that_weigh_otherwise_are_not_paired() -> None:
+    """With --unequal a variant may cut its rows shorter: the same rows have other supervised tokens then."""
+    one, other = cells("a", [1.0, 1.1]), cells("b", [2.0, 2.2])
+    found = difference(one, other, "eval_loss")
+    assert found is not None
+    assert found[1]
+    longer = difference(one, cells("b", [2.0, 2.2], weights=2.0), "eval_loss")
+    assert longer is not None
+    assert not longer[1]
+    assert longer[0].mean == pytest.approx(found[0].mean)
+
+
+def test_time_is_compared_on_one_machine_only() -> None:
+    one, other = cells("a", [1.0, 1.1, 1.2]), cells("b", [2.0, 2.2, 2.1], machine="another")
+    assert difference(one, other, "seconds") is None
+    assert difference(one, other, "eval_loss") is not None
+    mixed = Cells("b", {**other.by_seed, 2: cells("b", [0.0, 0.0, 2.1]).by_seed[2]})
+    found = difference(one, mixed, "seconds")
+    assert found is not None
+    assert found[0].seeds == 1
+
+
+def test_runs_that_ended_early_are_seen() -> None:
+    assert _as_long([cells("a", [1.0]), cells("b", [1.0, 1.0])])
+    assert not _as_long([cells("a", [1.0]), cells("b", [1.0], tokens=8)])
+
+
+def test_an_evaluation_counts_where_it_was_of_the_same_rows(tmp_path: Path) -> None:
+    asked = {"metrics": ["rouge_l"], "metric_rows": 9, "max_new_tokens": 64}
+    file = tmp_path / "evaluation.json"
+    assert not is_measured(file, asked)
+    file.write_text(json.dumps({"rouge_l": 0.5, "exact_match": 0.1, "evaluated_rows": 9}))
+    assert not is_measured(file, asked)
+    file.write_text(json.dumps({"asked": asked | {"metrics": ["exact_match", "rouge_l"]}}))
+    assert is_measured(file, asked)
+    for change in ({"metrics": ["token_f1"]}, {"metric_rows": 8}, {"metric_rows": None}, {"of": "another model"}):
+        assert not is_measured(file, asked | change)
+
+
+def test_what_stopped_before_its_first_run_is_not_packed(tmp_path: Path) -> None:
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "comparison.json").write_text("{}")
+    with pytest.raises(UsageError, match="stopped before its first run"):
+        pack(tmp_path / "c", tmp_path / "out")
