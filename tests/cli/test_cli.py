@@ -57,7 +57,7 @@ def test_every_verb_has_help_with_an_example_and_json(halfbyte: Run, words: tupl
 
 def test_what_is_planned_for_later_is_not_listed(halfbyte: Run) -> None:
     listed = halfbyte("--help").out
-    assert not {"quantize", "compare", "studio", "pool"} & set(listed.split())
+    assert not {"quantize", "studio", "pool"} & set(listed.split())
 
 
 def test_every_option_of_the_config_is_a_flag_of_train() -> None:

@@ -4,10 +4,12 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import sqlite3
 import stat
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -174,20 +176,22 @@ def test_a_home_that_nobody_knows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_read_only_file_is_read(file: Path) -> None:
+    """As another user where this one is root, whom no mode stops; in a folder that everybody can reach."""
     history.keep(made())
     code = (
         "import os; from halfbyte.plan import history; from tests.plan.test_history import made\n"
         "try:\n    os.setuid(65534)\nexcept PermissionError:\n    pass\n"
         "print(len(history.runs()), history.keep(made()))"
     )
-    for folder in (*file.relative_to(file.parents[2]).parents, Path(".."), Path("../..")):
-        (file.parents[2] / folder).chmod(0o555)
-    file.chmod(0o444)
-    try:
-        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    finally:
-        for folder in (Path(), Path("data"), Path("data/halfbyte")):
-            (file.parents[2] / folder).chmod(0o755)
+    with tempfile.TemporaryDirectory() as home:
+        folder = Path(home) / "halfbyte"
+        shutil.copytree(file.parent, folder)
+        (folder / file.name).chmod(0o444)
+        folder.chmod(0o555)
+        Path(home).chmod(0o755)
+        told = os.environ | {"XDG_DATA_HOME": home}
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=told)
+        folder.chmod(0o755)
     assert found.stdout.startswith("1 this run is not in the history"), found.stdout + found.stderr
 
 

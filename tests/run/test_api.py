@@ -21,7 +21,8 @@ def test_importing_is_light_and_names_are_the_intended_ones() -> None:
         "assert all(callable(getattr(hb, name)) for name in hb.__all__)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    expected = ["RunConfig", "RunResult", "classify", "evaluate", "load", "load_config", "plan", "resume", "train"]
+    expected = ["RunConfig", "RunResult", "classify", "compare", "evaluate"]
+    expected += ["load", "load_config", "plan", "resume", "train"]
     assert done.stdout.strip() == str(expected)
 
 

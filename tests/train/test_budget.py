@@ -1,5 +1,6 @@
 """A run whose memory falls short: it steps down, says so, and makes the updates of the smaller layout bit for bit."""
 
+import gc
 import mmap
 import sys
 import weakref
@@ -17,6 +18,7 @@ from halfbyte.data.packing import collate
 from halfbyte.data.records import Origin
 from halfbyte.data.sampler import Sampler
 from halfbyte.errors import DoesNotFit
+from halfbyte.heap import give_back
 from halfbyte.ops.pool import pool
 from halfbyte.optim import OptimOptions
 from halfbyte.train import checkpoint
@@ -188,6 +190,8 @@ def starve(path: Path, share: float, at_step: int, options: dict[str, Any]) -> t
     def listen(event: dict[str, Any]) -> None:
         if event["event"] in ("start", "step") and event["step"] == at_step:
             pool.clear()
+            gc.collect()
+            give_back()  # what the heap keeps would be room that nobody counted
             limit_data(data_bytes() + room)
 
     try:
@@ -205,7 +209,7 @@ def warnings_of(path: Path) -> list[str]:
 def test_half_the_micro_batch_and_the_same_update(tmp_path: Path, optim: str) -> None:
     """A process with less memory than its plan needs ends where one with half the micro-batch from the start does."""
     options = {"optim": optim}
-    assert in_new_process(starve, tmp_path / "run", 0.75, 0, options) == ("completed", 0)
+    assert in_new_process(starve, tmp_path / "run", 0.65, 0, options) == ("completed", 0)
     (warning,) = [message for message in warnings_of(tmp_path / "run") if "memory ran short" in message]
     assert "at step 0" in warning
     assert "1/2 of the planned" in warning
@@ -249,7 +253,7 @@ def test_a_resumed_run_goes_on_in_the_lowered_layout(tmp_path: Path) -> None:
 def test_then_activations_are_recomputed(tmp_path: Path) -> None:
     length = 4096
     two, one, recomputed = (need_of(*layout, length=length) for layout in ((2,), (1,), (1, True)))
-    room = (one + recomputed) / 2
+    room = recomputed + (one - recomputed) / 4
     assert one - recomputed > 6_000_000, "or there is nothing to test"
     options = {"micro_batch": 2, "length": length, "total_steps": 1}
     assert in_new_process(starve, tmp_path / "run", room / two, 0, options) == ("completed", 0)
