@@ -58,7 +58,7 @@ class Calibration:
 
 
 CPU = Calibration(
-    memory_spread=0.08,
+    memory_spread=0.12,
     memory_margin=80_000_000,
     time_spread=0.5,
     probe_spread=0.25,
