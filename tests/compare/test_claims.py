@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from halfbyte.compare import claims
+from halfbyte.compare import claim_tests, memory_claims
 from halfbyte.compare.claims import Report, judge, judge_all, with_verdicts
 from halfbyte.compare.statistics import mean_interval
 from halfbyte.errors import UsageError
@@ -79,10 +79,10 @@ def test_one_seed_decides_nothing() -> None:
 
 
 def test_without_a_report_it_says_what_it_needs() -> None:
-    for number in claims.NEEDS:
+    for number in claim_tests.NEEDS:
         made = judge(number, [report(variant("full"))])
         assert made.verdict == "not testable here"
-        assert made.sentence == f"it needs {claims.NEEDS[number]}"
+        assert made.sentence == f"it needs {claim_tests.NEEDS[number]}"
 
 
 def test_reports_that_disagree_make_it_partly() -> None:
@@ -282,8 +282,8 @@ def test_merged() -> None:
 def test_the_registry_and_the_file_of_claims_agree() -> None:
     held = claim_file.load()
     measurable = {claim.id for claim in held.claims if "M" in claim.kinds}
-    assert claims.NEEDS.keys() == measurable
-    assert claims.TESTS.keys() <= claims.NEEDS.keys()
+    assert claim_tests.NEEDS.keys() == measurable
+    assert claim_tests.TESTS.keys() | memory_claims.TESTS.keys() == claim_tests.NEEDS.keys()
     made = judge(
         9, [report(variant("lora", tokens_per_second=[1.0, 1.0, 1.0]), variant("qlora", tokens_per_second=[1.0] * 3))]
     )
@@ -305,3 +305,10 @@ def test_reports_are_found_below_a_folder(tmp_path: Path) -> None:
     assert verdicts[9].evidence.endswith("a/b/report.json")
     with pytest.raises(UsageError, match=r"no report\.json in"):
         judge_all([tmp_path / "missing"])
+
+
+def test_a_title_that_begins_with_another_is_not_taken_for_it() -> None:
+    both = [variant("lora", tokens_per_second=[105.0, 106.0, 107.0]), variant("qlora", tokens_per_second=[100.0] * 3)]
+    short, long = report(*both[:1], name="m"), report(*both, name="m")
+    long = Report(Path("long/report.json"), {**long.data, "title": f"{short.data['title']}: ranks"})
+    assert judge(9, [short, long]).evidence == "long/report.json"
