@@ -167,6 +167,7 @@ def five(seeds: int = 3) -> dict[str, Any]:
                 {
                     "variant": key,
                     "reached": 0 if loss < 0.32 and key == "qlora" else seeds,
+                    "at_first": 0,
                     "supervised_tokens": None
                     if loss < 0.32 and key == "qlora"
                     else figure(tokens * (1 + 0.05 * i), 0.03, rng, seeds),
@@ -179,7 +180,13 @@ def five(seeds: int = 3) -> dict[str, Any]:
         }
         for loss, tokens in ((0.5, 180_000.0), (0.319, 410_000.0))
     ]
-    report["convergence"][1]["rows"][2] = {"variant": "qlora", "reached": 0, "supervised_tokens": None, "seconds": None}
+    report["convergence"][1]["rows"][2] = {
+        "variant": "qlora",
+        "reached": 0,
+        "at_first": 0,
+        "supervised_tokens": None,
+        "seconds": None,
+    }
     report["pareto"] = [
         {
             "quality_metric": metric,

@@ -89,7 +89,8 @@ def reports(draw: st.DrawFn) -> dict[str, Any]:
 def _about(draw: st.DrawFn, keys: list[str], metrics: list[str]) -> dict[str, Any]:
     """What refers to variants and metrics."""
     key = st.sampled_from(keys)
-    reached = {"variant": key, "reached": COUNT, "supervised_tokens": maybe(FIGURE), "seconds": maybe(FIGURE)}
+    reached = {"variant": key, "reached": COUNT, "at_first": COUNT, "supervised_tokens": maybe(FIGURE),
+               "seconds": maybe(FIGURE)}  # fmt: skip
     target = st.fixed_dictionaries({"loss": NUMBER, "rows": st.lists(st.fixed_dictionaries(reached), max_size=3)})
     status = st.sampled_from(["done", "failed", "missing"])
     cells = [

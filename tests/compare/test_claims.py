@@ -227,6 +227,9 @@ def test_convergence() -> None:
     assert judge(19, [same]).verdict == "not testable here"
     sooner = report(*pair, convergence=(level(1.0, lora=[100, 100, 100], qlora=[80, 81, 79]),))
     assert judge(19, [sooner]).verdict == "refuted"
+    bound = level(0.95, lora=[100, 100, 100], qlora=[125, 126, 124])
+    bound["rows"][0]["at_first"] = 1
+    assert judge(18, [report(*pair, convergence=(bound,))]).verdict == "not testable here"
     at_once = report(*pair, convergence=(level(3.0, lora=[0, 0, 0], qlora=[0, 0, 0]),))
     assert judge(18, [at_once]).verdict == "not testable here"
 

@@ -124,6 +124,41 @@ def test_finished_cells_are_never_run_twice(
     assert again.report == {**whole.report, "command": again.report["command"]}
 
 
+def test_stopped_in_the_middle_there_is_a_report_of_what_is_finished(
+    whole: Comparison, model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(whole.path, copy)
+    assert whole.report is not None
+    last = whole.report["cells"][-1]
+    shutil.rmtree(copy / last["path"])
+
+    def stop(event: dict[str, Any]) -> None:
+        if event["event"] == "cell" and event["status"] == "train":
+            raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted, match="the same command goes on"):
+        compare(request_of(model_folder, data_file, copy), stop)
+    report = json.loads((copy / "report.json").read_text())
+    assert [cell["status"] for cell in report["cells"]] == ["done", "done", "done", "missing"]
+    assert any("1 runs are missing" in warning for warning in report["warnings"])
+    assert "1 runs are missing" in (copy / "report.html").read_text()
+
+
+def test_a_run_that_ran_short_of_memory_is_told(whole: Comparison, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(whole.path, copy)
+    assert whole.report is not None
+    cell = whole.report["cells"][0]
+    result = json.loads((copy / cell["path"] / "result.json").read_text())
+    assert not any(result["layout"].values())
+    result["layout"]["halvings"] = 1
+    (copy / cell["path"] / "result.json").write_text(json.dumps(result))
+    (told,) = (w for w in report_data.build(copy)["warnings"] if "memory ran short" in w)
+    assert told.startswith(f"{cell['variant']}, seed {cell['seed']}: ")
+    assert not any("memory ran short" in warning for warning in whole.report["warnings"])
+
+
 @pytest.mark.slow
 def test_half_removed_cells_and_moved_rows_are_no_dead_end(
     whole: Comparison, model_folder: Path, data_file: Path, tmp_path: Path

@@ -1,12 +1,13 @@
 """A cell's figures from files with known numbers."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from halfbyte.compare.measure import Point, after, measure, reached
+from halfbyte.compare.measure import Point, Reaching, after, first_loss, measure, reached
 from halfbyte.errors import UsageError
 
 
@@ -93,8 +94,24 @@ def test_a_chain_is_both_runs(tmp_path: Path) -> None:
 
 def test_reaching_a_loss_is_read_off_straight_lines() -> None:
     points = [Point(0, 0, 0.0, 3.0), Point(5, 100, 10.0, 2.0), Point(10, 200, 20.0, 2.5), Point(15, 300, 30.0, 1.0)]
-    assert reached(points, 2.5) == (50.0, 5.0)
-    assert reached(points, 1.0) == (300.0, 30.0)
-    assert reached(points, 3.5) == (0.0, 0.0)
+    assert reached(points, 1.75) == Reaching(250.0, 25.0)
+    assert reached(points, 1.0) == Reaching(300.0, 30.0)
+    assert reached(points, 3.5) == Reaching(0.0, 0.0)
     assert reached(points, 0.9) is None
     assert reached([], 1.0) is None
+
+
+def test_how_often_a_run_is_evaluated_makes_it_no_faster() -> None:
+    """A curve that falls quickly and then slowly, seen often and seldom."""
+    seen = [Point(step, 10 * step, float(step), 1 + math.exp(-step / 2)) for step in range(41)]
+    seldom = [point for point in seen if point.step % 10 == 0]
+    assert first_loss(seldom) == seen[10].loss
+    assert first_loss(seen[:1]) is None
+    early = reached(seldom, 1.5)
+    assert early == Reaching(100.0, 10.0, at_first=True)
+    loss = 1 + math.exp(-6)
+    often, rarely = reached(seen, loss), reached(seldom, loss)
+    assert often is not None
+    assert rarely is not None
+    assert not rarely.at_first
+    assert abs(rarely.supervised_tokens - often.supervised_tokens) < 50

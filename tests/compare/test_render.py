@@ -152,3 +152,18 @@ def test_any_valid_report_can_be_written_down(report: dict[str, Any]) -> None:
         assert all(len(row) == len(table[0]) for row in table)
     files["report.html"].encode()
     files["report.md"].encode()
+
+
+def test_many_machines_are_named_once_and_the_smallest_twice(tmp_path: Path) -> None:
+    report = five()
+    assert "Machines of the planner's catalogue" not in document_of(report, tmp_path)
+    report["variants"][0]["hardware"] = [f"machine-{number}" for number in range(9)]
+    text = document_of(report, tmp_path)
+    assert "machine-0, machine-1, machine-2 (and 6 larger)" in text
+    assert "Machines of the planner's catalogue that a run fits" in text
+    assert text.count("machine-8") == 1
+
+
+def document_of(report: dict[str, Any], folder: Path) -> str:
+    write_report(report, folder)
+    return (folder / "report.md").read_text(encoding="utf-8")

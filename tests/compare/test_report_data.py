@@ -1,6 +1,7 @@
 """What is compared with what, on cells whose figures are known."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from halfbyte.compare.cells import is_measured
 from halfbyte.compare.measure import Measured, Point
 from halfbyte.compare.pack import pack
-from halfbyte.compare.report_data import Cells, _as_long, difference
+from halfbyte.compare.report_data import Cells, _as_long, _convergence, _levels, difference
 from halfbyte.compare.statistics import Rows
 from halfbyte.errors import UsageError
 
@@ -70,3 +71,30 @@ def test_what_stopped_before_its_first_run_is_not_packed(tmp_path: Path) -> None
     (tmp_path / "c" / "comparison.json").write_text("{}")
     with pytest.raises(UsageError, match="stopped before its first run"):
         pack(tmp_path / "c", tmp_path / "out")
+
+
+def curve(key: str, *losses: float) -> Cells:
+    """One run that was evaluated every 10 updates, after an untrained model's loss of 3."""
+    points = (Point(0, 0, 0.0, 3.0), *(Point(10 * i, 100 * i, float(i), loss) for i, loss in enumerate(losses, 1)))
+    (one,) = cells(key, [losses[-1]]).by_seed.values()
+    return Cells(key, {0: replace(one, held_out=points)})
+
+
+def test_losses_whose_reaching_is_told() -> None:
+    slow, fast, middle = curve("slow", 2.0, 1.5), curve("fast", 1.9, 1.0), curve("middle", 1.8, 1.2)
+    assert _levels([slow, fast, middle]) == [1.65, 1.5, 1.2]
+    (half, worst, best) = _convergence([slow, fast, middle])
+    assert [row["reached"] for row in half["rows"]] == [1, 1, 1]
+    assert [row["at_first"] for row in half["rows"]] == [0, 0, 0]
+    assert [row["supervised_tokens"]["mean"] for row in worst["rows"]] == pytest.approx([200, 100 + 400 / 9, 150])
+    assert [row["reached"] for row in best["rows"]] == [0, 1, 1]
+
+
+def test_who_is_there_at_the_first_evaluation_may_have_been_sooner() -> None:
+    """No level lies above all first evaluations: only a straight line from the untrained model is known there."""
+    slow, fast = curve("slow", 2.0, 1.5), curve("fast", 1.4, 1.0)
+    assert _levels([slow, fast]) == [1.5, 1.0]
+    worst, _ = _convergence([slow, fast])
+    assert [row["at_first"] for row in worst["rows"]] == [0, 1]
+    assert worst["rows"][1]["supervised_tokens"]["mean"] == 100
+    assert _levels([cells("a", [1.0])]) == []

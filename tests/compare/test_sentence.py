@@ -68,8 +68,17 @@ def test_no_difference_in_time_either_takes_the_smaller_one() -> None:
 def test_without_any_difference_only_averages_are_told_as_averages() -> None:
     comparisons = [found("lora", "qlora", m, NONE) for m in ("eval_loss", "seconds", "peak_memory_bytes")]
     said = sentence(LOSS, METRICS, [LORA, QLORA], comparisons)
-    assert "nor one in time between it and lora; on average it took the least memory of these; one run costs" in said
+    assert said.startswith("Use lora here: ")
+    assert "nor one in time between it and qlora; on average it took the least time of these; one run costs" in said
     assert "Where memory is short" not in said
+
+
+def test_less_memory_decides_where_it_was_found() -> None:
+    comparisons = [found("lora", "qlora", m, NONE) for m in ("eval_loss", "seconds")]
+    comparisons += [found("lora", "qlora", "peak_memory_bytes", B)]
+    said = sentence(LOSS, METRICS, [LORA, QLORA], comparisons)
+    assert said.startswith("Use qlora here: ")
+    assert "nor one in time between it and lora, and it takes the least memory of these; one run costs" in said
 
 
 def test_the_fastest_of_three_are_named() -> None:

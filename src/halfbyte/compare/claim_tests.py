@@ -123,11 +123,16 @@ def _tokens_to_loss(report: Report, first: Mapping[str, Any], second: Mapping[st
         rows = {row["variant"]: row for row in level["rows"]}
         one, other = rows.get(first["key"]), rows.get(second["key"])
         seeds = len(report.data["settings"]["seeds"])
-        if one and other and one["reached"] == other["reached"] == seeds:
+        if one and other and one["reached"] == other["reached"] == seeds and not _at_first(one, other):
             pairs = zip(one["supervised_tokens"]["values"], other["supervised_tokens"]["values"], strict=True)
             shares = [a / b for a, b in pairs if b]
             return mean_interval(shares) if shares else None
     return None
+
+
+def _at_first(*rows: Mapping[str, Any]) -> bool:
+    """Whether a run was there by its first evaluation, so that only an upper bound is known."""
+    return any(row.get("at_first") for row in rows)
 
 
 def more_steps(reports: Sequence[Report]) -> list[Said]:

@@ -160,14 +160,29 @@ def _run(
         ],
     }
     write_atomic(root / FILE, json.dumps(said, indent=1) + "\n")
-    failed |= _work(wanted, design, options, machine, hardware, on_event)
-    failed |= _baseline(design, options, machine, hardware, on_event)
-    said["failed"] = failed
+    try:
+        failed |= _work(wanted, design, options, machine, hardware, on_event)
+        failed |= _baseline(design, options, machine, hardware, on_event)
+    except KeyboardInterrupt:
+        if not any(cell_files.is_finished(places, cell) for cell in wanted):
+            raise
+        _report(said, root, failed, on_event)
+        raise Interrupted(
+            f"stopped; everything is saved: the same command goes on in {root}; until then report.html there is of the "
+            "finished runs"
+        ) from None
+    report = _report(said, root, failed, on_event)
+    return Comparison(root, plan, report, failed)
+
+
+def _report(said: dict[str, Any], root: Path, failed: Mapping[str, str], on_event: process.Tell) -> Mapping[str, Any]:
+    """Write the report of the cells that are finished."""
+    said["failed"] = dict(failed)
     write_atomic(root / FILE, json.dumps(said, indent=1) + "\n")
     report = report_data.build(root)
     write_report(report, root)
     on_event({"event": "report", "path": root, "report": report})
-    return Comparison(root, plan, report, failed)
+    return report
 
 
 def _require_ours(root: Path) -> None:

@@ -42,6 +42,7 @@ class Measured:
     base        figures of the untrained model on the same rows
     majority    share of the commonest label among the held-out rows
     machine     the processor that it ran on
+    lowered     memory ran short, and it went on in a layout that takes less
     """
 
     figures: Mapping[str, float]
@@ -53,6 +54,7 @@ class Measured:
     origin: str
     machine: str | None
     task_metrics: tuple[str, ...]
+    lowered: bool = False
 
 
 def measure(path: Path, price: float | None = None, asked: Mapping[str, Any] | None = None) -> Measured:
@@ -93,7 +95,8 @@ def measure(path: Path, price: float | None = None, asked: Mapping[str, Any] | N
         held_out = (Point(0, 0, 0.0, base[EVAL_LOSS]), *held_out)
     origin = str(cell.get("origin", "this comparison"))
     machine = cell.get("machine", {}).get("processor")
-    return Measured(known, rows, base, majority, train, held_out, origin, machine, tuple(scores))
+    lowered = any((result.get("layout") or {}).values())
+    return Measured(known, rows, base, majority, train, held_out, origin, machine, tuple(scores), lowered)
 
 
 def after(source: Measured, own: Measured) -> Measured:
@@ -121,6 +124,7 @@ def after(source: Measured, own: Measured) -> Measured:
         base=source.base,
         train=(*source.train, *moved(own.train)),
         held_out=(*source.held_out, *moved(own.held_out)),
+        lowered=source.lowered or own.lowered,
     )
 
 
@@ -193,15 +197,32 @@ def _speed(events: Sequence[Event]) -> dict[str, float | None]:
     }
 
 
-def reached(points: Sequence[Point], loss: float) -> tuple[float, float] | None:
-    """(supervised tokens, seconds) at which the held-out loss first was `loss`, by straight lines between evaluations;
-    None where it never was."""
+@dataclass(frozen=True)
+class Reaching:
+    """When a run first had a loss. `at_first`: its first evaluation was below it already, and that one counts."""
+
+    supervised_tokens: float
+    seconds: float
+    at_first: bool = False
+
+
+def reached(points: Sequence[Point], loss: float) -> Reaching | None:
+    """When the held-out loss first was `loss`, by straight lines between evaluations; None where it never was.
+
+    Not between the untrained model and the first evaluation: most of what is learned is learned there, far from a
+    straight line, so that a run that is evaluated more often would seem the faster one.
+    """
     for number, point in enumerate(points):
         if point.loss <= loss:
-            if number == 0:
-                return float(point.supervised_tokens), point.seconds
-            last = points[number - 1]
+            last = points[number - 1] if number else None
+            if last is None or last.step == 0:
+                return Reaching(float(point.supervised_tokens), point.seconds, point.step > 0)
             share = (last.loss - loss) / (last.loss - point.loss)
             tokens = last.supervised_tokens + share * (point.supervised_tokens - last.supervised_tokens)
-            return tokens, last.seconds + share * (point.seconds - last.seconds)
+            return Reaching(tokens, last.seconds + share * (point.seconds - last.seconds))
     return None
+
+
+def first_loss(points: Sequence[Point]) -> float | None:
+    """The held-out loss of the first evaluation after training began."""
+    return next((point.loss for point in points if point.step), None)

@@ -12,7 +12,7 @@ from typing import Any
 
 from halfbyte.compare import wording
 from halfbyte.compare.cells import is_measured
-from halfbyte.compare.measure import EVAL_LOSS, Measured, Point, after, measure, reached
+from halfbyte.compare.measure import EVAL_LOSS, Measured, Point, after, first_loss, measure, reached
 from halfbyte.compare.sentence import sentence
 from halfbyte.compare.statistics import (
     Difference,
@@ -31,8 +31,6 @@ SCHEMA_VERSION = 1
 FILE = "comparison.json"
 BASELINE = "baseline.json"
 CURVE_POINTS = 200
-LEVELS = (0.25, 0.1, 0.0)
-"""Held-out losses whose reaching is told: above the worst variant's last by these shares of what it gained."""
 COMPARED = ("peak_memory_bytes", "seconds", "step_seconds", "tokens_per_second")
 """Metrics beside those of quality that pairs of variants are compared in."""
 
@@ -385,24 +383,38 @@ def _said(a: str, b: str, metric: dict[str, Any], found: Difference) -> str:
 
 
 def _convergence(groups: Sequence[Cells]) -> list[dict[str, Any]]:
-    """What it took to come down to held-out losses that every variant comes near to."""
-    losses = [figure.mean for group in groups if (figure := group.figure(EVAL_LOSS)) is not None]
-    bases = [m.base[EVAL_LOSS] for group in groups for m in group.by_seed.values() if EVAL_LOSS in m.base]
-    if not losses or not bases:
-        return []
-    worst, base = max(losses), sum(bases) / len(bases)
-    shares = LEVELS if base > worst else (0.0,)
+    """What it took to come down to some held-out losses, `_levels`."""
     made = []
-    for share in shares:
-        loss = float(f"{worst + share * (base - worst):.4g}")
+    for loss in _levels(groups):
         rows = []
         for group in groups:
             found = [at for m in group.by_seed.values() if (at := reached(m.held_out, loss)) is not None]
-            tokens = mean_interval([at[0] for at in found]).as_dict() if found else None
-            seconds = mean_interval([at[1] for at in found]).as_dict() if found else None
-            rows.append({"variant": group.key, "reached": len(found), "supervised_tokens": tokens, "seconds": seconds})
+            tokens = mean_interval([at.supervised_tokens for at in found]).as_dict() if found else None
+            seconds = mean_interval([at.seconds for at in found]).as_dict() if found else None
+            rows.append(
+                {
+                    "variant": group.key,
+                    "reached": len(found),
+                    "at_first": sum(at.at_first for at in found),
+                    "supervised_tokens": tokens,
+                    "seconds": seconds,
+                }
+            )
         made.append({"loss": loss, "rows": rows})
     return made
+
+
+def _levels(groups: Sequence[Cells]) -> list[float]:
+    """Held-out losses whose reaching is told, the highest first: the last of the worst variant, to which all come near;
+    half way up from there to where the first evaluations left off, if they did above it; that of the middle variant."""
+    losses = sorted(figure.mean for group in groups if (figure := group.figure(EVAL_LOSS)) is not None)
+    runs = [measured for group in groups for measured in group.by_seed.values()]
+    firsts = [loss for run in runs if (loss := first_loss(run.held_out)) is not None]
+    if not losses or not firsts:
+        return []
+    worst, middle, begins = losses[-1], losses[(len(losses) - 1) // 2], min(firsts)
+    levels = [worst + (begins - worst) / 2] if begins > worst else []
+    return list(dict.fromkeys(float(f"{level:.4g}") for level in (*levels, worst, middle)))
 
 
 def _pareto(groups: Sequence[Cells], metrics: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -582,6 +594,12 @@ def _warnings(
         found.append("The variants did not learn from the same: rows or supervised tokens differ (--unequal).")
     elif not _as_long(groups):
         found.append("Not all runs of a seed saw the same number of supervised tokens: some ended early.")
+    found += [
+        f"{group.key}, seed {seed}: memory ran short, and it went on in a layout that takes less: its time is of both"
+        for group in groups
+        for seed, measured in group.by_seed.items()
+        if measured.lowered
+    ]
     found += _without_metrics(said, groups)
     asked = said["options"]["quality"]
     if asked is not None and not any(asked in m.figures for runs in cells.values() for m in runs.values()):

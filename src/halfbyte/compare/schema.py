@@ -183,10 +183,12 @@ class Comparison(_Part):
 
 
 class Reached(_Part):
-    """Of all seeds of a variant, how many came down to a loss, and after how much."""
+    """Of all seeds of a variant, how many came down to a loss, and after how much. `at_first`: how many of them were
+    below it at their first evaluation, which counts for them: they may have been sooner."""
 
     variant: str
     reached: Count
+    at_first: Count = 0
     supervised_tokens: Figure | None = None
     seconds: Figure | None = None
 

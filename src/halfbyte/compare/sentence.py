@@ -3,9 +3,9 @@
 1. With one seed, nothing is said of quality: what a seed changes is not known.
 2. The best is the variant with the best mean of the quality metric among those that no other was found to beat. Beside
    it stand those from which no difference was found, with the difference that would have been.
-3. Of these, the one that takes the least time is advised; where no difference in time to it was found, the one of those
-   with the least memory. It is said to take the least only where a difference to every other of them was found, and
-   named as the best only where it is the best and a difference to every other variant was found.
+3. Of these, the one that takes the least time is advised; or one from which no difference in time to it was found and
+   that was found to take less memory. It is said to take the least only where a difference to every other of them was
+   found, and named as the best only where it is the best and a difference to every other variant was found.
 4. What it costs: time and memory of one run, money where a price is known; and the variant with the least memory, where
    that is another.
 
@@ -45,7 +45,8 @@ def sentence(
     equal = [v for v in known if v is best or _verdict(comparisons, v, best, key) == NOTHING]
     fastest = min(equal, key=lambda v: v["figures"]["seconds"]["mean"])
     as_fast = [v for v in equal if v is fastest or _verdict(comparisons, v, fastest, "seconds") == NOTHING]
-    advised = min(as_fast, key=lambda v: v["figures"]["peak_memory_bytes"]["mean"])
+    smaller = [v for v in as_fast if v is fastest or _better(comparisons, v, fastest, "peak_memory_bytes")]
+    advised = min(smaller, key=lambda v: v["figures"]["peak_memory_bytes"]["mean"])
     said = f"Use {advised['label']} here: {_why(advised, best, equal, quality, comparisons)}"
     if len(equal) > 1:
         said += _time_and_memory(advised, fastest, as_fast, comparisons)
@@ -90,9 +91,11 @@ def _time_and_memory(
         return ", and it takes the least time of them"
     others = [v for v in as_fast if v is not advised] if advised is fastest else [fastest]
     text = f", nor one in time between it and {wording.names([v['label'] for v in others])}"
-    if all(_verdict(comparisons, advised, v, "peak_memory_bytes") != NOTHING for v in as_fast if v is not advised):
+    if advised is fastest:
+        return text + "; on average it took the least time of these"
+    if all(_better(comparisons, advised, v, "peak_memory_bytes") for v in as_fast if v is not advised):
         return text + ", and it takes the least memory of these"
-    return text + "; on average it took the least memory of these"
+    return text + f", and it takes less memory than {fastest['label']}"
 
 
 def _cost(variant: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> str:

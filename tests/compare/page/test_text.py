@@ -79,6 +79,8 @@ def test_the_interval_decides_the_digits() -> None:
     assert (scale.digits([narrow]), scale.digits([wide])) == (4, 2)
     assert scale.digits([Figure(mean=1.23456e9, n=1)]) == 2
     assert scale.digits([]) == 0
+    sharp = Figure(mean=60.87481e6, low=60.87480e6, high=60.87482e6, n=3)
+    assert Scale("MB", 1e6).digits([sharp]) == 3
     assert Scale("").digits([Figure(mean=3.0, low=3.0, high=3.0, n=3)]) == 0
 
 

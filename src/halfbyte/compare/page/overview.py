@@ -5,6 +5,8 @@ from halfbyte.compare.page.text import DASH, NOT_MEASURED, plain
 from halfbyte.compare.page.view import MEMORY, SPEED, View
 from halfbyte.compare.schema import Metric, Variant
 
+SMALLEST = 3
+
 
 def facts(view: View) -> list[str]:
     """What the sentence rests on, in a few words each."""
@@ -51,7 +53,7 @@ def _choice(view: View) -> Table:
         row = [view.name(variant), _precision(variant)]
         row += [view.cell(variant.figures.get(metric.key), view.column(metric)) for metric in measured]
         row += [_against_full(view, variant)] if full else []
-        row += [Cell(", ".join(variant.hardware) or "none named"), Cell(_yes(variant.paged))]
+        row += [_hardware(variant), Cell(_yes(variant.paged))]
         row.append(Cell(_yes(variant.double_quant) if variant.quant_type or variant.double_quant else DASH))
         rows.append(row)
     return Table("What to choose by", columns, rows)
@@ -68,6 +70,12 @@ def _against_full(view: View, variant: Variant) -> Cell:
         return Cell(DASH)
     shares = [other.against_full.share for other in view.variants if other.against_full]
     return view.cell(variant.against_full.share, view.scaled("share", shares))
+
+
+def _hardware(variant: Variant) -> Cell:
+    """The smallest machines of the catalogue that it fits; the conditions name all."""
+    names, more = variant.hardware[:SMALLEST], len(variant.hardware) - SMALLEST
+    return Cell(", ".join(names) or "none named", note=f"and {more} larger" if more > 0 else "")
 
 
 def _yes(value: bool | None) -> str:

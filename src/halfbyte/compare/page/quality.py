@@ -17,9 +17,11 @@ def convergence(view: View) -> Section:
     if not view.report.convergence:
         return Section("convergence", title, [Paragraph(f"When a given loss is reached was {NOT_MEASURED}.")])
     text = (
-        "How many supervised tokens, and how much time, a method takes down to a held-out loss. A method that never "
-        "gets there has no mark."
+        "How many supervised tokens, and how much time, a method takes down to a held-out loss, by straight lines "
+        "between evaluations. A method that never gets there has no mark."
     )
+    if any(row.at_first for target in view.report.convergence for row in target.rows):
+        text += " Where a run was there by its first evaluation, that one counts, and it may have been sooner."
     return Section("convergence", title, [Paragraph(text), *_unique_figures(view, view.report.convergence)])
 
 
@@ -63,6 +65,8 @@ def _reached_row(view: View, row: Reached, figure: Measured | None, scaled: Scal
     if figure is None:
         return Row(label, NOT_MEASURED if row.reached else "not reached", mark)
     more = f"{row.reached} of {seeds} seeds" if row.reached < seeds else scaled.interval(figure.low, figure.high)
+    if row.at_first:
+        more = f"{more}, at most" if more else "at most"
     low, high = scaled.down(figure.low), scaled.down(figure.high)
     values = [value / scaled.scale.factor for value in figure.values] if figure.n > 1 else []
     return Row(label, scaled.number(figure.mean), mark, scaled.down(figure.mean), low, high, values, more=more)
@@ -71,7 +75,10 @@ def _reached_row(view: View, row: Reached, figure: Measured | None, scaled: Scal
 def _reached_cell(figure: Measured | None, row: Reached, scaled: Scaled) -> Cell:
     if figure is None:
         return Cell(NOT_MEASURED if row.reached else "not reached")
-    return Cell(scaled.number(figure.mean), note=scaled.interval(figure.low, figure.high))
+    note = scaled.interval(figure.low, figure.high)
+    if row.at_first:
+        note = f"{note}, at most" if note else "at most"
+    return Cell(scaled.number(figure.mean), note=note)
 
 
 def pareto(view: View) -> Section:

@@ -1,6 +1,7 @@
 """What somebody needs who wants to check it or do it again: runs, commands, versions, machine, data."""
 
 from halfbyte.compare.page.document import Block, Bullets, Cell, Column, Command, Facts, Paragraph, Section, Table
+from halfbyte.compare.page.overview import SMALLEST
 from halfbyte.compare.page.text import clean_lines, plain, scale_for
 from halfbyte.compare.page.view import View
 from halfbyte.compare.schema import Report
@@ -63,6 +64,7 @@ def conditions(view: View) -> Section:
         *_data(report),
         Facts("Model", _model(report)),
         Facts("Machine", _machine(report)),
+        *_hardware(view),
     ]
     if report.versions:
         blocks.append(
@@ -146,6 +148,15 @@ def _machine(report: Report) -> list[tuple[str, str]]:
         ("Instruction sets", ", ".join(machine.instruction_sets) or _UNKNOWN),
         ("System", _known(machine.system)),
     ]
+
+
+def _hardware(view: View) -> list[Block]:
+    """The machines that each method fits, where the first table names the smallest of them only."""
+    if all(len(variant.hardware) <= SMALLEST for variant in view.variants):
+        return []
+    rows = [[view.name(variant), Cell(", ".join(variant.hardware) or "none named")] for variant in view.variants]
+    title = "Machines of the planner's catalogue that a run fits, the smallest first"
+    return [Table(title, [Column("Method"), Column("Machines", wide=True)], rows)]
 
 
 def remarks(view: View) -> Section:

@@ -128,12 +128,14 @@ class Scale:
         return capital(label) if said or not self.suffix else f"{capital(label)}, {self.suffix}"
 
     def digits(self, values: Iterable[Figure | Interval | float | None]) -> int:
-        """Decimals for a column: two digits of the typical interval's half, else three of the typical value."""
+        """Decimals for a column: two digits of the typical interval's half, but no more than five of the typical value;
+        without intervals three of the typical value."""
         known = [value for value in values if value is not None]
         halves = [half for value in known if (half := _half(value) / self.factor) > 0]
-        if halves:
-            return _clamped(significant(statistics.median(halves), 2))
         means = [abs(_mean(value)) / self.factor for value in known if _mean(value)]
+        if halves:
+            most = significant(statistics.median(means), 5) if means else 5
+            return _clamped(min(significant(statistics.median(halves), 2), max(most, 0)))
         if not means or all(float(mean).is_integer() for mean in means):
             return 0
         return _clamped(significant(statistics.median(means), 4 if self.suffix == "" else 3))
