@@ -154,7 +154,10 @@ def _hardware(view: View) -> list[Block]:
     """The machines that each method fits, where the first table names the smallest of them only."""
     if all(len(variant.hardware) <= SMALLEST for variant in view.variants):
         return []
-    rows = [[view.name(variant), Cell(", ".join(variant.hardware) or "none named")] for variant in view.variants]
+    by_machines: dict[str, list[str]] = {}
+    for variant in view.variants:
+        by_machines.setdefault(", ".join(variant.hardware) or "none named", []).append(view.label(variant.key))
+    rows = [[Cell(", ".join(labels)), Cell(machines)] for machines, labels in by_machines.items()]
     title = "Machines of the planner's catalogue that a run fits, the smallest first"
     return [Table(title, [Column("Method"), Column("Machines", wide=True)], rows)]
 

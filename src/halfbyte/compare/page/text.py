@@ -150,10 +150,11 @@ class Scale:
         return self.number(value, digits) + unit
 
     def interval(self, low: float | None, high: float | None, decimals: int) -> str:
-        """ "1.2 to 1.4", or nothing where there is no interval or all values are the same."""
-        if low is None or high is None or low == high:
+        """ "1.2 to 1.4", or nothing where there is no interval or both ends read the same."""
+        if low is None or high is None:
             return ""
-        return f"{self.number(low, decimals)} to {self.number(high, decimals)}"
+        ends = self.number(low, decimals), self.number(high, decimals)
+        return "" if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
 
 
 def _clamped(decimals: int) -> int:
