@@ -11,6 +11,7 @@ from halfbyte.compare.statistics import (
     mean_interval,
     paired_difference,
     pareto,
+    power,
     row_difference,
     satterthwaite,
     t_cdf,
@@ -187,14 +188,32 @@ def test_the_detectable_difference_is_found_four_times_of_five(monkeypatch: pyte
 
 
 def test_detectable_differences_shrink_with_what_is_known() -> None:
-    # The paired t test's own tables: 3 pairs find 3.26 standard deviations, 5 pairs 1.68.
-    assert detectable(1 / math.sqrt(3), 2) == pytest.approx(3.26, abs=0.01)
-    assert detectable(1 / math.sqrt(5), 4) == pytest.approx(1.68, abs=0.01)
+    # The paired t test's own tables, for a spread that is known: 3 pairs find 3.26 standard deviations, 5 pairs 1.68.
+    assert power(3.264 * math.sqrt(3), 2) == pytest.approx(0.8, abs=0.001)
+    assert power(1.682 * math.sqrt(5), 4) == pytest.approx(0.8, abs=0.001)
+    for freedom, much in ((2, 1.5), (30, 1.02), (1e4, 1.0)):
+        known = detectable(1.0, freedom)
+        assert known is not None
+        assert power(known / much, freedom) >= 0.8
+        assert power(known / much / 1.1, freedom) < 0.8
     sizes = [detectable(0.5, 30), detectable(1.0, 30), detectable(1.0, 2)]
     assert sizes == sorted(sizes, key=float)
     assert satterthwaite([(1.0, 2), (0.0, 100)]) == pytest.approx(2)
     assert satterthwaite([(1.0, 2), (1.0, 2)]) == pytest.approx(4)
     assert satterthwaite([(0.0, 2), (0.0, 9)]) == 9
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5, 20])
+def test_a_difference_as_large_as_said_is_found_four_times_of_five(seeds: int) -> None:
+    """What a few runs say could be found, tried on as many more of them."""
+    rng, tries = np.random.default_rng(seeds), 20_000
+    root, critical = math.sqrt(seeds), t_quantile(0.975, seeds - 1)
+    error = rng.normal(size=(tries, seeds)).std(1, ddof=1) / root
+    one = detectable(1.0, seeds - 1)
+    assert one is not None
+    drawn = rng.normal(size=(tries, seeds)) + (one * error)[:, None]
+    found = drawn.mean(1) > critical * drawn.std(1, ddof=1) / root
+    assert np.mean(found) == pytest.approx(0.8, abs=0.015)
 
 
 def test_the_pareto_front() -> None:
