@@ -1,0 +1,74 @@
+"""The study's reports as short Markdown tables, for docs/results.md.
+
+    python benchmarks/compare_study/tables.py docs/study/gemma-sst2 docs/study/gemma-instruct …
+
+Every figure is report.json's: a mean over seeds with its 95 % interval, and below the table the differences in the
+metrics of quality, as the report says them.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+SHOWN = ("peak_memory_bytes", "tokens_per_second", "seconds", "merge_loss")
+UNITS = {"bytes": (1e-9, " GB", 2), "seconds": (1.0, " s", 0), "tokens/s": (1.0, "", 0), "share": (100.0, " %", 1)}
+
+
+def shown(figure: dict[str, Any] | None, unit: str) -> str:
+    """Mean and interval; `-` where nothing was measured."""
+    if figure is None:
+        return "-"
+    factor, suffix, decimals = UNITS.get(unit, (1.0, "", 4))
+    values = [figure["mean"], figure["low"], figure["high"]]
+    texts = [f"{value * factor:,.{decimals}f}" for value in values if value is not None]
+    if len(texts) < 3 or texts[1] == texts[2]:
+        return texts[0] + suffix
+    return f"{texts[0]}{suffix} ({texts[1]} to {texts[2]})"
+
+
+def table(report: dict[str, Any]) -> list[str]:
+    quality = [metric for metric in report["metrics"] if metric["quality"]]
+    others = [metric for metric in report["metrics"] if metric["key"] in SHOWN]
+    metrics = sorted(others, key=lambda metric: SHOWN.index(metric["key"]))
+    rates = report["settings"]["tune_lr"]
+    heads = ["", *(metric["label"] for metric in quality), *(["learning rate"] if rates else [])]
+    heads += [metric["label"] for metric in metrics]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for variant in report["variants"]:
+        cells = [shown(variant["figures"].get(metric["key"]), metric["unit"]) for metric in quality]
+        cells += [f"{variant['learning_rate']:g}"] if rates else []
+        cells += [shown(variant["figures"].get(metric["key"]), metric["unit"]) for metric in metrics]
+        lines.append(f"| {variant['key']} | {' | '.join(cells)} |")
+    known = report["baselines"]
+    for name in ("base", "majority"):
+        values = [known.get(metric["key"], {}).get(name) for metric in quality]
+        if any(value is not None for value in values):
+            units = [UNITS.get(metric["unit"], (1.0, "", 4)) for metric in quality]
+            texts = [
+                "-" if value is None else f"{value * factor:.{decimals}f}{suffix}"
+                for value, (factor, suffix, decimals) in zip(values, units, strict=True)
+            ]
+            rest = "| " * (len(heads) - 1 - len(texts))
+            title = "base, untrained" if name == "base" else "always the commonest label"
+            lines.append(f"| {title} | {' | '.join(texts)} {rest}|")
+    return lines
+
+
+def main() -> None:
+    for folder in sys.argv[1:]:
+        report = json.loads((Path(folder) / "report.json").read_text())
+        settings = report["settings"]
+        keys = [metric["key"] for metric in report["metrics"] if metric["quality"]]
+        print(f"### {report['title']}\n\n{report['sentence']}\n")
+        print("\n".join(table(report)))
+        steps, tokens = settings["steps"], settings["supervised_tokens"]
+        print(f"\n{len(settings['seeds'])} seeds, {steps} updates, {tokens:,} supervised tokens a run.\n")
+        for made in report["comparisons"]:
+            if made["metric"] in keys:
+                print(f"- {made['sentence']}")
+        print()
+
+
+if __name__ == "__main__":
+    main()
