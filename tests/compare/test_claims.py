@@ -241,7 +241,11 @@ def test_ranks() -> None:
         for r in (8, 16, 32)
     ]
     needed = (compared("lora-r8", "qlora-r8", "accuracy", A), compared("qlora-r16", "qlora-r8", "accuracy", A))
-    assert judge(42, [report(*ranks, comparisons=needed)]).verdict == "confirmed"
+    alone = judge(42, [report(*ranks, comparisons=needed)])
+    assert (alone.verdict, "Targets: not measured" in alone.sentence) == ("partly", True)
+    targets = variant("qlora"), variant("qlora", "qlora-attention", fields={"target_modules": ["q_proj", "v_proj"]})
+    both = [*needed, compared("qlora", "qlora-attention", "accuracy", A)]
+    assert judge(42, [report(*ranks, *targets, comparisons=tuple(both))]).verdict == "confirmed"
     assert judge(42, [report(*ranks, comparisons=needed[1:])]).verdict == "not testable here"
     other_way = (compared("lora-r8", "qlora-r8", "accuracy", B, -0.05),)
     assert judge(42, [report(*ranks, comparisons=other_way)]).verdict == "refuted"
@@ -251,7 +255,7 @@ def test_targets() -> None:
     few = {"target_modules": ["q_proj", "v_proj"]}
     pair = variant("qlora"), variant("qlora", "qlora-attention", fields=few)
     gained = report(*pair, comparisons=(compared("qlora", "qlora-attention", "accuracy", A),))
-    assert judge(42, [gained]).verdict == "confirmed"
+    assert judge(42, [gained]).verdict == "partly"
     assert judge(42, [report(*pair)]).verdict == "not testable here"
     confounded = variant("qlora"), variant("qlora", "qlora-attention", fields=few | {"lora_r": 64})
     assert judge(42, [report(*confounded)]).sentence.startswith("it needs")
@@ -268,6 +272,22 @@ def test_begin_with_qlora_go_on_with_lora() -> None:
     assert judge(21, [report(*three, comparisons=gain[:1])]).verdict == "partly"
     worse = (compared("lora", "switch", "accuracy", A, 0.05),)
     assert judge(21, [report(*three, comparisons=worse)]).verdict == "refuted"
+
+
+def test_a_variant_without_a_score_decides_nothing_between_models() -> None:
+    big = report(variant("qlora", accuracy=[0.9, 0.91, 0.92]), name="big", size=9)
+    unmeasured = variant("full")
+    unmeasured["figures"]["accuracy"] = None
+    small = report(unmeasured, name="small", size=1)
+    assert judge(43, [big, Report(small.path, {**small.data, "data": big.data["data"]})]).verdict == "not testable here"
+
+
+def test_quality_alone_confirms_no_claim_of_quality_and_speed() -> None:
+    pair = variant("lora", accuracy=[0.9] * 3), variant("qlora", accuracy=[0.9] * 3)
+    same = (compared("lora", "qlora", "accuracy", NONE, 0.0, 0.001),)
+    made = judge(26, [report(*pair, comparisons=same)])
+    assert made.verdict == "partly"
+    assert "speed was not compared" in made.sentence
 
 
 def test_two_models() -> None:

@@ -481,6 +481,96 @@ def test_grids_leave_out_what_is_the_same_run(model_folder: Path, data_file: Pat
     assert design.notes == ("full-r8 is the same run as full-r4 and is left out.",)
 
 
+def test_what_equal_variants_leave_over_is_told(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    from halfbyte.compare.design import make_design
+
+    def design(**changes: Any) -> Any:
+        return make_design(request_of(model_folder, data_file, tmp_path / "c", **changes), {})
+
+    with pytest.raises(UsageError, match="one variant is nothing to compare: full-r8 is the same run as full-r4"):
+        design(methods="full", vary={"lora_r": (4, 8)})
+    half = {"name": "half", "method": "qlora", "only_a_start": True}
+    switch = {"name": "switch", "method": "lora", "continue_from": "half"}
+    with pytest.raises(UsageError, match="switch: continue_from half, which is the same run as another variant"):
+        design(methods="qlora,lora", variants=[half, switch], unequal=True)
+    start, twin = {**half, "name": "a"}, {"name": "b", "method": "qlora"}
+    with pytest.raises(UsageError, match="b is the same run as a, which is only a start"):
+        design(methods="", variants=[start, twin, {"name": "c", "method": "lora"}])
+
+
+def test_the_adapter_that_a_variant_goes_on_from_brings_its_dropout(
+    model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    """As a run does, so that the finished run is recognized as the cell's."""
+    from halfbyte.compare.design import make_design
+
+    half = {"name": "half", "method": "qlora", "only_a_start": True, "lora_dropout": 0.1}
+    switch = {"name": "switch", "method": "lora", "continue_from": "half"}
+    request = request_of(model_folder, data_file, tmp_path / "c", variants=[half, switch], unequal=True)
+    assert make_design(request, {}).variant("switch").config.lora_dropout == 0.1
+
+
+def test_a_finished_run_that_is_another_now_is_kept_aside(
+    whole: Comparison, model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(whole.path, copy)
+    assert whole.report is not None
+    cell = whole.report["cells"][0]
+    path = copy / cell["path"]
+    (path / "run.yaml").write_text((path / "run.yaml").read_text().replace("max_steps: 6", "max_steps: 9"))
+    events = Events()
+    made = compare(request_of(model_folder, data_file, copy), events)
+    assert events.begun == [(cell["variant"], "train")]
+    (told,) = (event["message"] for event in events if event["event"] == "note")
+    assert "set-aside-1" in told
+    assert "max_steps" in told
+    assert (path.with_name(f"{path.name}.set-aside-1") / "adapter_model.safetensors").is_file()
+    assert made.report is not None
+    assert losses(made.report) == losses(whole.report)
+
+
+@pytest.mark.slow
+def test_rows_that_change_while_it_runs_end_the_cells_and_not_in_a_circle(model_folder: Path, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", rows(60))
+    begun = []
+
+    def grow(event: dict[str, Any]) -> None:
+        if event["event"] == "cell" and event["status"] == "train":
+            begun.append(event["cell"].id)
+            write_rows(data, rows(61))
+
+    made = compare(request_of(model_folder, data, tmp_path / "c", seeds=1), grow)
+    assert len(begun) == len(made.failed) == 2
+    assert all("rows, model or run.yaml were changed" in message for message in made.failed.values())
+
+
+def test_a_mistyped_folder_costs_a_finished_comparison_nothing(
+    whole: Comparison, model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(whole.path, copy)
+    with pytest.raises(UsageError, match="no such folder"):
+        compare(request_of(model_folder, data_file, copy, accept=(tmp_path / "typo",)))
+    assert report_data.build(copy) == whole.report
+
+
+def test_accepting_again_tells_the_same(whole: Comparison, model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    from halfbyte.compare import cells as cell_files
+    from halfbyte.compare.design import make_design
+
+    design = make_design(request_of(model_folder, data_file, tmp_path / "x", methods="lora,full"), {})
+    found = [
+        cell_files.accept([whole.path], tmp_path / "cells", design.cells(), {"processor": "any"}) for _ in range(2)
+    ]
+    assert [len(one.taken) for one in found] == [2, 0]
+    assert found[0].notes == found[1].notes
+    assert len(found[0].notes) == 2
+    others = make_design(request_of(model_folder, data_file, tmp_path / "x"), {}).cells()
+    quiet = cell_files.accept([whole.path], tmp_path / "cells", design.cells(), {"processor": "any"}, others)
+    assert quiet.notes == ()
+
+
 def command(model: Path, data: Path, out: Path) -> list[str]:
     words = ["compare", "-m", str(model), "-d", str(data), "-o", str(out), "--methods", "lora,qlora", "--seeds", "2"]
     words += ["--lora-r", "4", "--eval-split", "0.2", "--dtype", "float32", "--learning-rate", "0.01"]

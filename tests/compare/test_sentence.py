@@ -138,3 +138,49 @@ def test_of_three_the_one_between_is_held_against_the_best() -> None:
         "Use lora here: no difference in held-out loss was found between it (1.0000) and full (one of 0.3000 would "
         "have been)"
     )
+
+
+def test_what_does_not_fit_here_is_not_advised() -> None:
+    """It takes part by runs from another machine, whose times are compared with nothing."""
+    comparisons = [found("lora", "qlora", "eval_loss", NONE)]
+    said = sentence(LOSS, METRICS, [LORA, QLORA], comparisons, {"lora"})
+    assert said.startswith("Use qlora here: no difference in held-out loss was found between it (1.0100) and lora (")
+    assert "and it alone of these fits this machine; one run costs 2.0 min and 1.00 GB of memory." in said
+    better = [found("lora", "qlora", "eval_loss", A, -0.01)]
+    assert sentence(LOSS, METRICS, [LORA, QLORA], better, {"lora"}) == (
+        "lora has the best held-out loss (1.0000), and does not fit this machine: one run costs 1.7 min and 3.00 GB of "
+        "memory elsewhere. Of those that fit, qlora comes nearest, worse by 0.0100: 2.0 min and 1.00 GB of memory a "
+        "run."
+    )
+
+
+def test_times_of_two_machines_are_not_told_as_compared() -> None:
+    said = sentence(LOSS, METRICS, [LORA, QLORA], [found("lora", "qlora", "eval_loss", NONE)])
+    assert "; its time was not compared with that of qlora; one run costs" in said
+    assert "least time" not in said
+
+
+def test_a_variant_whose_quality_is_unknown_is_not_called_unfinished() -> None:
+    blind = variant("full", 0.5, 500, 9e9)
+    del blind["figures"]["eval_loss"]
+    said = sentence(LOSS, METRICS, [blind, LORA], [])
+    assert said == (
+        "The held-out loss is known of lora alone, so nothing can be said of it: --quality names another metric to "
+        "judge by."
+    )
+    three = sentence(LOSS, METRICS, [blind, LORA, QLORA], [found("lora", "qlora", "eval_loss", A, -0.01)])
+    assert "a difference to every other variant of which it is known was found" in three
+
+
+def test_one_variant_with_one_seed_silences_only_itself() -> None:
+    single = variant("dora", 0.9, 100, 3e9, n=1)
+    said = sentence(LOSS, METRICS, [single, LORA, QLORA], [found("lora", "qlora", "eval_loss", A, -0.01)])
+    assert said.startswith("Use lora here: ")
+
+
+def test_what_another_was_found_to_beat_is_not_advised() -> None:
+    """The best one's runs vary so much that nothing differs from it; of the two others one beats the other."""
+    three = [variant("a", 0.90, 50, 1e9), variant("b", 0.92, 100, 3e9), variant("c", 0.93, 200, 5e9)]
+    comparisons = [found("a", "b", "accuracy", B, -0.02), found("a", "c", "accuracy", NONE, 0.03),
+                   found("b", "c", "accuracy", NONE), found("b", "c", "seconds", A)]  # fmt: skip
+    assert sentence(ACCURACY, METRICS, three, comparisons).startswith("Use b here: ")

@@ -94,6 +94,8 @@ class _Listener:
             self._planned(event)
         elif event["event"] == "cell":
             self._cell(event)
+        elif event["event"] == "note":
+            screen.console(stderr=True).print(event["message"], style="yellow", soft_wrap=True, markup=False)
 
     def _planned(self, event: dict[str, Any]) -> None:
         out, plan, design = screen.console(stderr=True), event["plan"], event["design"]

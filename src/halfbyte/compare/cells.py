@@ -140,12 +140,21 @@ class Accepted:
     notes: tuple[str, ...]
 
 
-def accept(places: Sequence[Path], cells: Path, wanted: Sequence[Cell], machine: Mapping[str, Any]) -> Accepted:
+def accept(
+    places: Sequence[Path],
+    cells: Path,
+    wanted: Sequence[Cell],
+    machine: Mapping[str, Any],
+    others: Sequence[Cell] = (),
+) -> Accepted:
     """Copy finished runs below `places` that are wanted and not there yet into `cells`.
 
-    UsageError for a place without any run. A run that is not wanted is told with the nearest reason.
+    others   cells that were accepted before: their runs are not called unused
+
+    UsageError for a place without any run. A run that is not wanted is told with a reason; the same ones are told
+    however many of the wanted cells are there already.
     """
-    missing = [cell for cell in wanted if not is_finished(cells, cell)]
+    missing = {cell.id for cell in wanted if not is_finished(cells, cell)}
     taken: dict[str, Path] = {}
     notes: list[str] = []
     for place in places:
@@ -155,19 +164,20 @@ def accept(places: Sequence[Path], cells: Path, wanted: Sequence[Cell], machine:
         used = 0
         for run in runs:
             reasons = {}
-            for cell in missing:
+            for cell in wanted:
                 reason = finished(run, cell.want, cell.pairs) or _another_dtype(run, cell)
-                if reason is None and cell.id not in taken and not (cells / cell.id / EVENTS).is_file():
-                    _copy(run, cells / cell.id, machine)
-                    taken[cell.id] = run
+                if reason is None:
+                    if cell.id in missing - taken.keys() and not (cells / cell.id / EVENTS).is_file():
+                        _copy(run, cells / cell.id, machine)
+                        taken[cell.id] = run
                     used += 1
                     break
-                reasons[cell.variant] = reason or "it is there already"
+                reasons[cell.variant] = reason
             else:
-                if reasons:
+                if reasons and all(finished(run, cell.want, cell.pairs) is not None for cell in others):
                     variant, reason = next(iter(reasons.items()))
                     notes.append(f"{run} was not used: for {variant}, {reason}")
-        if not used and not any(is_finished(cells, cell) for cell in wanted):
+        if not used:
             notes.append(f"nothing in {place} could be used")
     return Accepted(taken, tuple(notes))
 

@@ -176,7 +176,8 @@ def marginally_worse_slightly_slower(reports: Sequence[Report]) -> list[Said]:
     found = []
     for report, qlora, lora in pairs_of(reports, "qlora", "lora"):
         worse = titled(report, no_worse(report, qlora, lora, report.quality["key"]))
-        found.append(all_of([worse, *_faster(report, (lora, qlora))]))
+        faster = _faster(report, (lora, qlora)) or [Said(OPEN, f"{title_of(report)}: speed was not compared")]
+        found.append(all_of([worse, *faster]))
     return found
 
 
@@ -220,7 +221,10 @@ def rank_and_targets(reports: Sequence[Report]) -> list[Said]:
     """A rank that does for LoRA does not for QLoRA, and a higher one does; MLP targets gain on attention alone."""
     ranks = [made for report in reports if (made := _higher_rank(report)) is not None]
     targets = [made for report in reports if (made := _more_targets(report)) is not None]
-    return [all_of([*ranks, *targets])] if ranks and targets else ranks or targets
+    if not ranks and not targets:
+        return []
+    ranks = ranks or [Said(OPEN, "Ranks: not measured")]
+    return [all_of([*ranks, *(targets or [Said(OPEN, "Targets: not measured")])])]
 
 
 def _higher_rank(report: Report) -> Said | None:
@@ -267,7 +271,7 @@ def larger_with_qlora(reports: Sequence[Report]) -> list[Said]:
             if key != small.quality["key"] or big.quality["better"] != "higher":
                 continue
             mine, theirs = qlora["figures"][key], full["figures"][key]
-            if None in (mine["low"], theirs["low"]):
+            if mine is None or theirs is None or None in (mine["low"], theirs["low"]):
                 continue
             verdict = CONFIRMED if mine["low"] > theirs["high"] else REFUTED if mine["high"] < theirs["low"] else OPEN
             text = (

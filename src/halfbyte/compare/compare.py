@@ -14,6 +14,7 @@ run twice. The report is a function of comparison.json and the cells' small file
 
 import contextlib
 import datetime
+import itertools
 import json
 import shlex
 import shutil
@@ -35,6 +36,7 @@ from halfbyte.files import write_atomic
 from halfbyte.models.options import ModelOptions
 from halfbyte.plan.hardware import Hardware, detect
 from halfbyte.plan.price import Price
+from halfbyte.quant.options import QuantOptions
 from halfbyte.run import folder
 from halfbyte.run.config import RunConfig
 from halfbyte.train.lock import Lock
@@ -137,17 +139,27 @@ def _run(
     }
     if energy.read() is None:
         said["notes"].append("Energy is not known: this machine shows no counters that this user may read.")
-    write_atomic(root / FILE, json.dumps(said, indent=1) + "\n")
+    whole = (
+        {**stored, "layouts": said["layouts"]} if "cells" in stored else said
+    )  # what is reported stays so until then
+    write_atomic(root / FILE, json.dumps(whole, indent=1) + "\n")
     search = tune.search_of(design, options) if options.tune_lr else None
     failed: dict[str, str] = {}
+
+    def told(event: dict[str, Any]) -> None:
+        """Failures are kept as they are told: a stop later on loses none."""
+        if event["event"] == "cell" and event["status"] == "failed":
+            failed[event["cell"].id] = event["message"]
+        on_event(event)
+
     if search is not None:
-        said["notes"] += _accept(options, places, search.all_cells(), machine)
-        failed |= _work(search.all_cells(), design, options, machine, hardware, on_event)
+        _accept(options, places, search.all_cells(), machine)  # what it could not use is told below
+        _work(search.all_cells(), design, options, machine, hardware, on_event)
         chosen, losses = tune.chosen_rates(search, places)
         design = tune.with_rates(design, chosen)
-        said["tune"] = tune.as_dict(search, chosen, losses)
-        failed = {}  # a rate at which training breaks is an answer, too
-    said["notes"] += _accept(options, places, design.cells(skipped=True), machine)
+        said["tune"] = tune.as_dict(search, chosen, losses)  # a rate at which training breaks is an answer, too
+    searched = [] if search is None else search.all_cells()
+    said["notes"] += _accept(options, places, design.cells(skipped=True), machine, searched)
     there = {cell.id for cell in design.cells(skipped=True) if cell_files.is_finished(places, cell)}
     _require_two(design, there)
     runnable = {cell.id for cell in design.cells()}
@@ -161,7 +173,7 @@ def _run(
     }
     write_atomic(root / FILE, json.dumps(said, indent=1) + "\n")
     try:
-        failed |= _work(wanted, design, options, machine, hardware, on_event)
+        failed |= _work(wanted, design, options, machine, hardware, told)
         failed |= _baseline(design, options, machine, hardware, on_event)
     except KeyboardInterrupt:
         if not any(cell_files.is_finished(places, cell) for cell in wanted):
@@ -216,11 +228,17 @@ def layouts(design: Design) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _accept(options: CompareOptions, places: Path, wanted: Sequence[Cell], machine: Mapping[str, Any]) -> list[str]:
+def _accept(
+    options: CompareOptions,
+    places: Path,
+    wanted: Sequence[Cell],
+    machine: Mapping[str, Any],
+    others: Sequence[Cell] = (),
+) -> list[str]:
     if not options.accept:
         return []
     places.mkdir(parents=True, exist_ok=True)
-    return list(cell_files.accept(options.accept, places, wanted, machine).notes)
+    return list(cell_files.accept(options.accept, places, wanted, machine, others).notes)
 
 
 def _work(
@@ -257,7 +275,7 @@ def _work(
 
     left = [cell for cell in cells if next_stage(cell) or not (root / "cells" / cell.id / cell_files.CELL).is_file()]
     for cell in left:
-        _clear_unfit(root / "cells" / cell.id, cell)
+        _clear_unfit(root / "cells" / cell.id, cell, on_event)
     outcome = process.run_cells(left, root, next_stage, finish, options.jobs, hardware.usable, on_event)
     for cell in left:
         if cell.id in outcome.failed and cell_files.is_finished(root / "cells", cell):  # a metric failed, not the run
@@ -265,16 +283,26 @@ def _work(
     return outcome.failed
 
 
-def _clear_unfit(path: Path, cell: Cell) -> None:
-    """A folder that is no run, or a finished one that is not the cell's, cannot be gone on with: begin again."""
+def _clear_unfit(path: Path, cell: Cell, on_event: process.Tell) -> None:
+    """A folder that is no run, or a finished one that is not the cell's, cannot be gone on with: begin again.
+
+    A finished run is somebody's work (`halfbyte resume` went on with it, say): it is kept under another name.
+    """
     begun = (path / CONFIG).is_file() and not (path / RESULT).is_file()
     if begun or not path.is_dir() or running(path) is not None:
         return
-    if cell_files.finished(path, cell.want, cell.pairs, cell.source is not None) is not None:
-        old = path.with_name(f".{path.name}.old")  # whole or not there, as a kill in between would leave neither
-        shutil.rmtree(old, ignore_errors=True)
-        path.rename(old)
-        shutil.rmtree(old)
+    reason = cell_files.finished(path, cell.want, cell.pairs, cell.source is not None)
+    if reason is None:
+        return
+    if (path / CONFIG).is_file() and (path / RESULT).is_file():
+        number = next(n for n in itertools.count(1) if not path.with_name(f"{path.name}.set-aside-{n}").exists())
+        kept = path.rename(path.with_name(f"{path.name}.set-aside-{number}"))
+        on_event({"event": "note", "message": f"{cell.variant}, seed {cell.seed}: {reason}; kept in {kept}, run anew"})
+        return
+    old = path.with_name(f".{path.name}.old")  # whole or not there, as a kill in between would leave neither
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    shutil.rmtree(old)
 
 
 def asked_of(options: CompareOptions) -> dict[str, Any]:
@@ -304,15 +332,18 @@ def _baseline(
     hardware: Hardware,
     on_event: process.Tell,
 ) -> dict[str, str]:
-    """The metrics of the 16-bit base, measured once."""
+    """The metrics of the base, measured once."""
     root = options.output
     out = root / report_data.BASELINE
     asked = baseline_of(design, options)
     if asked is None or cell_files.is_measured(out, asked):
         return {}
-    first = design.variants[0]
+    first = _held_by(design)
     fields = first.config.pick(ModelOptions).model_dump() | first.config.pick(DataOptions).model_dump()
-    config = RunConfig.model_validate(fields | {"seed": first.config.seed, "method": "lora"})
+    if first.config.method == "qlora":
+        fields |= first.config.pick(QuantOptions).model_dump()
+    method = "qlora" if first.config.method == "qlora" else "lora"
+    config = RunConfig.model_validate(fields | {"seed": first.config.seed, "method": method})
     cell = Cell("baseline", "base", first.config.seed, config, {}, first.pairs, kind="base")
     more = {"config": config.model_dump(mode="json"), "output": str(out), "asked": asked}
     stage = ("base", measuring(options) | more)
@@ -328,8 +359,18 @@ def baseline_of(design: Design, options: CompareOptions) -> dict[str, Any] | Non
     """What baseline.json is asked for, None: nothing. The folder may have held a comparison of another model."""
     if not options.metrics:
         return None
-    first = design.variants[0]
-    return asked_of(options) | {"of": identity.identity_of(first.record), "eval_seed": first.config.eval_seed}
+    first = _held_by(design)
+    asked = asked_of(options) | {"of": identity.identity_of(first.record), "eval_seed": first.config.eval_seed}
+    if first.config.method == "qlora":
+        asked["held_as"] = first.config.pick(QuantOptions).model_dump(mode="json")
+    return asked
+
+
+def _held_by(design: Design) -> PlannedVariant:
+    """The variant as which the untrained model is held: in 16 bits where one does and fits, else as the first does."""
+    fitting = [planned for planned in design.variants if planned.skipped is None]
+    plain = [planned for planned in fitting if planned.config.method != "qlora"]
+    return (plain or fitting or list(design.variants))[0]
 
 
 # ---------------------------------------------------------------- what is said before

@@ -152,6 +152,11 @@ def make_design(request: Request, known: Mapping[str, Mapping[str, Any]]) -> Des
     ids: dict[str, str] = {}
     notes: list[str] = []
     for variant in variants:
+        if variant.continue_from is not None and variant.continue_from not in made:
+            raise UsageError(
+                f"{variant.key}: continue_from {variant.continue_from}, which is the same run as another variant and "
+                "is left out: name that one"
+            )
         try:
             planned = _planned(variant, surveys, known, made)
         except HalfbyteError as error:
@@ -159,9 +164,16 @@ def make_design(request: Request, known: Mapping[str, Mapping[str, Any]]) -> Des
         source = variant.continue_from
         first = cell_of(planned, seed, cell_of(made[source], seed).id if source else None).id
         if ids.setdefault(first, variant.key) != variant.key:  # the rank of full fine-tuning, in a grid
+            if made[ids[first]].variant.only_a_start and not variant.only_a_start:
+                raise UsageError(
+                    f"{variant.key} is the same run as {ids[first]}, which is only a start: leave {ids[first]} out, "
+                    f"and let others continue_from {variant.key}"
+                )
             notes.append(f"{variant.key} is the same run as {ids[first]} and is left out.")
             continue
         made[variant.key] = planned
+    if sum(not planned.variant.only_a_start for planned in made.values()) < 2:
+        raise UsageError(f"one variant is nothing to compare: {' '.join(notes)}")
     _require_measurable(next(iter(surveys.values())), request.options)
     if not request.options.unequal:
         _require_equal([planned for planned in made.values() if not planned.variant.only_a_start])

@@ -99,7 +99,7 @@ def run_cells(
         try:
             while waiting or active:
                 for cell in list(waiting):
-                    if cell.source in outcome.failed:
+                    if cell.source in outcome.failed.keys() - done:
                         waiting.remove(cell)
                         fail(cell, "the run that it goes on from failed")
                     elif cell.source in begun_from - done:
@@ -117,19 +117,28 @@ def run_cells(
                     _close(one)
                     if one.stage == "train" and one.meter is not None:
                         outcome.joules[one.cell.id] = one.meter.joules
-                    if code == 0:
+                    if code == 0 and not _again(one, next_stage(one.cell)):
                         begin(one.cell)
+                    elif code == 0:
+                        fail(one.cell, "it ended, and is not what was asked for: rows, model or run.yaml were changed")
                     elif (code < 0 or code == 4) and attempts[one.cell.id, one.stage] < ATTEMPTS:
                         tell({"event": "cell", "status": "again", "cell": one.cell, "message": _ended(code)})
                         begin(one.cell)
                     else:
                         fail(one.cell, _message(one, code))
+                        if one.stage != "train":
+                            done.add(one.cell.id)  # its run is finished, and another one may go on from it
                 if active:
                     time.sleep(POLL_SECONDS)
         except BaseException:
             _stop(active)
             raise
     return outcome
+
+
+def _again(one: Active, left: Stage | None) -> bool:
+    """Whether what a worker just did is still to be done, which doing it once more would not change."""
+    return left is not None and left[0] == one.stage
 
 
 def _fits(cell: Cell, active: Sequence[Active], memory: float) -> bool:

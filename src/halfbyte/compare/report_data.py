@@ -89,7 +89,7 @@ def build(root: Path) -> dict[str, Any]:
         "created": said["created"],
         "command": said["command"],
         "title": said["options"]["title"] or _title(said, compared),
-        "sentence": sentence(quality, by_key, variants, comparisons),
+        "sentence": sentence(quality, by_key, variants, comparisons, {v["key"] for v in compared if v["skipped"]}),
         "model": said["model"],
         "data": said["data"],
         "machine": said["machine"],
@@ -146,7 +146,7 @@ def _metrics(groups: Sequence[Cells], said: Mapping[str, Any]) -> list[dict[str,
     for metric in made:
         values = [value for group in groups for value in group.values(metric["key"])]
         if any(not 0 <= value <= 1 for value in values):
-            metric["unit"] = "count"
+            metric["unit"] = "loss"  # a number without a unit, four digits after the point
     made.append({"key": EVAL_LOSS, "label": "held-out loss", "better": "lower", "unit": "loss", "quality": True})
     made.sort(key=lambda metric: metric["key"] != said["options"]["quality"])
     currency = said["price"]["currency"] if said["price"] is not None else ""
@@ -505,7 +505,7 @@ def _notes(
         "A detectable difference is the true one that these seeds and rows would have found with 80 % power at the 5 % "
         "level.",
     ]
-    if len(comparisons) > 20:
+    if comparisons:
         notes.append(
             f"{len(comparisons)} comparisons at the 95 % level: where nothing differs, one in 20 is found by chance."
         )
@@ -514,7 +514,7 @@ def _notes(
             "Learning rates were not searched: every variant has its default or the given one (--tune-lr searches)."
         )
     else:
-        notes += _search_notes(said["tune"])
+        notes += _search_notes(said["tune"], compared)
     if quality["better"] == "lower":
         notes.append("Against full: the share of what full fine-tuning took off the untrained model's held-out loss.")
     return [*notes, *said["notes"]]
@@ -549,7 +549,7 @@ def _without_metrics(said: Mapping[str, Any], groups: Sequence[Cells]) -> list[s
     return found
 
 
-def _search_notes(search: Mapping[str, Any]) -> list[str]:
+def _search_notes(search: Mapping[str, Any], compared: Sequence[Mapping[str, Any]]) -> list[str]:
     """What was tried, and where a better rate may lie beyond."""
     tries = max((len(rates) for rates in search["grid"].values()), default=0)
     notes = [
@@ -564,6 +564,8 @@ def _search_notes(search: Mapping[str, Any]) -> list[str]:
             )
     without = [key for key in search["grid"] if key not in search["chosen"]]
     notes += [f"{key}: no run of its search finished: it kept its own rate." for key in without]
+    left_out = [v["key"] for v in compared if v["key"] not in search["grid"]]
+    notes += [f"{key}: its learning rate was not searched: it has its own." for key in left_out]
     return notes
 
 

@@ -3,16 +3,18 @@
 1. With one seed, nothing is said of quality: what a seed changes is not known.
 2. The best is the variant with the best mean of the quality metric among those that no other was found to beat. Beside
    it stand those from which no difference was found, with the difference that would have been.
-3. Of these, the one that takes the least time is advised; or one from which no difference in time to it was found and
-   that was found to take less memory. It is said to take the least only where a difference to every other of them was
-   found, and named as the best only where it is the best and a difference to every other variant was found.
+3. Of these, those that none of them was found to beat may be advised, and of them those that run here: the one that
+   takes the least time; or one from which no difference in time to it was found and that was found to take less memory.
+   It is said to take the least only where a difference to every other of them was found, and named as the best only
+   where it is the best and a difference to every other variant was found.
 4. What it costs: time and memory of one run, money where a price is known; and the variant with the least memory, where
    that is another.
 
-`comparisons` are those of report.json; a difference that has no verdict there is none here.
+`comparisons` are those of report.json; a difference that has no verdict there is none here. Times of two machines are
+not compared.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from halfbyte.compare import wording
@@ -25,34 +27,85 @@ def sentence(
     metrics: Mapping[str, Mapping[str, Any]],
     variants: Sequence[Mapping[str, Any]],
     comparisons: Sequence[Mapping[str, Any]],
+    elsewhere: Collection[str] = (),
 ) -> str:
-    """One or two sentences. `quality`: the metric that decides; `metrics` by key; `variants` with their figures."""
-    known = [v for v in variants if v["figures"].get(quality["key"]) and v["figures"].get("seconds")]
-    if not known:
+    """One or two sentences.
+
+    quality     the metric that decides
+    metrics     by key
+    variants    with their figures
+    elsewhere   keys of variants that do not fit this machine: their runs are another's
+    """
+    finished = [v for v in variants if v["figures"].get("seconds")]
+    key, label = quality["key"], quality["label"]
+    known = [v for v in finished if v["figures"].get(key)]
+    if not finished:
         return "No run has finished, so nothing can be said yet."
-    if len(known) == 1:
-        return f"Only {known[0]['label']} has finished runs, so there is nothing to compare it with yet."
-    key = quality["key"]
-    if min(v["figures"][key]["n"] for v in known) < 2:
+    if len(finished) == 1:
+        return f"Only {finished[0]['label']} has finished runs, so there is nothing to compare it with yet."
+    if len(known) < 2:
+        whose = f"is known of {known[0]['label']} alone" if known else "was not measured"
+        return f"The {label} {whose}, so nothing can be said of it: --quality names another metric to judge by."
+    several = [v for v in known if v["figures"][key]["n"] > 1]
+    if len(several) < 2:
         cheap = min(known, key=lambda v: v["figures"]["seconds"]["mean"])
         return (
-            f"With one seed a difference in {quality['label']} cannot be told from chance, so no method is advised for "
+            f"With one seed a difference in {label} cannot be told from chance, so no method is advised for "
             f"its quality; {cheap['label']} took the least time in its run: {_cost(cheap, metrics)}."
         )
+    known = several
     sign = 1 if quality["better"] == "lower" else -1
     unbeaten = [v for v in known if not any(_better(comparisons, other, v, key) for other in known)] or known
     best = min(unbeaten, key=lambda v: sign * v["figures"][key]["mean"])
     equal = [v for v in known if v is best or _verdict(comparisons, v, best, key) == NOTHING]
-    fastest = min(equal, key=lambda v: v["figures"]["seconds"]["mean"])
-    as_fast = [v for v in equal if v is fastest or _verdict(comparisons, v, fastest, "seconds") == NOTHING]
+    choice = [v for v in equal if not any(_better(comparisons, other, v, key) for other in equal)]
+    here = [v for v in choice if v["key"] not in elsewhere]
+    if not here:
+        value = wording.amount(best["figures"][key]["mean"], dict(quality))
+        return (
+            f"{best['label']} has the best {label} ({value}), and does not fit this machine: one run costs "
+            f"{_cost(best, metrics)} elsewhere." + _best_here(known, best, quality, metrics, comparisons, elsewhere)
+        )
+    fastest = min(here, key=lambda v: v["figures"]["seconds"]["mean"])
+    as_fast = [v for v in here if v is fastest or _verdict(comparisons, v, fastest, "seconds") == NOTHING]
     smaller = [v for v in as_fast if v is fastest or _better(comparisons, v, fastest, "peak_memory_bytes")]
     advised = min(smaller, key=lambda v: v["figures"]["peak_memory_bytes"]["mean"])
-    said = f"Use {advised['label']} here: {_why(advised, best, equal, quality, comparisons)}"
-    if len(equal) > 1:
-        said += _time_and_memory(advised, fastest, as_fast, comparisons)
+    said = (
+        f"Use {advised['label']} here: {_why(advised, best, equal, quality, comparisons, len(known) < len(finished))}"
+    )
+    if len(here) > 1:
+        said += _time_and_memory(advised, fastest, here, as_fast, comparisons)
+    elif len(equal) > 1:
+        said += _alone(equal, choice)
     said += "; "
     said += f"one run costs {_cost(advised, metrics)}."
     return said + _least_memory(advised, known, quality, comparisons)
+
+
+def _alone(equal: Sequence[Mapping[str, Any]], choice: Sequence[Mapping[str, Any]]) -> str:
+    """Why there is only one to choose of several from whose best no difference was found."""
+    if len(choice) == 1:
+        return ", and it was found to be better than the others of these" if len(equal) > 2 else ""
+    return ", and it alone of these fits this machine"
+
+
+def _best_here(
+    known: Sequence[Mapping[str, Any]],
+    best: Mapping[str, Any],
+    quality: Mapping[str, Any],
+    metrics: Mapping[str, Mapping[str, Any]],
+    comparisons: Sequence[Mapping[str, Any]],
+    elsewhere: Collection[str],
+) -> str:
+    """The best of those that fit, where the best of all does not."""
+    fitting = [v for v in known if v["key"] not in elsewhere]
+    if not fitting:
+        return ""
+    key, sign = quality["key"], 1 if quality["better"] == "lower" else -1
+    one = min(fitting, key=lambda v: sign * v["figures"][key]["mean"])
+    found = _comparison(comparisons, one, best, key)
+    size = wording.difference(found["difference"]["mean"], dict(quality)) if found is not None else "an unknown amount"
+    return f" Of those that fit, {one['label']} comes nearest, worse by {size}: {_cost(one, metrics)} a run."
 
 
 def _why(
@@ -61,10 +114,12 @@ def _why(
     equal: Sequence[Mapping[str, Any]],
     quality: Mapping[str, Any],
     comparisons: Sequence[Mapping[str, Any]],
+    unknown: bool,
 ) -> str:
     value = wording.amount(advised["figures"][quality["key"]]["mean"], dict(quality))
     if len(equal) == 1:
-        return f"its {quality['label']} ({value}) is the best, and a difference to every other variant was found"
+        rest = "every other variant of which it is known" if unknown else "every other variant"
+        return f"its {quality['label']} ({value}) is the best, and a difference to {rest} was found"
     others = [v for v in equal if v is not advised]
     found = [_comparison(comparisons, advised, other, quality["key"]) for other in others]
     sizes = [c["detectable"] for c in found if c is not None and c["detectable"] is not None]
@@ -83,10 +138,14 @@ def _why(
 def _time_and_memory(
     advised: Mapping[str, Any],
     fastest: Mapping[str, Any],
+    choice: Sequence[Mapping[str, Any]],
     as_fast: Sequence[Mapping[str, Any]],
     comparisons: Sequence[Mapping[str, Any]],
 ) -> str:
     """Why this one of several equally good ones: only differences that were found are told as such."""
+    untimed = [v for v in choice if v is not fastest and _comparison(comparisons, v, fastest, "seconds") is None]
+    if untimed:
+        return f"; its time was not compared with that of {wording.names([v['label'] for v in untimed])}"
     if len(as_fast) == 1:
         return ", and it takes the least time of them"
     others = [v for v in as_fast if v is not advised] if advised is fastest else [fastest]

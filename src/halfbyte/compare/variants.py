@@ -162,6 +162,8 @@ def _chained(made: Sequence[Variant]) -> list[Variant]:
             raise UsageError(f"{variant.key}: {fixed[0]} is that of the adapter of {source.key}: leave it out")
         shape = dict(source.shape) or {name: getattr(source.config, name) for name in SHAPE}
         changes = shape | {"init_lora_weights": "default"}
+        if not variant.config.given("lora_dropout"):
+            changes["lora_dropout"] = source.config.lora_dropout  # as a run does that goes on from an adapter
         out[variant.key] = Variant(
             variant.key, variant.fields, variant.config.replace(**changes), source.key, variant.only_a_start, shape
         )

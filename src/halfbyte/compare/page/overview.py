@@ -3,7 +3,7 @@
 from halfbyte.compare.page.document import Block, Cell, Column, Paragraph, Section, Table
 from halfbyte.compare.page.text import DASH, NOT_MEASURED, plain
 from halfbyte.compare.page.view import MEMORY, SPEED, View
-from halfbyte.compare.schema import Metric, Variant
+from halfbyte.compare.schema import Metric, Report, Variant
 
 SMALLEST = 3
 
@@ -17,13 +17,22 @@ def facts(view: View) -> list[str]:
         out.append("one seed: no intervals" if seeds == 1 else f"{seeds} seeds, 95 % intervals over them")
     if settings.supervised_tokens is not None:
         out.append(f"{plain(settings.supervised_tokens)} supervised tokens a run")
-    out.append("learning rates searched for each method" if settings.tune_lr else "learning rates not searched")
+    out.append(f"learning rates {searched(report)}")
     if report.model.quantized_source:
         out.append(f"the base came from a quantized file: {report.model.quantized_source}")
     if report.warnings:
         count = len(report.warnings)
         out.append(f"{count} warning{'s' if count > 1 else ''} at the end")
     return [fact for fact in out if fact]
+
+
+def searched(report: Report) -> str:
+    """For whom learning rates were searched."""
+    tuned = report.settings.tune_lr
+    if tuned is None:
+        return "not searched"
+    everybody = all(variant.key in tuned.grid for variant in report.variants)
+    return f"searched for {'each method' if everybody else 'some methods, as the notes say'}"
 
 
 def side_by_side(view: View) -> Section:

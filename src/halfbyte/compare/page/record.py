@@ -1,7 +1,7 @@
 """What somebody needs who wants to check it or do it again: runs, commands, versions, machine, data."""
 
 from halfbyte.compare.page.document import Block, Bullets, Cell, Column, Command, Facts, Paragraph, Section, Table
-from halfbyte.compare.page.overview import SMALLEST
+from halfbyte.compare.page.overview import SMALLEST, searched
 from halfbyte.compare.page.text import clean_lines, plain, scale_for
 from halfbyte.compare.page.view import View
 from halfbyte.compare.schema import Report
@@ -87,7 +87,7 @@ def _settings(report: Report) -> list[tuple[str, str]]:
         ("Supervised tokens a run", _known(settings.supervised_tokens)),
         (
             "Learning rates",
-            "the same search for every method" if settings.tune_lr else "as given or by default, not searched",
+            searched(report) if settings.tune_lr else "as given or by default, not searched",
         ),
         ("Runs", "side by side" if settings.side_by_side else "one after another"),
     ]
