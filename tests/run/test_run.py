@@ -436,3 +436,15 @@ def test_an_error_that_is_no_lack_of_memory_keeps_its_own_words(
 def test_labels_are_scored_after_fewer_prompts_where_memory_is_short() -> None:
     sizes = {tokens: run_module._in_batches(tokens).eval_batch_size for tokens in (1, 512, 4096, 100_000)}
     assert sizes == {1: 1, 512: 4, 4096: 32, 100_000: 32}
+
+
+def test_rows_with_labels_cost_more_passes_at_the_end(tiny_config: RunConfig, tmp_path: Path) -> None:
+    """Each label is scored after each prompt, by base and tuned."""
+    labelled = [{"text": f"number {i}", "label": "odd" if i % 2 else "even"} for i in range(40)]
+    path = write_rows(tmp_path / "labelled.jsonl", labelled)
+    config = tiny_config.replace(data=str(path), eval_split=0.25)
+    counted = {
+        task: planning.request(asked, planning.survey(asked)).evaluations
+        for task, asked in (("causal", config), ("classification", config.replace(task="classification")))
+    }
+    assert counted["causal"] == counted["classification"] + 3

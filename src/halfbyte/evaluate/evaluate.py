@@ -28,6 +28,8 @@ from halfbyte.evaluate.metrics import ACCURACY, BUILT_IN, PASS_AT_1, Metric, fin
 from halfbyte.evaluate.pass_at_1 import require_permission, require_real_tests, run_tests
 from halfbyte.evaluate.sampling import GenerateOptions
 from halfbyte.evaluate.session import Model, inference
+from halfbyte.heap import give_back
+from halfbyte.ops.pool import pool
 
 SCHEMA_VERSION = 1
 Progress = Callable[[str, int, int], None]
@@ -166,6 +168,9 @@ def evaluate(
     rows = row_losses(model, examples, options.eval_batch_tokens, progress)
     scores: dict[str, float] = {}
     intervals: dict[str, Interval] = {}
+    if ACCURACY in options.metrics or metrics or programs:
+        pool.clear()  # what the loss needed is of other sizes than what is needed from here on
+        give_back()
     if ACCURACY in options.metrics:
         rows = _choose_labels(model, examples, rows, labels, options, progress)
     if metrics or programs:

@@ -52,10 +52,11 @@ def _score_batch(
     model: Model, prompts: list[list[int]], endings: list[tuple[int, ...]], longest: int
 ) -> NDArray[np.float64]:
     session = Session(model, max(map(len, prompts)) + longest, len(prompts))
-    first_BV = session.feed(prompts).log_softmax(-1)
+    first_BV = session.feed(prompts)
+    first_B = _normalizers(first_BV)
     columns = []
     for ending in endings:
-        total_B = first_BV[:, ending[0]].double()
+        total_B = (first_BV[:, ending[0]] - first_B).double()
         if len(ending) > 1:
             with session.branch():
                 total_B = total_B + _rest(session, ending, len(prompts))
@@ -67,9 +68,15 @@ def _rest(session: Session, ending: tuple[int, ...], count: int) -> Tensor:
     """Summed log-probability of a label's tokens after its first, for each of `count` prompts."""
     logits_BLV = session.feed_all([ending[:-1]] * count).unflatten(0, (count, len(ending) - 1))
     targets_L = torch.tensor(ending[1:], device=logits_BLV.device)
-    chosen_BL = logits_BLV.log_softmax(-1).gather(2, targets_L.expand(count, -1)[..., None])[..., 0]
+    chosen_BL = logits_BLV.gather(2, targets_L.expand(count, -1)[..., None])[..., 0]
+    chosen_BL = chosen_BL - _normalizers(logits_BLV.flatten(0, 1)).unflatten(0, (count, -1))
     total_B: Tensor = chosen_BL.double().sum(1)
     return total_B
+
+
+def _normalizers(logits_NV: Tensor) -> Tensor:
+    """log sum exp of each row, [N]; row by row, because another copy of logits over a large vocabulary is large."""
+    return torch.stack([row_V.logsumexp(-1) for row_V in logits_NV])
 
 
 def distinct_parts(labels: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:

@@ -22,15 +22,13 @@ from halfbyte.plan.hardware import detect
 from halfbyte.plan.memory import PROCESS_FLOOR
 from halfbyte.run import tasks
 from halfbyte.run.config import RunConfig
-from halfbyte.run.planning import Survey
+from halfbyte.run.planning import SCORING_LABELS, Survey
 from halfbyte.train.events import read_events
 from halfbyte.train.memory import process_memory
 from halfbyte.train.run_directory import EVENTS, PLAN
 
 FRESH = 1.5 * PROCESS_FLOOR
 """Bytes of a process that has imported what a run needs, and not much else."""
-SCORING_LABELS = 5
-"""Passes over the rows that base against tuned costs where answers are labels, each of which is scored: measured."""
 
 
 def outlook(path: Path, config: RunConfig, prepared: Prepared) -> dict[str, Any]:

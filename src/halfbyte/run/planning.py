@@ -45,6 +45,8 @@ from halfbyte.train.options import EFFECTIVE_BATCH, TrainOptions, batch_rows, co
 
 ASSUMED_ROWS, ASSUMED_TOKENS = 1_000, 512
 """Stand-ins for `halfbyte plan` without data, said so in its answer."""
+SCORING_LABELS = 5
+"""Passes over the rows that base against tuned costs where answers are labels, each of which is scored: measured."""
 NO_FULL = "method full is built for the decoder's families only: use lora or qlora with this model"
 
 
@@ -294,6 +296,13 @@ def assumptions(found: Survey, hardware: Hardware, ask: Ask) -> tuple[str, ...]:
     return tuple(said)
 
 
+def scores_labels(found: Survey) -> bool:
+    """Whether base and tuned are also asked which label they would say."""
+    if found.prepared is None or found.config.task == tasks.CLASSIFICATION:
+        return False
+    return bool(found.prepared.labels) and bool(found.prepared.eval)
+
+
 def asks_reference(found: Survey) -> bool:
     """Whether a reference is asked about the rows before the first step."""
     return found.prepared is not None and found.prepared.pairs
@@ -328,7 +337,7 @@ def request(config: RunConfig, found: Survey, machine: Machine | None = None) ->
         epochs=config.num_train_epochs,
         max_steps=config.max_steps,
         # Every epoch or `eval_steps`, then base and tuned at the end.
-        evaluations=2 + max(1, steps // (config.eval_steps or per_epoch)),
+        evaluations=(SCORING_LABELS if scores_labels(found) else 2) + max(1, steps // (config.eval_steps or per_epoch)),
         forward_tokens=round(min(data.rows, steps * rows_per_update) * data.mean) if asks_reference(found) else 0,
         held=found.source.prequantized_bytes(),
         file_itemsize=max((t.dtype.itemsize for t in found.source.tensors().values() if len(t.shape) == 2), default=4),

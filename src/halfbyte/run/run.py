@@ -280,6 +280,8 @@ def _train(
     else:
         score = partial(_scores, config, loaded, prepared, base) if prepared.eval else None
     tokens = max(1, tokens >> trained.layout.evaluation_halvings)
+    pool.clear()  # what training needed is of other sizes than what the last evaluation will
+    give_back()
     scores = None if score is None else in_chunks(score, tokens, tell)
     beside = {"load": loading, "evaluate": (before - started - loading) + (clock() - after)}
     pool.clear()  # activations are done with: the tokenizer's files are made of as much garbage as a small model takes
