@@ -11,7 +11,7 @@ from halfbyte.compare.page.document import Svg
 from halfbyte.compare.page.lines import Curve, apart, lines, thinned
 from halfbyte.compare.page.rows import Row, points, stacks
 from halfbyte.compare.page.scatter import Spot, front, scatter
-from halfbyte.compare.page.svg import COLOURS, DASHES, Axis, colour, round_values, shape
+from halfbyte.compare.page.svg import COLOURS, DASHES, Axis, LogAxis, colour, round_values, shape
 
 FINITE = st.floats(-1e15, 1e15)
 
@@ -104,3 +104,22 @@ def test_many_names_are_listed_beside_the_plot() -> None:
     svg = scatter(many, "x", "y", False, True)
     assert len(_xs(svg, "mark")) == 60
     assert svg.height > 500
+
+
+def test_a_logarithmic_axis() -> None:
+    axis = LogAxis([8.7, 0.1, 0.0, -1.0], 200, 0, 6)
+    assert axis.ticks == pytest.approx([0.1, 0.2, 0.5, 1, 2, 5, 10])
+    assert [axis.label(tick) for tick in axis.ticks] == ["0.1", "0.2", "0.5", "1", "2", "5", "10"]
+    assert axis.at(1.0) - axis.at(0.1) == pytest.approx(axis.at(10.0) - axis.at(1.0))
+    assert axis.at(-3.0) == axis.at(0.0) == 200
+    assert axis.at(1e9) == pytest.approx(0)
+    assert LogAxis([1e-6, 1e3], 200, 0, 6).ticks == pytest.approx([10.0**power for power in range(-6, 4)])
+
+
+def test_curves_that_fall_far_are_drawn_by_logarithms() -> None:
+    far = Curve("a", 0, [(0, 8.7, 8.0, 99.0), (1, 0.1, -0.2, 0.3)])
+    near = Curve("a", 0, [(0, 2.1, None, None), (1, 0.9, None, None)])
+    assert "logarithmic" in lines([far], "x", "loss", True).body
+    assert "logarithmic" not in lines([near], "x", "loss", True).body
+    below = Curve("a", 0, [(0, 2.1, None, None), (1, -0.9, None, None)])
+    assert "logarithmic" not in lines([below], "x", "loss", True).body

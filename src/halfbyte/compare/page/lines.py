@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from halfbyte.compare.page.document import Svg
-from halfbyte.compare.page.svg import NARROW, SIZE, SMALL, WIDE, Axis, Canvas, colour
+from halfbyte.compare.page.svg import NARROW, SIZE, SMALL, WIDE, Axis, Canvas, LogAxis, colour
 from halfbyte.compare.page.text import fitted, width
 
 _SPACING = 16.0
+_FAR = 10.0
+"""Largest over smallest mean from which on a chart is by logarithms."""
 _MOST = 240
 """Points of one curve that are drawn; of more, some are left out evenly, never the last."""
 
@@ -28,6 +30,12 @@ def thinned(count: int, most: int) -> list[int]:
     return sorted({round(i * (count - 1) / (most - 1)) for i in range(most)})
 
 
+def by_logarithm(curves: Sequence[Curve]) -> bool:
+    """Whether the curves fall so far that nothing would be seen of their ends otherwise."""
+    means = [mean for curve in curves for _, mean, _, _ in curve.points]
+    return bool(means) and min(means) > 0 and max(means) > _FAR * min(means)
+
+
 def lines(curves: Sequence[Curve], x_title: str, y_title: str, wide: bool) -> Svg:
     """Means as lines, each with its own dash; 95 % intervals as bands where there are any."""
     total = WIDE if wide else NARROW
@@ -37,6 +45,9 @@ def lines(curves: Sequence[Curve], x_title: str, y_title: str, wide: bool) -> Sv
     drawn = [(curve, [curve.points[i] for i in thinned(len(curve.points), _MOST)]) for curve in curves]
     ys = [y for _, points in drawn for _, *values in points for y in values if y is not None]
     y_axis = Axis(ys, height - 38, 26, 6 if wide else 5, 0.04)
+    if by_logarithm(curves):
+        means = [mean for _, points in drawn for _, mean, *_ in points]
+        y_axis, y_title = LogAxis(means, height - 38, 26, 6 if wide else 5), f"{y_title}, logarithmic"
     left = max(width(y_axis.label(tick), SMALL) for tick in y_axis.ticks or [0.0]) + 8
     x_axis = Axis((x for _, points in drawn for x, *_ in points), left, total - room, 6 if wide else 4, 0.02)
     canvas = Canvas(total)

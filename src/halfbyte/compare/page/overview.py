@@ -125,7 +125,8 @@ def _metric_row(view: View, metric: Metric, base: bool, majority: bool) -> list[
     row = [Cell(scaled.scale.titled(metric.label), note=f"{metric.better} is better")]
     for variant in view.variants:
         figure = variant.figures.get(metric.key)
-        row.append(view.cell(figure, scaled) if figure else Cell(NOT_MEASURED))
+        none = "none" if metric.key == "adapter_bytes" and variant.lora_r is None else NOT_MEASURED
+        row.append(view.cell(figure, scaled) if figure else Cell(none))
     line = view.report.baselines.get(metric.key)
     if base:
         row.append(Cell(DASH if line is None else scaled.optional(line.base)))

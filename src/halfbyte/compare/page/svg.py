@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from html import escape
 
 from halfbyte.compare.page.document import Svg
-from halfbyte.compare.page.text import clean, number
+from halfbyte.compare.page.text import clean, number, plain
 
 WIDE, NARROW = 840.0, 340.0
 """Units of a chart for a page, and of one for a phone or for one of several beside each other."""
@@ -103,6 +103,25 @@ class Axis:
 
     def label(self, tick: float) -> str:
         return number(tick, self.decimals)
+
+
+class LogAxis(Axis):
+    """Positive values by their logarithm, ticks at 1, 2 and 5 times powers of ten; what lies beyond is at an end."""
+
+    def __init__(self, values: Iterable[float], start: float, end: float, ticks: int) -> None:
+        known = [value for value in values if value > 0]
+        self.low, self.high, self.start, self.end = min(known) / 1.15, max(known) * 1.15, start, end
+        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        steps = (1, 2, 5) if len(powers) <= ticks - 1 else (1,)
+        places = [step * 10.0**power for power in powers for step in steps]
+        self.ticks = [place for place in places if self.low <= place <= self.high]
+
+    def at(self, value: float) -> float:
+        inside = min(max(value, self.low), self.high)
+        return self.start + math.log(inside / self.low) / math.log(self.high / self.low) * (self.end - self.start)
+
+    def label(self, tick: float) -> str:
+        return plain(tick)
 
 
 def round_values(low: float, high: float, count: int) -> tuple[list[float], int]:
