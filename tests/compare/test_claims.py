@@ -287,7 +287,27 @@ def test_quality_alone_confirms_no_claim_of_quality_and_speed() -> None:
     same = (compared("lora", "qlora", "accuracy", NONE, 0.0, 0.001),)
     made = judge(26, [report(*pair, comparisons=same)])
     assert made.verdict == "partly"
-    assert "speed was not compared" in made.sentence
+    assert "Speed was not compared" in made.sentence
+
+
+def test_speed_is_asked_of_quiet_machines() -> None:
+    def timed(name: str, rate: float, share: float | None) -> Report:
+        pair = (
+            variant("lora", tokens_per_second=[rate, rate + 1, rate + 2]),
+            variant("qlora", tokens_per_second=[100] * 3),
+        )
+        made = report(*pair, name=name)
+        cells = [{**cell, "others_share": share} for cell in made.data["cells"]]
+        return Report(Path(name), {**made.data, "cells": cells})
+
+    quiet, busy, unknown = timed("quiet", 105, 0.01), timed("busy", 150, 0.4), timed("unknown", 150, None)
+    assert judge(9, [quiet, busy, unknown]).verdict == "confirmed"
+    assert judge(9, [quiet, busy, unknown]).evidence == "quiet"
+    assert judge(9, [busy, unknown]).evidence == "unknown"
+    assert judge(9, [busy]).verdict == "not testable here"
+    some = timed("some", 105, 0.01)
+    some.data["cells"][0]["others_share"] = None
+    assert judge(9, [some, quiet]).evidence == "quiet"
 
 
 def test_two_models() -> None:

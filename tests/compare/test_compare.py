@@ -159,6 +159,23 @@ def test_a_run_that_ran_short_of_memory_is_told(whole: Comparison, tmp_path: Pat
     assert not any("memory ran short" in warning for warning in whole.report["warnings"])
 
 
+def test_other_work_beside_a_run_is_told(whole: Comparison, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(whole.path, copy)
+    assert whole.report is not None
+    for number, cell in enumerate(whole.report["cells"]):
+        file = copy / cell["path"] / CELL
+        said = json.loads(file.read_text())
+        assert 0 <= said["others_share"] <= 1
+        file.write_text(json.dumps(said | {"others_share": 0.0 if number else 0.4}))
+    report = report_data.build(copy)
+    assert [cell["others_share"] for cell in report["cells"]] == [0.4, 0.0, 0.0, 0.0]
+    (told,) = (warning for warning in report["warnings"] if "Other work" in warning)
+    assert told == (
+        "Other work took up to 40% of the processor beside 1 of 4 runs: their times are of a shared machine."
+    )
+
+
 @pytest.mark.slow
 def test_half_removed_cells_and_moved_rows_are_no_dead_end(
     whole: Comparison, model_folder: Path, data_file: Path, tmp_path: Path

@@ -89,15 +89,20 @@ def is_measured(path: Path, asked: Mapping[str, Any]) -> bool:
     return False
 
 
-def close(path: Path, machine: Mapping[str, Any], energy: float | None, keep: bool) -> None:
-    """Write cell.json, and before it, unless `keep`, remove what is large and measured: checkpoints, whole weights."""
+def close(path: Path, machine: Mapping[str, Any], energy: float | None, others: float | None, keep: bool) -> None:
+    """Write cell.json, and before it, unless `keep`, remove what is large and measured: checkpoints, whole weights.
+
+    energy, others   joules, and other work's share of the processor: known of runs that nothing interrupted
+    """
+    whole = _sessions(path) == 1
     said = {
         "schema_version": SCHEMA_VERSION,
         "origin": HERE,
         "machine": dict(machine),
         "adapter_bytes": _bytes(path, "adapter_model*.safetensors"),
         "weight_bytes": _bytes(path, "model*.safetensors"),
-        "energy_joules": energy if _sessions(path) == 1 else None,
+        "energy_joules": energy if whole else None,
+        "others_share": others if whole else None,
     }
     if not keep:
         for checkpoint in list_checkpoints(path):
@@ -207,6 +212,7 @@ def _copy(run: Path, out: Path, machine: Mapping[str, Any]) -> None:
         "adapter_bytes": _bytes(run, "adapter_model*.safetensors"),
         "weight_bytes": _bytes(run, "model*.safetensors"),
         "energy_joules": None,
+        "others_share": None,
         **said,
         "machine": theirs,
         "origin": origin,

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from halfbyte.compare.others import QUIET
 from halfbyte.compare.statistics import Figure, mean_interval
 
 CONFIRMED, REFUTED, PARTLY, OPEN = "confirmed", "refuted", "partly", "not testable here"
@@ -182,6 +183,23 @@ def ratio_within(
     """The first's figure over the second's against a range; nothing where they have not both been measured."""
     figure = ratio(*pair, metric) if runs_of(report, pair[0]) == runs_of(report, pair[1]) else None
     return [] if figure is None else [within(figure, *ends, f"{title_of(report)}: {what}", said)]
+
+
+def of_quiet_machines(reports: Sequence[Report]) -> list[Report]:
+    """The reports that may be asked for speed: those whose runs are known to have had the machine for themselves; where
+    there are none, those of which nothing is known."""
+    known = [(report, _busiest(report)) for report in reports]
+    quiet = [report for report, share in known if share is not None and share <= QUIET]
+    return quiet or [report for report, share in known if share is None]
+
+
+def _busiest(report: Report) -> float | None:
+    """The largest share of the processor that other work took beside a run; None: of some it is not known."""
+    shares = [cell.get("others_share") for cell in report.data["cells"] if cell["status"] == "done"]
+    known = [share for share in shares if share is not None]
+    if known and max(known) > QUIET:
+        return float(max(known))
+    return float(max(known)) if known and len(known) == len(shares) else None
 
 
 def runs_of(report: Report, variant: Mapping[str, Any]) -> list[tuple[int, str]]:

@@ -269,9 +269,9 @@ def _work(
             return "merge", here | {"output": str(root / "cells" / f".{cell.id}.merged")}
         return None
 
-    def finish(cell: Cell, joules: float | None) -> None:
+    def finish(cell: Cell, around: process.Around) -> None:
         keep = options.keep or cell.id in continued
-        cell_files.close(root / "cells" / cell.id, machine, joules, keep)
+        cell_files.close(root / "cells" / cell.id, machine, around.joules, around.others, keep)
 
     left = [cell for cell in cells if next_stage(cell) or not (root / "cells" / cell.id / cell_files.CELL).is_file()]
     for cell in left:
@@ -279,7 +279,8 @@ def _work(
     outcome = process.run_cells(left, root, next_stage, finish, options.jobs, hardware.usable, on_event)
     for cell in left:
         if cell.id in outcome.failed and cell_files.is_finished(root / "cells", cell):  # a metric failed, not the run
-            cell_files.close(root / "cells" / cell.id, machine, outcome.joules.get(cell.id), keep=True)
+            around = outcome.around.get(cell.id, process.UNKNOWN)
+            cell_files.close(root / "cells" / cell.id, machine, around.joules, around.others, keep=True)
     return outcome.failed
 
 

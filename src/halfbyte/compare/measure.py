@@ -43,6 +43,7 @@ class Measured:
     majority    share of the commonest label among the held-out rows
     machine     the processor that it ran on
     lowered     memory ran short, and it went on in a layout that takes less
+    others      the share of the processor that other work took meanwhile; None: not known
     """
 
     figures: Mapping[str, float]
@@ -55,6 +56,7 @@ class Measured:
     machine: str | None
     task_metrics: tuple[str, ...]
     lowered: bool = False
+    others: float | None = None
 
 
 def measure(path: Path, price: float | None = None, asked: Mapping[str, Any] | None = None) -> Measured:
@@ -96,7 +98,9 @@ def measure(path: Path, price: float | None = None, asked: Mapping[str, Any] | N
     origin = str(cell.get("origin", "this comparison"))
     machine = cell.get("machine", {}).get("processor")
     lowered = any((result.get("layout") or {}).values())
-    return Measured(known, rows, base, majority, train, held_out, origin, machine, tuple(scores), lowered)
+    return Measured(
+        known, rows, base, majority, train, held_out, origin, machine, tuple(scores), lowered, cell.get("others_share")
+    )
 
 
 def after(source: Measured, own: Measured) -> Measured:
@@ -125,6 +129,7 @@ def after(source: Measured, own: Measured) -> Measured:
         train=(*source.train, *moved(own.train)),
         held_out=(*source.held_out, *moved(own.held_out)),
         lowered=source.lowered or own.lowered,
+        others=None if source.others is None or own.others is None else max(source.others, own.others),
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from halfbyte.compare import energy
 from halfbyte.compare.design import Cell
+from halfbyte.compare.others import Others
 from halfbyte.compare.worker import FAILED
 from halfbyte.errors import HalfbyteError
 from halfbyte.files import one_line, write_atomic
@@ -47,21 +48,37 @@ class Active:
     log: Path
     log_begins: int
     meter: energy.Meter | None
+    others: Others | None = None
+
+
+@dataclass(frozen=True)
+class Around:
+    """What was measured around a run by the comparison; None where it is not known.
+
+    joules   energy of the machine
+    others   the share of the processor that other work took
+    """
+
+    joules: float | None = None
+    others: float | None = None
+
+
+UNKNOWN = Around()
 
 
 @dataclass
 class Outcome:
-    """How the cells ended: messages of those that failed by id, and joules of those that ran here, uninterrupted."""
+    """How the cells ended: messages of those that failed by id, and what was measured around those that ran here."""
 
     failed: dict[str, str] = field(default_factory=dict)
-    joules: dict[str, float | None] = field(default_factory=dict)
+    around: dict[str, Around] = field(default_factory=dict)
 
 
 def run_cells(
     cells: Sequence[Cell],
     root: Path,
     next_stage: Callable[[Cell], Stage | None],
-    finish: Callable[[Cell, float | None], None],
+    finish: Callable[[Cell, Around], None],
     jobs: int,
     memory: float,
     tell: Tell,
@@ -83,7 +100,7 @@ def run_cells(
         """Start what is left of a cell, or close it."""
         stage = next_stage(cell)
         if stage is None:
-            finish(cell, outcome.joules.get(cell.id))
+            finish(cell, outcome.around.get(cell.id, UNKNOWN))
             done.add(cell.id)
             tell({"event": "cell", "status": "done", "cell": cell, "done": len(done), "in_all": in_all})
             return
@@ -111,12 +128,15 @@ def run_cells(
                     code = one.process.poll()
                     if one.meter is not None:
                         one.meter.tick()
+                    if one.others is not None:
+                        one.others.tick()
                     if code is None:
                         continue
                     active.remove(one)
                     _close(one)
-                    if one.stage == "train" and one.meter is not None:
-                        outcome.joules[one.cell.id] = one.meter.joules
+                    if one.stage == "train":
+                        joules = None if one.meter is None else one.meter.joules
+                        outcome.around[one.cell.id] = Around(joules, None if one.others is None else one.others.share)
                     if code == 0 and not _again(one, next_stage(one.cell)):
                         begin(one.cell)
                     elif code == 0:
@@ -168,7 +188,7 @@ def start(cell: Cell, root: Path, stage: Stage, metered: bool) -> Active:
             env=environment,
             start_new_session=True,  # Ctrl-C in a terminal is for the comparison, which asks its workers once
         )
-    return Active(cell, name, process, log, begins, meter)
+    return Active(cell, name, process, log, begins, meter, Others(process.pid))
 
 
 def wait_for_orphan(path: Path) -> None:

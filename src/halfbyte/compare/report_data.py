@@ -13,6 +13,7 @@ from typing import Any
 from halfbyte.compare import wording
 from halfbyte.compare.cells import is_measured
 from halfbyte.compare.measure import EVAL_LOSS, Measured, Point, after, first_loss, measure, reached
+from halfbyte.compare.others import QUIET
 from halfbyte.compare.sentence import sentence
 from halfbyte.compare.statistics import (
     Difference,
@@ -480,6 +481,7 @@ def _cell_list(
                 "status": "done" if measured is not None else "failed" if message else "missing",
                 "origin": "this comparison" if measured is None else measured.origin,
                 "seconds": None if measured is None else measured.figures.get("seconds"),
+                "others_share": None if measured is None else measured.others,
                 "message": message,
             }
         )
@@ -596,6 +598,12 @@ def _warnings(
         found.append("The variants did not learn from the same: rows or supervised tokens differ (--unequal).")
     elif not _as_long(groups):
         found.append("Not all runs of a seed saw the same number of supervised tokens: some ended early.")
+    busy = [m.others for group in groups for m in group.by_seed.values() if m.others is not None and m.others > QUIET]
+    if busy:
+        found.append(
+            f"Other work took up to {max(busy):.0%} of the processor beside {len(busy)} of "
+            f"{sum(len(group.by_seed) for group in groups)} runs: their times are of a shared machine."
+        )
     found += [
         f"{group.key}, seed {seed}: memory ran short, and it went on in a layout that takes less: its time is of both"
         for group in groups

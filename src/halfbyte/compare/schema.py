@@ -224,7 +224,8 @@ class Plan(_Part):
 
 
 class Cell(_Part):
-    """One run. `origin` is "this comparison", "an earlier run" or "another machine: NAME"."""
+    """One run. `origin` is "this comparison", "an earlier run" or "another machine: NAME"; `others_share`: how much of
+    the processor other work took meanwhile."""
 
     id: str
     variant: str
@@ -233,6 +234,7 @@ class Cell(_Part):
     status: Literal["done", "failed", "missing"]
     origin: str = "this comparison"
     seconds: Number | None = None
+    others_share: Number | None = None
     message: str | None = None
 
 
