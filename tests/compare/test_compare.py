@@ -52,8 +52,10 @@ def losses(report: Any) -> list[Any]:
     ]
     masked = {"created", "command", "sentence", "variants", "comparisons", "convergence", "pareto", "plan", "cells",
               "commands", "title", "machine", "versions"}  # fmt: skip
-    cells = [{k: v for k, v in cell.items() if k != "seconds"} for cell in report["cells"]]
-    return [kept, curves, compared, reached, cells, {k: v for k, v in report.items() if k not in masked}]
+    cells = [{k: v for k, v in cell.items() if k not in ("seconds", "others_share")} for cell in report["cells"]]
+    warnings = [warning for warning in report["warnings"] if not warning.startswith("Other work took")]
+    rest = {k: v for k, v in report.items() if k not in masked} | {"warnings": warnings}
+    return [kept, curves, compared, reached, cells, rest]
 
 
 def test_a_comparison_from_request_to_report(whole: Comparison) -> None:
