@@ -1,18 +1,21 @@
 """The study's reports as short Markdown tables, for docs/results.md.
 
-    python benchmarks/compare_study/tables.py docs/study/gemma-sst2 docs/study/gemma-instruct …
+    python benchmarks/compare_study/tables.py [--times] docs/study/gemma-sst2 docs/study/gemma-instruct …
 
 Every figure is report.json's: a mean over seeds with its 95 % interval, and below the table the differences in the
-metrics of quality, as the report says them.
+metric that decides, as the report says them. Times only with --times: they are for runs that had the machine to
+themselves.
 """
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-SHOWN = ("peak_memory_bytes", "tokens_per_second", "seconds", "merge_loss")
-UNITS = {"bytes": (1e-9, " GB", 2), "seconds": (1.0, " s", 0), "tokens/s": (1.0, "", 0), "share": (100.0, " %", 1)}
+SHOWN = ("merge_loss", "peak_memory_bytes")
+TIMES = ("step_seconds", "tokens_per_second")
+UNITS = {"bytes": (1e-9, " GB", 2), "seconds": (1.0, " s", 3), "tokens/s": (1.0, "", 0), "share": (100.0, " %", 1)}
 
 
 def shown(figure: dict[str, Any] | None, unit: str) -> str:
@@ -27,10 +30,10 @@ def shown(figure: dict[str, Any] | None, unit: str) -> str:
     return f"{texts[0]}{suffix} ({texts[1]} to {texts[2]})"
 
 
-def table(report: dict[str, Any]) -> list[str]:
+def table(report: dict[str, Any], shown_ones: Sequence[str]) -> list[str]:
     quality = [metric for metric in report["metrics"] if metric["quality"]]
-    others = [metric for metric in report["metrics"] if metric["key"] in SHOWN]
-    metrics = sorted(others, key=lambda metric: SHOWN.index(metric["key"]))
+    others = [metric for metric in report["metrics"] if metric["key"] in shown_ones]
+    metrics = sorted(others, key=lambda metric: shown_ones.index(metric["key"]))
     rates = report["settings"]["tune_lr"]
     heads = ["", *(metric["label"] for metric in quality), *(["learning rate"] if rates else [])]
     heads += [metric["label"] for metric in metrics]
@@ -56,16 +59,18 @@ def table(report: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    for folder in sys.argv[1:]:
+    folders = [word for word in sys.argv[1:] if word != "--times"]
+    chosen = (*TIMES, *SHOWN) if "--times" in sys.argv else SHOWN
+    for folder in folders:
         report = json.loads((Path(folder) / "report.json").read_text())
         settings = report["settings"]
-        keys = [metric["key"] for metric in report["metrics"] if metric["quality"]]
+        deciding = TIMES[1] if "--times" in sys.argv else report["metrics"][0]["key"]
         print(f"### {report['title']}\n\n{report['sentence']}\n")
-        print("\n".join(table(report)))
+        print("\n".join(table(report, chosen)))
         steps, tokens = settings["steps"], settings["supervised_tokens"]
         print(f"\n{len(settings['seeds'])} seeds, {steps} updates, {tokens:,} supervised tokens a run.\n")
         for made in report["comparisons"]:
-            if made["metric"] in keys:
+            if made["metric"] == deciding:
                 print(f"- {made['sentence']}")
         print()
 
