@@ -355,16 +355,18 @@ def test_a_chain_goes_on_from_the_same_seeds_adapter(model_folder: Path, data_fi
 @pytest.mark.slow
 def test_the_search_for_learning_rates(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     request = request_of(
-        model_folder, data_file, tmp_path / "c", tune_lr=True, tune_multiples=(0.01, 1.0), tune_steps=3, seeds=1
+        model_folder, data_file, tmp_path / "c", tune_lr=True, tune_multiples=(1e-4, 1e-3), tune_steps=3, seeds=1
     )
     events = Events()
     report = compare(request, events).report
     assert report is not None
-    assert report["settings"]["tune_lr"]["grid"] == {"lora": [1e-4, 1e-2], "qlora": [1e-4, 1e-2]}
-    assert report["settings"]["tune_lr"]["chosen"] == {"lora": 1e-2, "qlora": 1e-2}
-    assert [v["learning_rate"] for v in report["variants"]] == [1e-2, 1e-2]
+    # Each end was the best: from 1e-6 and 1e-5 on to 1e-4 and 1e-3, and no further.
+    tuned = report["settings"]["tune_lr"]
+    assert tuned["grid"] == {key: pytest.approx([1e-6, 1e-5, 1e-4, 1e-3]) for key in ("lora", "qlora")}
+    assert tuned["chosen"] == {"lora": pytest.approx(1e-3), "qlora": pytest.approx(1e-3)}
+    assert [v["learning_rate"] for v in report["variants"]] == pytest.approx([1e-3, 1e-3])
     assert any("at an end of its grid" in note for note in report["notes"])
-    assert len(events.begun) == 6
+    assert len(events.begun) == 10
 
 
 @pytest.mark.slow
@@ -453,6 +455,23 @@ def test_rates_are_searched_as_often_for_all_and_on_a_seed_of_their_own(
     assert searches[0] == searches[1]
     assert [len(runs) for runs in searches[0].cells.values()] == [3, 3]
     assert {(cell.seed, cell.config.eval_seed) for cell in searches[0].all_cells()} == {(142, 42)}
+
+
+def test_a_grid_goes_on_where_its_end_is_the_best(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
+    from halfbyte.compare.design import make_design
+    from halfbyte.compare.tune import beyond, search_of
+
+    request = request_of(model_folder, data_file, tmp_path / "c", methods="full,lora", tune_lr=True)
+    design = make_design(request, {})
+    search = search_of(design, request.options)
+    assert search.rates == {"full": (3e-3, 1e-2, 3e-2), "lora": (3e-3, 1e-2, 3e-2)}
+    assert beyond(search, design, {"full": [3.0, 1.0, 2.0], "lora": [3.0, 1.0, None]}) is None
+    more = beyond(search, design, {"full": [3.0, 2.0, 1.0], "lora": [1.0, 2.0, None]})
+    assert more is not None
+    assert more.rates == {"full": (3e-3, 1e-2, 3e-2, 9e-2), "lora": (3e-3, 1e-2, 3e-2, 9e-4)}
+    assert [cell.config.learning_rate for cell in more.cells["full"]] == [3e-3, 1e-2, 3e-2, 9e-2]
+    assert more.cells["full"][:3] == search.cells["full"]
+    assert beyond(search, design, {"full": [None] * 3, "lora": [3.0, 1.0, 2.0]}) is None
 
 
 def test_varied_fields_are_told_as_what_they_are(model_folder: Path, data_file: Path, tmp_path: Path) -> None:

@@ -153,9 +153,14 @@ def _run(
         on_event(event)
 
     if search is not None:
-        _accept(options, places, search.all_cells(), machine)  # what it could not use is told below
-        _work(search.all_cells(), design, options, machine, hardware, on_event)
-        chosen, losses = tune.chosen_rates(search, places)
+        for extension in range(1 + tune.EXTENSIONS):
+            _accept(options, places, search.all_cells(), machine)  # what it could not use is told below
+            _work(search.all_cells(), design, options, machine, hardware, on_event)
+            chosen, losses = tune.chosen_rates(search, places)
+            more = tune.beyond(search, design, losses) if extension < tune.EXTENSIONS else None
+            if more is None:
+                break
+            search = more
         design = tune.with_rates(design, chosen)
         said["tune"] = tune.as_dict(search, chosen, losses)  # a rate at which training breaks is an answer, too
     searched = [] if search is None else search.all_cells()

@@ -553,7 +553,8 @@ def _without_metrics(said: Mapping[str, Any], groups: Sequence[Cells]) -> list[s
 
 def _search_notes(search: Mapping[str, Any], compared: Sequence[Mapping[str, Any]]) -> list[str]:
     """What was tried, and where a better rate may lie beyond."""
-    tries = max((len(rates) for rates in search["grid"].values()), default=0)
+    counts = sorted({len(rates) for rates in search["grid"].values()}) or [0]
+    tries = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     notes = [
         f"Learning rates were searched: {tries} a variant, {search['steps']} updates each with a seed of their "
         f"own ({search['seed']}), by held-out loss on the rows of this report."

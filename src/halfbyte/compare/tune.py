@@ -2,8 +2,8 @@
 
 Methods want different learning rates, and a comparison at one rate compares how well it suits them. Each variant is run
 for a few updates at the same multiples of its own rate, with a seed that no cell has, and takes the one with the lowest
-held-out loss. The held-out rows are the comparison's: all variants choose on them equally often. A best rate at an end
-of the grid is told: a better one may lie beyond.
+held-out loss. Where that is at an end of the grid a better one may lie beyond: the grid of that variant goes on there,
+by the same rule for all, up to twice; what is at an end then is told. The held-out rows are the comparison's.
 """
 
 import math
@@ -18,6 +18,9 @@ from halfbyte.compare.design import Cell, Design, PlannedVariant, cell_of
 from halfbyte.compare.options import MAX_SEEDS, CompareOptions
 from halfbyte.run.folder import read_json
 from halfbyte.train.run_directory import RESULT
+
+EXTENSIONS = 2
+"""How often the grid of a variant goes on beyond its end."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,28 @@ def _loss(cells: Path, cell: Cell) -> float | None:
         return None
     loss = read_json(cells / cell.id / RESULT)["eval_loss"]
     return loss if loss is not None and math.isfinite(loss) else None
+
+
+def beyond(search: Search, design: Design, losses: Mapping[str, Sequence[float | None]]) -> Search | None:
+    """The search with one more rate for each variant whose best is at an end of its grid, as far from it as its neighbour
+    is; None where there is none."""
+    rates, cells = dict(search.rates), dict(search.cells)
+    for planned in design.variants:
+        tried = search.rates.get(planned.key, ())
+        known = [
+            (loss, rate) for loss, rate in zip(losses.get(planned.key, ()), tried, strict=True) if loss is not None
+        ]
+        ordered = sorted(set(tried))
+        if not known or len(ordered) < 2:
+            continue
+        best = min(known)[1]
+        if best not in (ordered[0], ordered[-1]):
+            continue
+        neighbour = ordered[1] if best == ordered[0] else ordered[-2]
+        rate = float(f"{best * best / neighbour:.6g}")
+        rates[planned.key] = (*tried, rate)
+        cells[planned.key] = (*search.cells[planned.key], _cell(planned, search.seed, rate, search.steps))
+    return None if rates == dict(search.rates) else replace(search, rates=rates, cells=cells)
 
 
 def with_rates(design: Design, chosen: Mapping[str, float]) -> Design:
