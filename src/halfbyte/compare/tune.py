@@ -75,8 +75,8 @@ def _loss(cells: Path, cell: Cell) -> float | None:
 
 
 def beyond(search: Search, design: Design, losses: Mapping[str, Sequence[float | None]]) -> Search | None:
-    """The search with one more rate for each variant whose best is at an end of its grid, as far from it as its neighbour
-    is; None where there is none."""
+    """The search with one more rate for each variant whose best is at an end of its grid, as far beyond it as its
+    neighbour is before it; None where there is no such variant."""
     rates, cells = dict(search.rates), dict(search.cells)
     for planned in design.variants:
         tried = search.rates.get(planned.key, ())
