@@ -139,9 +139,8 @@ def _run(
     }
     if energy.read() is None:
         said["notes"].append("Energy is not known: this machine shows no counters that this user may read.")
-    whole = (
-        {**stored, "layouts": said["layouts"]} if "cells" in stored else said
-    )  # what is reported stays so until then
+    # What is reported already stays so until the cells are known.
+    whole = {**stored, "layouts": said["layouts"]} if "cells" in stored else said
     write_atomic(root / FILE, json.dumps(whole, indent=1) + "\n")
     search = tune.search_of(design, options) if options.tune_lr else None
     failed: dict[str, str] = {}
@@ -178,7 +177,7 @@ def _run(
     }
     write_atomic(root / FILE, json.dumps(said, indent=1) + "\n")
     try:
-        failed |= _work(wanted, design, options, machine, hardware, told)
+        _work(wanted, design, options, machine, hardware, told)
         failed |= _baseline(design, options, machine, hardware, on_event)
     except KeyboardInterrupt:
         if not any(cell_files.is_finished(places, cell) for cell in wanted):
@@ -253,8 +252,8 @@ def _work(
     machine: Mapping[str, Any],
     hardware: Hardware,
     on_event: process.Tell,
-) -> dict[str, str]:
-    """Bring the cells to their end; messages of those that failed."""
+) -> None:
+    """Bring the cells to their end; `on_event` hears of those that fail."""
     root = options.output
     cells = list({cell.id: cell for cell in wanted}.values())
     continued = {cell.source for cell in cells if cell.source is not None}
@@ -286,7 +285,6 @@ def _work(
         if cell.id in outcome.failed and cell_files.is_finished(root / "cells", cell):  # a metric failed, not the run
             around = outcome.around.get(cell.id, process.UNKNOWN)
             cell_files.close(root / "cells" / cell.id, machine, around.joules, around.others, keep=True)
-    return outcome.failed
 
 
 def _clear_unfit(path: Path, cell: Cell, on_event: process.Tell) -> None:

@@ -10,7 +10,7 @@ import time
 import psutil
 
 QUIET = 0.05
-"""Of the processor: what others may take of a machine that is called quiet. A system's own services take 1 to 2 %."""
+"""Of the processor: what others may take of a machine that is called quiet."""
 
 
 class Others:
