@@ -15,6 +15,7 @@ needed, for transformers reads no GGUF file in 4 bits. Linux.
 """
 
 import argparse
+import gc
 import json
 import math
 import resource
@@ -32,6 +33,7 @@ from halfbyte.batch import Batch
 from halfbyte.compare.cells import machine_of
 from halfbyte.compare.compare import versions
 from halfbyte.errors import HalfbyteError
+from halfbyte.heap import give_back
 from halfbyte.models.load import load_model
 from halfbyte.models.options import ModelOptions
 from halfbyte.optim import OptimOptions
@@ -67,7 +69,7 @@ def full(model: str, optim: str, length: int, limit: int | None) -> dict[str, An
     net: Any = loaded.model
     assert loaded.spec is not None
     net.checkpointing = True
-    named = {name: p.requires_grad_() for name, p in net.named_parameters()}
+    named = net.unfreeze()
     if limit is not None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     highest, losses = data_bytes(), []
@@ -121,6 +123,8 @@ def passes(model: str, by: str, quantized: bool, length: int) -> dict[str, Any]:
                 theirs(input_ids=ids, labels=ids).loss.backward()
 
     once(random_batch(2, vocabulary))  # gradients and libraries' workspaces are there from here on
+    gc.collect()
+    give_back()  # else what the heap kept of loading would be taken again, and be no growth
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (man proc_pid_clear_refs)
     before, _ = process_memory()
     once(batch)

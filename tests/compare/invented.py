@@ -105,6 +105,7 @@ def _variant(key: str, seeds: int, rng: random.Random) -> dict[str, Any]:
         "figures": {name: figure(mean, spread, rng, seeds) for name, (mean, spread) in means.items()},
         "against_full": {"metric": "accuracy", "share": figure(accuracy / 0.921, 0.003, rng, seeds)},
         "components": _components(memory, trained, bits),
+        "components_measured": key != "loftq",
         "peak_phase": "backward",
         "predicted": {
             "peak_memory_bytes": {"p50": memory * 0.97, "p95": memory * 1.06},

@@ -92,6 +92,15 @@ def test_a_chain_is_both_runs(tmp_path: Path) -> None:
     assert both.base == {"eval_loss": 3.0}
 
 
+def test_components_of_two_runs_are_those_of_the_higher_peak(tmp_path: Path) -> None:
+    parts = {"base weights": 60, "activations and the rest": 40}
+    small = measure(write_cell(tmp_path / "small", [step(1, 1.0)]))
+    large = measure(write_cell(tmp_path / "large", [step(1, 1.0)], peak_memory_bytes=200, memory_by_component=parts))
+    assert small.components == {}
+    assert after(small, large).components == after(large, small).components == parts
+    assert after(large, small).figures["peak_memory_bytes"] == 200
+
+
 def test_reaching_a_loss_is_read_off_straight_lines() -> None:
     points = [Point(0, 0, 0.0, 3.0), Point(5, 100, 10.0, 2.0), Point(10, 200, 20.0, 2.5), Point(15, 300, 30.0, 1.0)]
     assert reached(points, 1.75) == Reaching(250.0, 25.0)

@@ -10,7 +10,7 @@ import pytest
 from halfbyte.compare.cells import is_measured
 from halfbyte.compare.measure import Measured, Point
 from halfbyte.compare.pack import pack
-from halfbyte.compare.report_data import Cells, _as_long, _convergence, _levels, difference
+from halfbyte.compare.report_data import Cells, _as_long, _components, _convergence, _levels, difference
 from halfbyte.compare.statistics import Rows
 from halfbyte.errors import UsageError
 
@@ -47,6 +47,18 @@ def test_time_is_compared_on_one_machine_only() -> None:
     found = difference(one, mixed, "seconds")
     assert found is not None
     assert found[0].seeds == 1
+
+
+def test_components_are_counted_where_every_run_did() -> None:
+    plan = {"peak_phase": "train", "memory_by_component": {"train": {"base": {"p50": 7}, "adapters": {"p50": 0}}}}
+    found = cells("a", [1.0, 1.1])
+    assert _components(found, plan) == ({"base": 7}, False)
+    assert _components(found, None) == ({}, False)
+    one, other = found.by_seed.values()
+    half = Cells("a", {0: replace(one, components={"base": 4, "rest": 2, "gradients": 0}), 1: other})
+    assert _components(half, plan) == ({"base": 7}, False)
+    both = Cells("a", {**half.by_seed, 1: replace(other, components={"base": 6, "gradients": 0})})
+    assert _components(both, plan) == ({"base": 5, "rest": 1}, True)
 
 
 def test_runs_that_ended_early_are_seen() -> None:

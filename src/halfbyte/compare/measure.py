@@ -6,7 +6,7 @@ three of them are *warm-up*, counted apart from the step time and the rate. So a
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class Measured:
     machine     the processor that it ran on
     lowered     memory ran short, and it went on in a layout that takes less
     others      the share of the processor that other work took meanwhile; None: not known
+    components  bytes by component (`run.components`); empty in a run of a version that did not count them
     """
 
     figures: Mapping[str, float]
@@ -57,6 +58,7 @@ class Measured:
     task_metrics: tuple[str, ...]
     lowered: bool = False
     others: float | None = None
+    components: Mapping[str, float] = field(default_factory=dict)
 
 
 def measure(path: Path, price: float | None = None, asked: Mapping[str, Any] | None = None) -> Measured:
@@ -99,8 +101,9 @@ def measure(path: Path, price: float | None = None, asked: Mapping[str, Any] | N
     machine = cell.get("machine", {}).get("processor")
     lowered = any((result.get("layout") or {}).values())
     return Measured(
-        known, rows, base, majority, train, held_out, origin, machine, tuple(scores), lowered, cell.get("others_share")
-    )
+        known, rows, base, majority, train, held_out, origin, machine, tuple(scores), lowered, cell.get("others_share"),
+        result.get("memory_by_component", {}),
+    )  # fmt: skip
 
 
 def after(source: Measured, own: Measured) -> Measured:
@@ -112,7 +115,8 @@ def after(source: Measured, own: Measured) -> Measured:
                 figures[name] += source.figures[name]
             else:
                 del figures[name]
-    figures["peak_memory_bytes"] = max(figures["peak_memory_bytes"], source.figures["peak_memory_bytes"])
+    higher = max(source, own, key=lambda run: run.figures["peak_memory_bytes"])
+    figures["peak_memory_bytes"] = higher.figures["peak_memory_bytes"]
     last = source.train[-1] if source.train else Point(0, 0, 0.0, 0.0)
 
     def moved(points: Sequence[Point]) -> tuple[Point, ...]:
@@ -130,6 +134,7 @@ def after(source: Measured, own: Measured) -> Measured:
         held_out=(*source.held_out, *moved(own.held_out)),
         lowered=source.lowered or own.lowered,
         others=None if source.others is None or own.others is None else max(source.others, own.others),
+        components=higher.components,
     )
 
 

@@ -5,6 +5,7 @@ that are there, and the report says how many.
 """
 
 import itertools
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -208,7 +209,7 @@ def _variant(
     chained = said["continue_from"] is not None
     figures = {metric["key"]: cells.figure(metric["key"]) for metric in metrics}
     own_blocks = whole["model"]["quantized_source"] is not None and quantized and not config["requantize"]
-    components = plan["memory_by_component"][plan["peak_phase"]] if plan else {}
+    components, counted = _components(cells, plan)
     return {
         "key": said["key"],
         "label": said["label"],
@@ -227,13 +228,25 @@ def _variant(
         "command": said["command"],
         "figures": {name: None if figure is None else figure.as_dict() for name, figure in figures.items()},
         "against_full": _against_full(cells, groups, compared, quality),
-        "components": {name: size["p50"] for name, size in components.items() if size["p50"]},
+        "components": components,
+        "components_measured": counted,
         "peak_phase": plan["peak_phase"] if plan else None,
         "predicted": {key: plan[key] for key in ("peak_memory_bytes", "seconds")} if plan and not chained else {},
         "curves": _curves(cells),
         "cells": [cell["id"] for cell in whole["cells"] if cell["variant"] == said["key"]],
         "notes": _variant_notes(said, cells, whole),
     }
+
+
+def _components(cells: Cells, plan: Mapping[str, Any] | None) -> tuple[dict[str, float], bool]:
+    """Bytes by component without those of none, and whether they were measured: the runs' mean, else the plan's."""
+    told = [measured.components for measured in cells.by_seed.values()]
+    if told and all(told):
+        names = dict.fromkeys(name for one in told for name in one)
+        means = {name: statistics.fmean(one.get(name, 0) for one in told) for name in names}
+        return {name: size for name, size in means.items() if size}, True
+    planned = plan["memory_by_component"][plan["peak_phase"]] if plan else {}
+    return {name: size["p50"] for name, size in planned.items() if size["p50"]}, False
 
 
 def _precision(config: Mapping[str, Any], own_blocks: bool) -> str:
@@ -503,7 +516,8 @@ def _notes(
     )
     notes = [
         *([same] if _equal(compared) and _as_long(groups) else []),
-        "Memory by component is planned; the peak beside it is measured, of a process for each run.",
+        "Memory by component is counted in the runs: their tensors, and what is left of a process's measured peak. "
+        "Where no run counted it (older runs, a GPU, what does not fit here) it is planned, and the table says so.",
         "A detectable difference is the true one that these seeds and rows would have found with 80 % power at the 5 % "
         "level.",
     ]

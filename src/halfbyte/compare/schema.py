@@ -148,7 +148,8 @@ class Variant(_Part):
     figures: dict[str, Figure | None] = {}
     against_full: AgainstFull | None = None
     components: dict[str, Number] = {}
-    """Bytes by component at the peak, in the phase `peak_phase`."""
+    """Bytes by component at the peak: counted in the runs, or the plan's for the phase `peak_phase`."""
+    components_measured: bool = False
     peak_phase: str | None = None
     predicted: dict[Literal["peak_memory_bytes", "seconds"], Range | None] = {}
     curves: Curves = Curves()

@@ -28,8 +28,7 @@ from halfbyte.evaluate.metrics import ACCURACY, BUILT_IN, PASS_AT_1, Metric, fin
 from halfbyte.evaluate.pass_at_1 import require_permission, require_real_tests, run_tests
 from halfbyte.evaluate.sampling import GenerateOptions
 from halfbyte.evaluate.session import Model, inference
-from halfbyte.heap import give_back
-from halfbyte.ops.pool import pool
+from halfbyte.ops.pool import release
 
 SCHEMA_VERSION = 1
 Progress = Callable[[str, int, int], None]
@@ -169,8 +168,7 @@ def evaluate(
     scores: dict[str, float] = {}
     intervals: dict[str, Interval] = {}
     if ACCURACY in options.metrics or metrics or programs:
-        pool.clear()  # what the loss needed is of other sizes than what is needed from here on
-        give_back()
+        release()  # what the loss needed is of other sizes than what is needed from here on
     if ACCURACY in options.metrics:
         rows = _choose_labels(model, examples, rows, labels, options, progress)
     if metrics or programs:

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from halfbyte.heap import give_back
+
 SMALLEST = 1 << 18
 """Bytes from which on a tensor comes from here; smaller ones are the C library's business."""
 _SLACK = 8  # a mapping serves a tensor that is smaller by at most an eighth
@@ -91,6 +93,12 @@ def _mapping(size: int) -> mmap.mmap:
 
 
 pool = Pool()
+
+
+def release() -> None:
+    """Give what lies idle back to the system, the pool's mappings and the heap's pages: before work of other sizes."""
+    pool.clear()
+    give_back()
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:

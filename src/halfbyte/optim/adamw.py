@@ -297,6 +297,13 @@ class AdamW:
         """Bytes of the state, wherever it is."""
         return sum(planned.nbytes for planned in self.planned() if planned.name != STEP)
 
+    @property
+    def memory_nbytes(self) -> int:
+        """Bytes in memory; of paged state on a CPU the pages, gradients among them, that are not on disk."""
+        if isinstance(self.store, PagedStates):
+            return self.store.memory_nbytes
+        return self.nbytes
+
 
 def _rates(parameters: Mapping[str, nn.Parameter], ratio: float | None) -> dict[str, float]:
     """LoRA+: the factor on each parameter's learning rate. B's and, as in PEFT's and the paper's code, vectors'."""

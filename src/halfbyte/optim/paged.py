@@ -123,6 +123,11 @@ class PagedStates:
         self._fd = _nameless_file(folder, in_file) if in_file else -1
         self._thread = ThreadPoolExecutor(1, "optimizer-pages")
 
+    @property
+    def memory_nbytes(self) -> int:
+        """Bytes of pages in memory, and of the two that are on their way."""
+        return sum(page.nbytes for page in self.pages if page.held is not None) + sum(b.nbytes for b in self._buffers)
+
     # -- a step -----------------------------------------------------------------------------------------------------
 
     def walk(self, slot: Slot | None = None) -> Iterator[list[Work]]:

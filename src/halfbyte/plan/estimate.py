@@ -262,14 +262,14 @@ class Estimate:
             "steps": self.job.steps,
             "tokens": self.job.train_tokens,
             "peak_memory_bytes": self.peak_memory.as_dict(),
-            "seconds": self.time.as_dict(1),
+            "seconds": self.time.as_dict(3),
             "peak_phase": self.peak_phase,
             "memory_by_phase": {phase: self.of_phase(phase).as_dict() for phase in self.phases},
             "memory_by_component": {
                 phase: {name: self.of_component(phase, name).as_dict() for name in self._parts(phase)}
                 for phase in self.phases
             },
-            "seconds_by_phase": {phase: value.as_dict(1) for phase, value in seconds.items()},
+            "seconds_by_phase": {phase: value.as_dict(3) for phase, value in seconds.items()},
             "probed": self.probed,
             "disk_bytes": self.disk_bytes.as_dict(),
             "disk_by_part": {

@@ -88,6 +88,10 @@ class GroupWeight(Weight):
         return cls(codes, constants, found.bits, shape, size or columns, group_of, method=method, dtype=dtype)
 
     @property
+    def constants_nbytes(self) -> int:
+        return self.nbytes - self.codes.nbytes
+
+    @property
     def format(self) -> str:
         return f"{self.method}-{self.bits}bit"
 

@@ -36,6 +36,11 @@ class Weight(nn.Module):
         tensors = [*self.parameters(recurse=False), *self.buffers(recurse=False)]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    @property
+    def constants_nbytes(self) -> int:
+        """Bytes of `nbytes` that are quantization constants; 0 where they are among the codes, as in GGUF's blocks."""
+        return 0
+
     def dequantize(self, dtype: torch.dtype, out: Tensor | None = None, rows: slice | None = None) -> Tensor:
         """The matrix, or only its `rows` (step 1), in `dtype`; into a contiguous `out` where given."""
         raise NotImplementedError
@@ -165,6 +170,10 @@ class BlockWeight(Weight):
         self.register_buffer("nested_offset", nested_offset)
         self.register_buffer("table", table)
         self.register_buffer("nested_table", nested_table)
+
+    @property
+    def constants_nbytes(self) -> int:
+        return self.nbytes - self.codes.nbytes
 
     @property
     def double_quant(self) -> bool:

@@ -43,8 +43,13 @@ def write(
     trained: TrainResult,
     scores: BaseAndTuned | None,
     beside: Mapping[str, float],
+    held: Mapping[str, int],
 ) -> dict[str, Any]:
-    """Write everything; returns result.json's content. `beside`: seconds of what was not training, by phase."""
+    """Write everything; returns result.json's content.
+
+    beside  seconds of what was not training, by phase
+    held    bytes by component (`run.components`)
+    """
     started = time.perf_counter()
     if config.method == "full":
         write_weights(path, loaded, config.dtype)
@@ -54,7 +59,7 @@ def write(
     if scores is not None:
         rows_file.write_rows(path / rows_file.NAME, scores)
     beside = {**beside, "save": time.perf_counter() - started}
-    result = result_of(path, config, trained, scores, beside)
+    result = result_of(path, config, trained, scores, beside, held)
     write_atomic(path / CARD, model_card(config.model_dump(mode="json"), record, result, found.source))
     write_atomic(path / RESULT, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return result
@@ -99,7 +104,12 @@ def write_tokenizer(path: Path, found: Survey, loaded: LoadedModel) -> None:
 
 
 def result_of(
-    path: Path, config: RunConfig, trained: TrainResult, scores: BaseAndTuned | None, beside: Mapping[str, float]
+    path: Path,
+    config: RunConfig,
+    trained: TrainResult,
+    scores: BaseAndTuned | None,
+    beside: Mapping[str, float],
+    held: Mapping[str, int],
 ) -> dict[str, Any]:
     """result.json: what happened, beside what was predicted."""
     predicted: dict[str, Any] = {}
@@ -115,6 +125,7 @@ def result_of(
         "training_seconds": round(trained.seconds, 3),
         "seconds_by_phase": _by_phase(path, trained, beside),
         "peak_memory_bytes": process_memory()[1],
+        "memory_by_component": dict(held),
         "eval_loss": scores.tuned.loss if scores is not None else trained.eval_loss,
         "base_eval_loss": scores.base.loss if scores is not None else None,
         "metrics": scores.to_json() if scores is not None else {},

@@ -42,21 +42,20 @@ from halfbyte.evaluate.evaluate import (
 from halfbyte.evaluate.preference import score_pairs
 from halfbyte.evaluate.session import inference
 from halfbyte.files import write_atomic
-from halfbyte.heap import give_back
 from halfbyte.linear import segments
 from halfbyte.models.classifier import Classifier, HeadOptions
 from halfbyte.models.load import LoadedModel, load_model
 from halfbyte.models.options import ModelOptions
 from halfbyte.models.shifted_source import LinearBase, own_blocks
 from halfbyte.models.source import ModelSource
-from halfbyte.ops.pool import pool
+from halfbyte.ops.pool import release
 from halfbyte.optim.options import OptimOptions
 from halfbyte.plan.hardware import Rates
 from halfbyte.plan.memory import EVALUATION_TOKENS
 from halfbyte.plan.recommend import Plan, check_fits
 from halfbyte.plan.time import corrected
 from halfbyte.quant.options import QuantOptions
-from halfbyte.run import folder, learning, outputs, planning, preference, rehearsal, tasks
+from halfbyte.run import components, folder, learning, outputs, planning, preference, rehearsal, tasks
 from halfbyte.run.config import RunConfig, to_yaml
 from halfbyte.run.continued import with_adapter
 from halfbyte.run.planning import Survey
@@ -67,6 +66,7 @@ from halfbyte.train.dpo import lacking, read_references, references
 from halfbyte.train.evaluation import InChunks, evaluation_loss
 from halfbyte.train.feed import Feed
 from halfbyte.train.loop import train
+from halfbyte.train.memory import process_memory
 from halfbyte.train.options import TrainOptions, count_steps
 from halfbyte.train.run_directory import CONFIG, PLAN, RESULT, RunDirectory, is_run
 from halfbyte.train.sinks import open_sinks
@@ -237,9 +237,11 @@ def _train(
     begun = _begun(directory.path, config)
     if prepared.pairs and begun is not None:
         _complete_reference(directory.path, config, found, on_event)
+    runtime, _ = process_memory()
     loaded = load(config, found.source, tasks.head_of(config, prepared))
     trainable, attached = make_trainable(loaded, config, begun)
     loading = clock() - started
+    weights = components.of_model(loaded.model, trainable, config.method == "full")
     on_event(
         {
             "event": "loaded",
@@ -280,13 +282,12 @@ def _train(
     else:
         score = partial(_scores, config, loaded, prepared, base) if prepared.eval else None
     tokens = max(1, tokens >> trained.layout.evaluation_halvings)
-    pool.clear()  # what training needed is of other sizes than what the last evaluation will
-    give_back()
+    release()  # what training needed is of other sizes than what the last evaluation will
     scores = None if score is None else in_chunks(score, tokens, tell)
     beside = {"load": loading, "evaluate": (before - started - loading) + (clock() - after)}
-    pool.clear()  # activations are done with: the tokenizer's files are made of as much garbage as a small model takes
-    give_back()
-    result = outputs.write(directory.path, config, record, found, loaded, trained, scores, beside)
+    release()  # activations are done with: the tokenizer's files are made of as much garbage as a small model takes
+    held = components.measured(runtime, weights, trained, plan.device)
+    result = outputs.write(directory.path, config, record, found, loaded, trained, scores, beside, held)
     if (problem := learning.remember(directory.path, config, found, result, alone)) is not None:
         on_event({"event": "warning", "step": trained.step, "message": problem})
     on_event({"event": "finished", "path": directory.path, "result": result})
@@ -514,8 +515,7 @@ def _base_of_full(
     if kept is None:
         kept = evaluate(loaded.model, loaded.tokenizer, prepared.eval, _in_batches(tokens), labels=prepared.labels)  # type: ignore[arg-type]
         folder.write_base(path, kept)
-        pool.clear()  # what evaluation needed is of other sizes than what training will
-        give_back()
+        release()  # what evaluation needed is of other sizes than what training will
     return kept
 
 

@@ -27,8 +27,7 @@ from torch import Tensor
 
 from halfbyte.batch import Batch
 from halfbyte.errors import DoesNotFit
-from halfbyte.heap import give_back
-from halfbyte.ops.pool import pool
+from halfbyte.ops.pool import release
 from halfbyte.plan.hardware import memory_available
 from halfbyte.train.memory import data_left, process_memory
 from halfbyte.train.update import Model
@@ -195,8 +194,7 @@ class Budget:
         """Give back what nobody uses, and return what then stands."""
         before = self.memory()[0]
         gc.collect()
-        pool.clear()
-        give_back()
+        release()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self.standing = self.memory()[0]
@@ -264,8 +262,7 @@ class Budget:
         """Before an optimizer's step and a save, which must not fail half-way for want of some MB that lie idle."""
         self.settle()
         if self._lacks_room():
-            pool.clear()
-            give_back()
+            release()
         if self._lacks_room():  # last, as collecting Python's garbage takes 0.1 s
             standing = self.standing
             self.tidy()
@@ -323,8 +320,7 @@ def in_chunks(work: Callable[[int], T], tokens: int, tell: Callable[[str], None]
             raise DoesNotFit(f"evaluating does not fit, even row by row ({reason}): free some memory")
         tokens //= 2
         gc.collect()
-        pool.clear()
-        give_back()
+        release()
         tell(f"memory ran short while evaluating ({reason}): it goes on in chunks of {tokens:,} tokens")
 
 

@@ -74,6 +74,7 @@ def train(model: Model, plan: TrainPlan, run: RunDirectory, listeners: Iterable[
         stack.enter_context(_random_state_kept(plan.device))
         s = stack.enter_context(contextlib.closing(Session(run, plan, listeners)))
         optimizer = stack.enter_context(contextlib.closing(AdamW(plan.trainable, optim, run.path)))
+        s.optimizer_bytes = optimizer.memory_nbytes
         budget = Budget(plan.memory, plan.device)
         model = Watched(model, budget)
         state = s.start(optimizer)
@@ -98,6 +99,7 @@ def train(model: Model, plan: TrainPlan, run: RunDirectory, listeners: Iterable[
                         update = update_by_layer(model, optimizer, batches, options.seed, step, rate, stop, plan.locate)
                     else:
                         update = backward(model, optimizer, batches, options.seed, step, scale, stop, plan.locate)
+                        s.gradient_bytes = max(s.gradient_bytes, sum(g.nbytes for g in optimizer.gradients()))
                         budget.make_room()
                         optimizer.step(rate, update.unscale * clip_factor(update.grad_norm, optim.clip_norm))
                 except FAILURES as error:
@@ -141,6 +143,7 @@ class Session:
         self.last_checkpoint: Path | None = None
         self.last_save = time.monotonic()
         self.log: EventLog | None = None
+        self.gradient_bytes = self.optimizer_bytes = 0
 
     def close(self) -> None:
         if self.log is not None:
@@ -394,6 +397,7 @@ class Session:
             peak_memory_bytes=peak,
             checkpoint=self.last_checkpoint,
             layout=state.layout,
+            memory_by_component={"gradients": self.gradient_bytes, "optimizer": self.optimizer_bytes},
         )
         fields = {key: value for key, value in result.to_json().items() if key != "step"}
         self.emit("end", **fields, **({"message": message} if message else {}))

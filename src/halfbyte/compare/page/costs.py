@@ -34,11 +34,23 @@ def memory(view: View) -> Section:
     )
     legend = [Key(f"k{i}", chr(ord("A") + i), text) for i, text in enumerate(_legend(names))]
     text = (
-        "Bars are the components at the moment of the peak, as the plan counts them. The line with the arrow is what "
-        "was measured: the process's largest resident set, as the operating system counts it."
+        f"{_source(view.variants)} The line with the arrow is the measured peak: the process's largest resident set, "
+        "as the operating system counts it."
     )
     figure = Figure("Memory at the peak, by component", [drawing], _memory_table(view, names, scaled), legend)
     return Section("memory", "Memory", [Paragraph(text), figure])
+
+
+def _source(variants: Sequence[Variant]) -> str:
+    """Where the bars come from, in a sentence or two."""
+    counted = "the tensors that the runs held, counted, and what is left of the process's peak at the end of training."
+    planned = "the components at the moment of the peak, as the plan counts them."
+    found = {variant.components_measured for variant in variants if variant.components}
+    if found == {True}:
+        return f"Bars are {counted}"
+    if found == {False}:
+        return f"Bars are {planned}"
+    return f"Bars are {counted} Where no run counted them, they are {planned}"
 
 
 def _components(variants: Sequence[Variant]) -> list[str]:
@@ -75,7 +87,7 @@ def _row(view: View, variant: Variant, figure: Measured | None, scaled: Scaled) 
 
 def _memory_table(view: View, names: Sequence[str], scaled: Scaled) -> Table:
     columns = [Column("Method"), Column("Measured peak", numeric=True), Column("Sum of components", numeric=True)]
-    columns += [Column(name.replace("_", " "), numeric=True) for name in names] + [Column("Peak in")]
+    columns += [Column(name.replace("_", " "), numeric=True) for name in names] + [Column("Components")]
     rows = []
     for variant in view.variants:
         parts = [
@@ -83,7 +95,8 @@ def _memory_table(view: View, names: Sequence[str], scaled: Scaled) -> Table:
         ]
         total = sum(variant.components.values()) if variant.components else None
         row = [view.name(variant), view.cell(variant.figures.get(MEMORY), scaled), Cell(scaled.optional(total))]
-        rows.append([*row, *parts, Cell(variant.peak_phase or "not known")])
+        planned = f"planned, {variant.peak_phase}" if variant.components else "not known"
+        rows.append([*row, *parts, Cell("counted" if variant.components_measured else planned)])
     return Table(f"Memory at the peak, by component, in {scaled.scale.suffix}", columns, rows)
 
 
