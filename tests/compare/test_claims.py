@@ -310,6 +310,22 @@ def test_speed_is_asked_of_quiet_machines() -> None:
     assert judge(9, [some, quiet]).evidence == "quiet"
 
 
+def test_what_is_learned_is_asked_of_searched_rates() -> None:
+    def made(verdict: str, mean: float, searched: bool, data: str = "rows.jsonl") -> Report:
+        pair = compared("qlora", "full", "accuracy", verdict, mean, 0.001)
+        one = report(
+            variant("qlora", accuracy=[0.9] * 3), variant("full", accuracy=[0.9] * 3), comparisons=(pair,), data=data
+        )
+        if searched:
+            one.data["settings"]["tune_lr"] = {"chosen": {}}
+        return one
+
+    default, searched = made(B, -0.2, False), made(NONE, 0.0, True)
+    assert judge(7, [default]).verdict == "refuted"
+    assert judge(7, [default, searched]).verdict == "confirmed"
+    assert judge(7, [searched, made(B, -0.2, False, "others.jsonl")]).verdict == "partly"
+
+
 def test_two_models() -> None:
     big = report(variant("qlora", accuracy=[0.9, 0.91, 0.92]), name="big", size=9)
     small = report(variant("full", accuracy=[0.7, 0.71, 0.72]), name="small", size=1)

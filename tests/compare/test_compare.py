@@ -235,8 +235,13 @@ def test_runs_of_elsewhere_are_accepted_and_named(
     said["machine"]["processor"] = "Some Other Processor"
     (brought / "run-1" / CELL).write_text(json.dumps(said))
     shutil.rmtree(brought / "run-3")
+    request = request_of(model_folder, data_file, tmp_path / "new", accept=(brought,))
     events = Events()
-    made = compare(request_of(model_folder, data_file, tmp_path / "new", accept=(brought,)), events)
+    compare(request, events, dry_run=True)
+    assert (events[0]["finished"], events[0]["accepted"]) == (0, 3)
+    assert not (tmp_path / "new").exists()
+    events = Events()
+    made = compare(request, events)
     assert events.begun == [("qlora", "train")]
     assert made.report is not None
     origins = [cell["origin"] for cell in made.report["cells"]]

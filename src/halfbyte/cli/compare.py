@@ -115,13 +115,18 @@ class _Listener:
             out.print(f"{key} is not run: {reason}", style="yellow", soft_wrap=True, markup=False)
         seconds, cost = plan["seconds"], plan["cost"]
         work, count = design.variants[0].work, len(design.seeds)
+
+        def counted(runs: int) -> str:
+            return f"{runs} run{'s are' if runs > 1 else ' is'}"
+
         out.print(
             f"{count} seed{'s' * (count > 1)}, {work.steps} updates of {work.rows_per_update} rows, "
             f"{work.supervised_tokens:,} supervised tokens a run; in all {screen.duration(seconds['p50'])} (up to "
             f"{screen.duration(seconds['p95'])})"
             + (f", {cost['amount']:.2f} {cost['currency']}" if cost is not None else "")
             + (f"; not in it: {', '.join(plan['without'])}" if plan["without"] else "")
-            + (f"; {event['finished']} runs are there already" if event["finished"] else ""),
+            + (f"; {counted(event['finished'])} there already" if event["finished"] else "")
+            + (f"; {counted(event['accepted'])} accepted from elsewhere" if event["accepted"] else ""),
             soft_wrap=True,
             markup=False,
         )

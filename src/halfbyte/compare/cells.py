@@ -9,6 +9,7 @@ A run counts as finished when its run.yaml is the wanted run's, its events.jsonl
 """
 
 import contextlib
+import itertools
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -145,6 +146,15 @@ class Accepted:
     notes: tuple[str, ...]
 
 
+def acceptable(places: Sequence[Path], wanted: Sequence[Cell]) -> set[str]:
+    """The ids of the wanted cells that finished runs below `places` are; UsageError as in `accept`."""
+    found: set[str] = set()
+    for run in itertools.chain.from_iterable(_offered(place) for place in places):
+        able = (cell.id for cell in wanted if cell.id not in found and _refused(run, cell) is None)
+        found |= set(itertools.islice(able, 1))
+    return found
+
+
 def accept(
     places: Sequence[Path],
     cells: Path,
@@ -163,14 +173,12 @@ def accept(
     taken: dict[str, Path] = {}
     notes: list[str] = []
     for place in places:
-        runs = list(_runs(place))
-        if not runs:
-            raise UsageError(f"--accept {place}: no finished run is there (run.yaml, events.jsonl and result.json)")
+        runs = _offered(place)
         used = 0
         for run in runs:
             reasons = {}
             for cell in wanted:
-                reason = finished(run, cell.want, cell.pairs) or _another_dtype(run, cell)
+                reason = _refused(run, cell)
                 if reason is None:
                     if cell.id in missing - taken.keys() and not (cells / cell.id / EVENTS).is_file():
                         _copy(run, cells / cell.id, machine)
@@ -185,6 +193,19 @@ def accept(
         if not used:
             notes.append(f"nothing in {place} could be used")
     return Accepted(taken, tuple(notes))
+
+
+def _offered(place: Path) -> list[Path]:
+    """The finished runs below a folder, of which there are some."""
+    runs = list(_runs(place))
+    if not runs:
+        raise UsageError(f"--accept {place}: no finished run is there (run.yaml, events.jsonl and result.json)")
+    return runs
+
+
+def _refused(run: Path, cell: Cell) -> str | None:
+    """Why a finished run is not this cell; None: it is."""
+    return finished(run, cell.want, cell.pairs) or _another_dtype(run, cell)
 
 
 def _runs(place: Path) -> Iterator[Path]:

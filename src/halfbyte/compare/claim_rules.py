@@ -193,6 +193,19 @@ def of_quiet_machines(reports: Sequence[Report]) -> list[Report]:
     return quiet or [report for report, share in known if share is None]
 
 
+def of_searched_rates(reports: Sequence[Report]) -> list[Report]:
+    """The reports that may be asked which method learns more: of those of one model and the same data the ones that
+    searched every method's learning rate, where there are such. A default rate may suit one method and not another.
+    """
+    searched = {_subject(report) for report in reports if report.data["settings"].get("tune_lr")}
+    return [r for r in reports if r.data["settings"].get("tune_lr") or _subject(r) not in searched]
+
+
+def _subject(report: Report) -> tuple[str, ...]:
+    """The names of a report's model and data; fingerprints are of the rows that were taken."""
+    return (report.data["model"]["name"], *(data["name"] for data in report.data["data"]))
+
+
 def _busiest(report: Report) -> float | None:
     """The largest share of the processor that other work took beside a run; None: of some it is not known."""
     shares = [cell.get("others_share") for cell in report.data["cells"] if cell["status"] == "done"]

@@ -21,6 +21,7 @@ from halfbyte.compare.claim_rules import (
     ended,
     no_worse,
     of_quiet_machines,
+    of_searched_rates,
     own_fields,
     pairs_of,
     ratio,
@@ -40,21 +41,21 @@ Test = Callable[[Sequence[Report]], list[Said]]
 def quality_shares(reports: Sequence[Report]) -> list[Said]:
     return [
         all_of([share_of_full(report, "qlora", 0.95, 0.99), share_of_full(report, "lora", 0.97, 0.99)])
-        for report in scored(reports, "qlora", "lora")
+        for report in scored(of_searched_rates(reports), "qlora", "lora")
     ]
 
 
 def comparable_to_full(reports: Sequence[Report]) -> list[Said]:
     return [
         titled(report, no_worse(report, qlora, full, report.quality["key"]))
-        for report, qlora, full in pairs_of(reports, "qlora", "full")
+        for report, qlora, full in pairs_of(of_searched_rates(reports), "qlora", "full")
     ]
 
 
 def precise_tasks_only(reports: Sequence[Report]) -> list[Said]:
     """A loss on exact matches and none elsewhere: both have to be seen."""
     parts = []
-    for report, qlora, lora in pairs_of(reports, "qlora", "lora"):
+    for report, qlora, lora in pairs_of(of_searched_rates(reports), "qlora", "lora"):
         key = report.quality["key"]
         made, lost = no_worse(report, qlora, lora, key), better(report, lora, qlora, key).verdict == CONFIRMED
         if key.endswith(PRECISE):
@@ -174,7 +175,7 @@ def switch_to_lora(reports: Sequence[Report]) -> list[Said]:
 
 def marginally_worse_slightly_slower(reports: Sequence[Report]) -> list[Said]:
     """Two parts, and not of the same reports: what is learned where it was measured well, speed on a quiet machine."""
-    pairs = pairs_of(reports, "qlora", "lora")
+    pairs = pairs_of(of_searched_rates(reports), "qlora", "lora")
     worse = [titled(report, no_worse(report, qlora, lora, report.quality["key"])) for report, qlora, lora in pairs]
     slower = lora_slightly_faster(reports) or [Said(OPEN, "Speed was not compared")]
     parts = [replace(all_of(said), verdict=together(said)) for said in (worse, slower) if said]
@@ -182,7 +183,7 @@ def marginally_worse_slightly_slower(reports: Sequence[Report]) -> list[Said]:
 
 
 def two_ranges(reports: Sequence[Report]) -> list[Said]:
-    return [share_of_full(report, "qlora", 0.80, 0.97) for report in scored(reports, "qlora")]
+    return [share_of_full(report, "qlora", 0.80, 0.97) for report in scored(of_searched_rates(reports), "qlora")]
 
 
 def nf4_loses_less(reports: Sequence[Report]) -> list[Said]:

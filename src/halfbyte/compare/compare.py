@@ -84,7 +84,11 @@ def compare(request: Request, on_event: process.Tell = silent, dry_run: bool = F
     hardware = detect()
     plan = plan_of(design, options, price)
     there = {cell.id for cell in design.cells(skipped=True) if cell_files.is_finished(root / "cells", cell)}
-    on_event({"event": "planned", "design": design, "plan": plan, "finished": len(there)})
+    missing = [cell for cell in design.cells(skipped=True) if cell.id not in there]
+    # A searched rate is not known yet, and with it which of the runs are accepted.
+    accepted = set() if options.tune_lr else cell_files.acceptable(options.accept, missing)
+    counts = {"finished": len(there), "accepted": len(accepted)}
+    on_event({"event": "planned", "design": design, "plan": plan, **counts})
     if dry_run:
         return Comparison(root, plan, None, {})
     if not options.accept:
