@@ -22,6 +22,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -191,7 +192,8 @@ def main() -> None:
     if None in (arguments.model, arguments.larger, arguments.output):
         parser.error("-m, --larger and -o are needed")
     said = {
-        "schema_version": 1, "machine": machine_of(detect()), "versions": versions(),
+        "schema_version": 1, "machine": machine_of(detect()),
+        "versions": versions() | {name: version(name) for name in ("peft", "bitsandbytes")},
         "paged": paged(arguments.model), "layers": layers(arguments.larger),
     }  # fmt: skip
     arguments.output.mkdir(parents=True, exist_ok=True)
