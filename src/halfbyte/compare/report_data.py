@@ -32,7 +32,8 @@ from halfbyte.train.run_directory import RESULT
 SCHEMA_VERSION = 1
 FILE = "comparison.json"
 BASELINE = "baseline.json"
-CURVE_POINTS = 200
+CURVE_POINTS = 24
+"""Points of a training curve: of single updates three seeds' bands are so wide that they hide one another."""
 COMPARED = ("peak_memory_bytes", "seconds", "step_seconds", "tokens_per_second")
 """Metrics beside those of quality that pairs of variants are compared in."""
 

@@ -26,6 +26,8 @@ def curves(view: View) -> Section:
     if held_out:
         blocks.append(_figure(view, "Held-out loss", held_out))
     if train:
+        if any(len(line) > 1 for _, line in train):
+            blocks.append(Paragraph("A point of the training loss is the mean of the updates since the point before."))
         blocks.append(_figure(view, "Training loss", train))
     return Section("curves", "Loss curves", blocks or [Paragraph(f"Loss curves were {NOT_MEASURED}.")])
 
