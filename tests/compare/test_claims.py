@@ -240,13 +240,18 @@ def test_ranks() -> None:
         for m in ("lora", "qlora")
         for r in (8, 16, 32)
     ]
-    needed = (compared("lora-r8", "qlora-r8", "accuracy", A), compared("qlora-r16", "qlora-r8", "accuracy", A))
+    helps = (compared("lora-r8", "qlora-r8", "accuracy", A, 0.05), compared("qlora-r16", "qlora-r8", "accuracy", A))
+    assert judge(42, [report(*ranks, comparisons=helps)]).verdict == "not testable here"
+    needed = (*helps, compared("qlora-r16", "lora-r8", "accuracy", NONE, 0.0, 0.001))
     alone = judge(42, [report(*ranks, comparisons=needed)])
     assert (alone.verdict, "Targets: not measured" in alone.sentence) == ("partly", True)
     targets = variant("qlora"), variant("qlora", "qlora-attention", fields={"target_modules": ["q_proj", "v_proj"]})
     both = [*needed, compared("qlora", "qlora-attention", "accuracy", A)]
     assert judge(42, [report(*ranks, *targets, comparisons=tuple(both))]).verdict == "confirmed"
     assert judge(42, [report(*ranks, comparisons=needed[1:])]).verdict == "not testable here"
+    too_little = [compared(f"qlora-r{rank}", "lora-r8", "accuracy", B, -0.05) for rank in (16, 32)]
+    gained = compared("qlora", "qlora-attention", "accuracy", A)
+    assert judge(42, [report(*ranks, *targets, comparisons=(*helps, *too_little, gained))]).verdict == "partly"
     other_way = (compared("lora-r8", "qlora-r8", "accuracy", B, -0.05),)
     assert judge(42, [report(*ranks, comparisons=other_way)]).verdict == "refuted"
 

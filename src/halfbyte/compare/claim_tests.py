@@ -219,7 +219,7 @@ def steps_cost_more(reports: Sequence[Report]) -> list[Said]:
 
 
 def rank_and_targets(reports: Sequence[Report]) -> list[Said]:
-    """A rank that does for LoRA does not for QLoRA, and a higher one does; MLP targets gain on attention alone."""
+    """A rank that does for LoRA does not for QLoRA, a higher one does; MLP targets gain on attention alone."""
     ranks = [made for report in reports if (made := _higher_rank(report)) is not None]
     targets = [made for report in reports if (made := _more_targets(report)) is not None]
     if not ranks and not targets:
@@ -236,9 +236,16 @@ def _higher_rank(report: Report) -> Said | None:
     key = report.quality["key"]
     made, worse = no_worse(report, qlora8, lora8, key), better(report, lora8, qlora8, key)
     gains = [better(report, v, qlora8, key) for v in higher]
-    needed = worse.verdict == CONFIRMED and any(gain.verdict == CONFIRMED for gain in gains)
-    verdict = CONFIRMED if needed else REFUTED if made.verdict == CONFIRMED else OPEN
-    text = " ".join(ended(part.sentence) for part in (made, *gains))
+    level = [no_worse(report, v, lora8, key) for v in higher]
+    verdict = OPEN
+    if made.verdict == CONFIRMED:
+        verdict = REFUTED
+    elif worse.verdict == CONFIRMED and any(gain.verdict == CONFIRMED for gain in gains):
+        if any(part.verdict == CONFIRMED for part in level):
+            verdict = CONFIRMED
+        elif all(better(report, lora8, v, key).verdict == CONFIRMED for v in higher):
+            verdict = PARTLY  # a higher rank helps, and none that was tried is enough
+    text = " ".join(ended(part.sentence) for part in (made, *gains, *level))
     return replace(made, verdict=verdict, sentence=f"{title_of(report)}, rank 8: {text}")
 
 
