@@ -8,7 +8,8 @@ seen to need; and once more with rows so long that activations are what is short
 
 38, one layer's 16-bit weights in memory at a time: the peak of a forward and backward pass of --larger in NF4 beside
 that of the same model in 16 bits, with halfbyte and with transformers and bitsandbytes, over the bytes of one decoder
-layer in 16 bits. What the passes keep for the backward pass is the same in both, so what is left is decoded weights.
+layer in 16 bits. What the passes keep for the backward pass is the same in both, so what is left is decoded weights and
+whatever comes with decoding them.
 
 Writes memory-claims.json, which `halfbyte compare --claims` reads beside the reports. Folders with safetensors are
 needed, for transformers reads no GGUF file in 4 bits. Linux.

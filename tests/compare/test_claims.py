@@ -250,8 +250,8 @@ def test_ranks() -> None:
     assert judge(42, [report(*ranks, *targets, comparisons=tuple(both))]).verdict == "confirmed"
     assert judge(42, [report(*ranks, comparisons=needed[1:])]).verdict == "not testable here"
     too_little = [compared(f"qlora-r{rank}", "lora-r8", "accuracy", B, -0.05) for rank in (16, 32)]
-    gained = compared("qlora", "qlora-attention", "accuracy", A)
-    assert judge(42, [report(*ranks, *targets, comparisons=(*helps, *too_little, gained))]).verdict == "partly"
+    assert "Targets: not measured" in judge(42, [report(*ranks, comparisons=(*helps, *too_little))]).sentence
+    assert claim_tests._higher_rank(report(*ranks, comparisons=(*helps, *too_little))).verdict == "partly"  # type: ignore[union-attr]
     other_way = (compared("lora-r8", "qlora-r8", "accuracy", B, -0.05),)
     assert judge(42, [report(*ranks, comparisons=other_way)]).verdict == "refuted"
 
@@ -316,19 +316,38 @@ def test_speed_is_asked_of_quiet_machines() -> None:
 
 
 def test_what_is_learned_is_asked_of_searched_rates() -> None:
-    def made(verdict: str, mean: float, searched: bool, data: str = "rows.jsonl") -> Report:
-        pair = compared("qlora", "full", "accuracy", verdict, mean, 0.001)
-        one = report(
-            variant("qlora", accuracy=[0.9] * 3), variant("full", accuracy=[0.9] * 3), comparisons=(pair,), data=data
-        )
-        if searched:
-            one.data["settings"]["tune_lr"] = {"chosen": {}}
-        return one
-
-    default, searched = made(B, -0.2, False), made(NONE, 0.0, True)
+    default, searched = full_and_qlora(B, -0.2), full_and_qlora(NONE, 0.0, searched=True)
     assert judge(7, [default]).verdict == "refuted"
     assert judge(7, [default, searched]).verdict == "confirmed"
-    assert judge(7, [searched, made(B, -0.2, False, "others.jsonl")]).verdict == "partly"
+    assert judge(7, [searched, full_and_qlora(B, -0.2, "others.jsonl")]).verdict == "partly"
+
+
+def test_a_search_of_other_methods_or_rows_silences_nobody() -> None:
+    default, without_full = full_and_qlora(B, -0.2), report(variant("qlora"), variant("lora"), data="rows.jsonl")
+    without_full.data["settings"]["tune_lr"] = {"chosen": {}}
+    assert judge(7, [default, without_full]).verdict == "refuted"
+    more_rows = full_and_qlora(NONE, 0.0, searched=True)
+    more_rows.data["data"][0] |= {"rows": 500, "eval_rows": 300}
+    assert judge(7, [default, more_rows]).verdict == "confirmed"  # of a report that does not say how many it had
+    default.data["data"][0] |= {"rows": 900, "eval_rows": 300}
+    assert judge(7, [default, more_rows]).verdict == "partly"
+
+
+def test_what_is_learned_is_asked_of_enough_rows() -> None:
+    few, many = full_and_qlora(B, -0.2, "few.jsonl"), full_and_qlora(NONE, 0.0, "many.jsonl")
+    few.data["data"][0]["eval_rows"], many.data["data"][0]["eval_rows"] = 16, 200
+    assert judge(7, [few]).verdict == "refuted"
+    assert judge(7, [few, many]).verdict == "confirmed"
+
+
+def full_and_qlora(verdict: str, mean: float, data: str = "rows.jsonl", searched: bool = False) -> Report:
+    one = report(
+        variant("qlora", accuracy=[0.9] * 3), variant("full", accuracy=[0.9] * 3), data=data,
+        comparisons=(compared("qlora", "full", "accuracy", verdict, mean, 0.001),),
+    )  # fmt: skip
+    if searched:
+        one.data["settings"]["tune_lr"] = {"chosen": {}}
+    return one
 
 
 def test_two_models() -> None:

@@ -10,7 +10,7 @@ import pytest
 from halfbyte.compare.cells import is_measured
 from halfbyte.compare.measure import Measured, Point
 from halfbyte.compare.pack import pack
-from halfbyte.compare.report_data import Cells, _as_long, _components, _convergence, _levels, difference
+from halfbyte.compare.report_data import Cells, _as_long, _components, _convergence, _curves, _levels, difference
 from halfbyte.compare.statistics import Rows
 from halfbyte.errors import UsageError
 
@@ -59,6 +59,19 @@ def test_components_are_counted_where_every_run_did() -> None:
     assert _components(half, plan) == ({"base": 7}, False)
     both = Cells("a", {**half.by_seed, 1: replace(other, components={"base": 6, "gradients": 0})})
     assert _components(both, plan) == ({"base": 5, "rest": 1}, True)
+
+
+def test_training_curves_of_runs_of_unlike_lengths() -> None:
+    """Of early stopping: the points are the means of the same updates in every seed, as far as the shortest goes."""
+    found = cells("a", [1.0, 1.0])
+    runs = []
+    for measured, length in zip(found.by_seed.values(), (110, 160), strict=True):
+        points = tuple(Point(n, 10 * n, float(n), float(n)) for n in range(1, length + 1))
+        runs.append(replace(measured, train=points))
+    curve = _curves(Cells("a", dict(enumerate(runs))))["train"]
+    size = 7  # 160 updates in at most 24 points
+    assert [point["supervised_tokens"] for point in curve] == [10 * size * n for n in range(1, 110 // size + 1)]
+    assert [point["mean"] for point in curve] == [size * n - (size - 1) / 2 for n in range(1, 110 // size + 1)]
 
 
 def test_runs_that_ended_early_are_seen() -> None:

@@ -27,6 +27,7 @@ from halfbyte.export.folder import new_folder
 from halfbyte.files import write_atomic
 from halfbyte.plan.hardware import Hardware
 from halfbyte.run import folder
+from halfbyte.run.config import RunConfig
 from halfbyte.run.continued import SHAPE
 from halfbyte.train.checkpoint import list_checkpoints
 from halfbyte.train.events import read_events
@@ -47,6 +48,18 @@ def finished(path: Path, want: Mapping[str, Any], pairs: bool, chained: bool = F
 
     chained   it goes on from the cell that the id names, which its own files do not say
     """
+    found = _ended(path)
+    if isinstance(found, str):
+        return found
+    config, record = found
+    if chained:
+        fields = {name: value for name, value in want["fields"].items() if name not in SHAPE}  # the adapter's own
+        config, want = config.replace(adapter_path=None), {**want, "continues": None, "fields": fields}
+    return identity.mismatch(want, config, record, pairs)
+
+
+def _ended(path: Path) -> tuple[RunConfig, Mapping[str, Any]] | str:
+    """The config and the record of a run that came to its end; or why it is none."""
     try:
         config, record = folder.read_config(path)
         result = folder.read_json(path / RESULT)
@@ -59,21 +72,17 @@ def finished(path: Path, want: Mapping[str, Any], pairs: bool, chained: bool = F
         return "its result.json and events.jsonl are of different runs"
     if len({event.get("total_steps") for event in events if event["event"] in ("start", "resume")}) > 1:
         return "it went on for another number of updates than it was begun with, and so did its learning rate"
-    if chained:
-        fields = {name: value for name, value in want["fields"].items() if name not in SHAPE}  # the adapter's own
-        config, want = config.replace(adapter_path=None), {**want, "continues": None, "fields": fields}
-    return identity.mismatch(want, config, record, pairs)
-
-
-def _another_dtype(path: Path, cell: Cell) -> str | None:
-    """A dtype that was left to the machine is none of a run's identity, and still all runs of a report have one."""
-    dtype = folder.read_config(path)[0].dtype
-    return None if dtype == cell.config.dtype else f"dtype {dtype}, not {cell.config.dtype}"
+    return config, record
 
 
 def is_finished(cells: Path, cell: Cell) -> bool:
     """Whether this comparison's folder has the cell's run, finished."""
     return finished(cells / cell.id, cell.want, cell.pairs, cell.source is not None) is None
+
+
+def is_begun(cells: Path, cell: Cell) -> bool:
+    """Whether this comparison's folder has something of the cell's run: that is gone on with, none is accepted."""
+    return (cells / cell.id / EVENTS).is_file()
 
 
 def has_model(path: Path) -> bool:
@@ -149,7 +158,7 @@ class Accepted:
 def acceptable(places: Sequence[Path], wanted: Sequence[Cell]) -> set[str]:
     """The ids of the wanted cells that finished runs below `places` are; UsageError as in `accept`."""
     found: set[str] = set()
-    for run in itertools.chain.from_iterable(_offered(place) for place in places):
+    for run in map(_ended, itertools.chain.from_iterable(_offered(place) for place in places)):
         able = (cell.id for cell in wanted if cell.id not in found and _refused(run, cell) is None)
         found |= set(itertools.islice(able, 1))
     return found
@@ -176,18 +185,18 @@ def accept(
         runs = _offered(place)
         used = 0
         for run in runs:
-            reasons = {}
+            reasons, read = {}, _ended(run)
             for cell in wanted:
-                reason = _refused(run, cell)
+                reason = _refused(read, cell)
                 if reason is None:
-                    if cell.id in missing - taken.keys() and not (cells / cell.id / EVENTS).is_file():
+                    if cell.id in missing - taken.keys() and not is_begun(cells, cell):
                         _copy(run, cells / cell.id, machine)
                         taken[cell.id] = run
                     used += 1
                     break
                 reasons[cell.variant] = reason
             else:
-                if reasons and all(finished(run, cell.want, cell.pairs) is not None for cell in others):
+                if reasons and all(_refused(read, cell) is not None for cell in others):
                     variant, reason = next(iter(reasons.items()))
                     notes.append(f"{run} was not used: for {variant}, {reason}")
         if not used:
@@ -203,9 +212,18 @@ def _offered(place: Path) -> list[Path]:
     return runs
 
 
-def _refused(run: Path, cell: Cell) -> str | None:
-    """Why a finished run is not this cell; None: it is."""
-    return finished(run, cell.want, cell.pairs) or _another_dtype(run, cell)
+def _refused(run: tuple[RunConfig, Mapping[str, Any]] | str, cell: Cell) -> str | None:
+    """Why a run, as `_ended` gives it, is not this cell; None: it is.
+
+    A dtype that was left to the machine is none of a run's identity, and still all runs of a report have one.
+    """
+    if isinstance(run, str):
+        return run
+    config, record = run
+    reason = identity.mismatch(cell.want, config, record, cell.pairs)
+    if reason is None and config.dtype != cell.config.dtype:
+        reason = f"dtype {config.dtype}, not {cell.config.dtype}"
+    return reason
 
 
 def _runs(place: Path) -> Iterator[Path]:

@@ -80,6 +80,8 @@ def chained(variant: Mapping[str, Any]) -> bool:
 
 MARGIN = 0.02
 """Of a figure: how much worse is still "comparable" or "marginal"."""
+ENOUGH_ROWS = 100
+"""Held-out rows below which a comparison says little of what is learned: one of speed holds out a few."""
 SLIGHTLY = 1.15
 """Of a rate: how much more is still "slightly faster"."""
 POINT = 0.01
@@ -177,6 +179,13 @@ def pairs_of(reports: Sequence[Report], first: str, second: str) -> list[tuple[R
     return [(report, pair[0], pair[1]) for report, pair in found if pair is not None]
 
 
+def learning_pairs_of(reports: Sequence[Report], first: str, second: str) -> list[tuple[Report, Any, Any]]:
+    """`pairs_of`, of the reports that may be asked which of the two learns more."""
+    pairs = pairs_of(reports, first, second)
+    asked = of_learning([report for report, _, _ in pairs])
+    return [pair for pair in pairs if any(pair[0] is report for report in asked)]
+
+
 def ratio_within(
     report: Report, pair: tuple[Any, Any], metric: str, ends: tuple[float, float], what: str, said: str = "claimed"
 ) -> list[Said]:
@@ -193,17 +202,24 @@ def of_quiet_machines(reports: Sequence[Report]) -> list[Report]:
     return quiet or [report for report, share in known if share is None]
 
 
-def of_searched_rates(reports: Sequence[Report]) -> list[Report]:
-    """The reports that may be asked which method learns more: of those of one model and the same data the ones that
-    searched every method's learning rate, where there are such. A default rate may suit one method and not another.
+def of_learning(reports: Sequence[Report]) -> list[Report]:
+    """The reports that may be asked which method learns more, where there are such: those with enough held-out rows,
+    and of them, of one model and the same data, those that searched the learning rates. A default rate may suit one
+    method and not another.
     """
-    searched = {_subject(report) for report in reports if report.data["settings"].get("tune_lr")}
-    return [r for r in reports if r.data["settings"].get("tune_lr") or _subject(r) not in searched]
+    enough = [report for report in reports if _held_out(report) >= ENOUGH_ROWS] or list(reports)
+    searched = {_subject(report) for report in enough if report.data["settings"].get("tune_lr")}
+    return [r for r in enough if r.data["settings"].get("tune_lr") or _subject(r) not in searched]
 
 
-def _subject(report: Report) -> tuple[str, ...]:
-    """The names of a report's model and data; fingerprints are of the rows that were taken."""
-    return (report.data["model"]["name"], *(data["name"] for data in report.data["data"]))
+def _held_out(report: Report) -> int:
+    return sum(data.get("eval_rows", 0) for data in report.data["data"])
+
+
+def _subject(report: Report) -> tuple[object, ...]:
+    """What tells a report's model and data; fingerprints are of the rows that were trained on, which may be fewer."""
+    rows = [(data["name"], data.get("rows", 0) + data.get("eval_rows", 0)) for data in report.data["data"]]
+    return (report.data["model"]["name"], *rows)
 
 
 def _busiest(report: Report) -> float | None:

@@ -19,9 +19,10 @@ from halfbyte.compare.claim_rules import (
     better,
     chained,
     ended,
+    learning_pairs_of,
     no_worse,
+    of_learning,
     of_quiet_machines,
-    of_searched_rates,
     own_fields,
     pairs_of,
     ratio,
@@ -41,21 +42,21 @@ Test = Callable[[Sequence[Report]], list[Said]]
 def quality_shares(reports: Sequence[Report]) -> list[Said]:
     return [
         all_of([share_of_full(report, "qlora", 0.95, 0.99), share_of_full(report, "lora", 0.97, 0.99)])
-        for report in scored(of_searched_rates(reports), "qlora", "lora")
+        for report in of_learning(scored(reports, "qlora", "lora"))
     ]
 
 
 def comparable_to_full(reports: Sequence[Report]) -> list[Said]:
     return [
         titled(report, no_worse(report, qlora, full, report.quality["key"]))
-        for report, qlora, full in pairs_of(of_searched_rates(reports), "qlora", "full")
+        for report, qlora, full in learning_pairs_of(reports, "qlora", "full")
     ]
 
 
 def precise_tasks_only(reports: Sequence[Report]) -> list[Said]:
     """A loss on exact matches and none elsewhere: both have to be seen."""
     parts = []
-    for report, qlora, lora in pairs_of(of_searched_rates(reports), "qlora", "lora"):
+    for report, qlora, lora in learning_pairs_of(reports, "qlora", "lora"):
         key = report.quality["key"]
         made, lost = no_worse(report, qlora, lora, key), better(report, lora, qlora, key).verdict == CONFIRMED
         if key.endswith(PRECISE):
@@ -175,7 +176,7 @@ def switch_to_lora(reports: Sequence[Report]) -> list[Said]:
 
 def marginally_worse_slightly_slower(reports: Sequence[Report]) -> list[Said]:
     """Two parts, and not of the same reports: what is learned where it was measured well, speed on a quiet machine."""
-    pairs = pairs_of(of_searched_rates(reports), "qlora", "lora")
+    pairs = learning_pairs_of(reports, "qlora", "lora")
     worse = [titled(report, no_worse(report, qlora, lora, report.quality["key"])) for report, qlora, lora in pairs]
     slower = lora_slightly_faster(reports) or [Said(OPEN, "Speed was not compared")]
     parts = [replace(all_of(said), verdict=together(said)) for said in (worse, slower) if said]
@@ -183,7 +184,7 @@ def marginally_worse_slightly_slower(reports: Sequence[Report]) -> list[Said]:
 
 
 def two_ranges(reports: Sequence[Report]) -> list[Said]:
-    return [share_of_full(report, "qlora", 0.80, 0.97) for report in scored(of_searched_rates(reports), "qlora")]
+    return [share_of_full(report, "qlora", 0.80, 0.97) for report in of_learning(scored(reports, "qlora"))]
 
 
 def nf4_loses_less(reports: Sequence[Report]) -> list[Said]:
@@ -313,14 +314,14 @@ def dora_galore_loftq(reports: Sequence[Report]) -> list[Said]:
             [
                 titled(report, better(report, one, other, report.quality["key"]))
                 for first, second in pairs
-                for report, one, other in pairs_of(reports, first, second)
+                for report, one, other in learning_pairs_of(reports, first, second)
             ]
         )
     what = "supervised tokens to the same held-out loss, LoftQ's over QLoRA's"
     parts.append(
         [
             within(figure, 0.0, 1.0, f"{title_of(report)}: {what}", "taken for faster:")
-            for report, loftq, qlora in pairs_of(reports, "loftq", "qlora")
+            for report, loftq, qlora in learning_pairs_of(reports, "loftq", "qlora")
             if (figure := _tokens_to_loss(report, loftq, qlora)) is not None
         ]
     )

@@ -83,8 +83,9 @@ def compare(request: Request, on_event: process.Tell = silent, dry_run: bool = F
     design = make_design(request, stored.get("layouts", {}))
     hardware = detect()
     plan = plan_of(design, options, price)
-    there = {cell.id for cell in design.cells(skipped=True) if cell_files.is_finished(root / "cells", cell)}
-    missing = [cell for cell in design.cells(skipped=True) if cell.id not in there]
+    places, cells = root / "cells", design.cells(skipped=True)
+    there = {cell.id for cell in cells if cell_files.is_finished(places, cell)}
+    missing = [cell for cell in cells if cell.id not in there and not cell_files.is_begun(places, cell)]
     # A searched rate is not known yet, and with it which of the runs are accepted.
     accepted = set() if options.tune_lr else cell_files.acceptable(options.accept, missing)
     counts = {"finished": len(there), "accepted": len(accepted)}

@@ -298,15 +298,15 @@ def _against_full(
 
 def _curves(cells: Cells) -> dict[str, Any]:
     runs = list(cells.by_seed.values())
+    size = -(-max((len(run.train) for run in runs), default=0) // CURVE_POINTS)
     return {
-        "train": _curve([_thinned(run.train) for run in runs]),
+        "train": _curve([_thinned(run.train, size) for run in runs]),
         "eval": _curve([run.held_out for run in runs]),
     }
 
 
-def _thinned(points: Sequence[Point]) -> tuple[Point, ...]:
-    """At most CURVE_POINTS points, each the mean of as many updates."""
-    size = -(-len(points) // CURVE_POINTS)
+def _thinned(points: Sequence[Point], size: int) -> tuple[Point, ...]:
+    """Each point the mean of `size` updates, the last one of those that are left."""
     if size <= 1:
         return tuple(points)
     pieces = [points[start : start + size] for start in range(0, len(points), size)]
@@ -518,7 +518,8 @@ def _notes(
     notes = [
         *([same] if _equal(compared) and _as_long(groups) else []),
         "Memory by component is counted in the runs: their tensors, and what is left of a process's measured peak. "
-        "Where no run counted it (older runs, a GPU, what does not fit here) it is planned, and the table says so.",
+        "Where not every run counted it (resumed and older runs, a GPU, what does not fit here) it is planned, and the "
+        "table says so.",
         "A detectable difference is the true one that these seeds and rows would have found with 80 % power at the 5 % "
         "level.",
     ]

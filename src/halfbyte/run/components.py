@@ -6,9 +6,10 @@
     adapters                what is trained on top, with whole modules where they are
     gradients, optimizer    as the loop counts them (`train.state.TrainResult`)
     activations and the rest  the peak at the end of training less all of these: activations, the loss, workspaces, and
-                            where loading took more than training, what loading took
+                            where loading or an evaluation took more than an update, what that took
 
-Bytes of a CPU's process. On a GPU the process holds something else than the card, and nothing is told.
+Bytes of a CPU's process that did nothing but this run, from its first update to its last: the peak of any other is not
+only the run's, and nothing is told. Nor is it on a GPU, where the process holds something else than the card.
 """
 
 from collections.abc import Mapping

@@ -237,6 +237,7 @@ def _train(
     begun = _begun(directory.path, config)
     if prepared.pairs and begun is not None:
         _complete_reference(directory.path, config, found, on_event)
+    release()  # preparing the rows leaves garbage, which the model's memory will be made of
     runtime, _ = process_memory()
     loaded = load(config, found.source, tasks.head_of(config, prepared))
     trainable, attached = make_trainable(loaded, config, begun)
@@ -286,7 +287,7 @@ def _train(
     scores = None if score is None else in_chunks(score, tokens, tell)
     beside = {"load": loading, "evaluate": (before - started - loading) + (clock() - after)}
     release()  # activations are done with: the tokenizer's files are made of as much garbage as a small model takes
-    held = components.measured(runtime, weights, trained, plan.device)
+    held = components.measured(runtime, weights, trained, plan.device) if alone else {}
     result = outputs.write(directory.path, config, record, found, loaded, trained, scores, beside, held)
     if (problem := learning.remember(directory.path, config, found, result, alone)) is not None:
         on_event({"event": "warning", "step": trained.step, "message": problem})

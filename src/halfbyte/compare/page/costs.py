@@ -50,7 +50,7 @@ def _source(variants: Sequence[Variant]) -> str:
         return f"Bars are {counted}"
     if found == {False}:
         return f"Bars are {planned}"
-    return f"Bars are {counted} Where no run counted them, they are {planned}"
+    return f"Bars are {counted} Where not every run counted them, they are {planned}"
 
 
 def _components(variants: Sequence[Variant]) -> list[str]:
