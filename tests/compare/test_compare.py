@@ -72,6 +72,8 @@ def test_a_comparison_from_request_to_report(whole: Comparison) -> None:
         assert figures["eval_loss"]["mean"] < report["baselines"]["eval_loss"]["base"] - 1
         assert figures["peak_memory_bytes"]["mean"] > 1e8
         assert figures["adapter_bytes"]["mean"] > 1000
+        assert variant["components_measured"]
+        assert 0 < sum(variant["components"].values()) <= figures["peak_memory_bytes"]["mean"]
         assert variant["predicted"]["seconds"]["p50"] > 0
         assert variant["curves"]["eval"][0]["supervised_tokens"] == 0
         assert len(variant["curves"]["train"]) == 6
