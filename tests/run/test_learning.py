@@ -62,7 +62,7 @@ def test_the_start_says_what_is_to_come_and_the_last_second_is_counted(tiny_conf
     start = read_events(path / "events.jsonl")[0]
     assert start["predicted"] == {"seconds": history.middles(plan["seconds_by_phase"]), "probed": plan["probed"]}
     assert (start["eval_every"], start["save_steps"], start["save_minutes"]) == (2, 3, None)
-    assert start["final_evaluations"] == 2
+    assert start["final_evaluations"] == 1  # the base's
     whole = tiny_config.replace(method="full", output_dir=tiny_config.output_dir.with_name("full"), eval_split=0.0)
     assert read_events(run(whole).path / "events.jsonl")[0]["eval_every"] == 0
 

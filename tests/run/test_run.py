@@ -447,4 +447,4 @@ def test_rows_with_labels_cost_more_passes_at_the_end(tiny_config: RunConfig, tm
         task: planning.request(asked, planning.survey(asked)).evaluations
         for task, asked in (("causal", config), ("classification", config.replace(task="classification")))
     }
-    assert counted["causal"] == counted["classification"] + 3
+    assert counted["causal"] == counted["classification"] + 2

@@ -6,6 +6,7 @@ stamp beside it remembers what was checked, so that a second demo looks at the f
 253 MB again.
 """
 
+import csv
 import fcntl
 import hashlib
 import json
@@ -14,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from halfbyte.errors import HalfbyteError, UsageError
 from halfbyte.files import new_file, require_free_space, sha256_file, write_atomic
@@ -100,7 +101,9 @@ def _piece(package: str, version: str) -> Path:
     if found.version != version:
         raise UsageError(f"{package} {found.version} is installed, but the demo needs {version}: run {INSTALL}")
     # A wheel's RECORD names every installed file, so nothing of the package needs to be imported to find its data.
-    data = [file for file in found.files or [] if file.parent.name == "data" and ".gguf" in file.name]
+    # `Distribution.files` would leave out what was deleted, from Python 3.12 on and with importlib_metadata imported.
+    recorded = [PurePosixPath(line[0]) for line in csv.reader((found.read_text("RECORD") or "").splitlines()) if line]
+    data = [file for file in recorded if file.parent.name == "data" and ".gguf" in file.name]
     if len(data) != 1:
         raise HalfbyteError(f"{package} {version} should carry one piece of a GGUF file, but lists {len(data)}")
     path = Path(str(found.locate_file(data[0])))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -138,11 +139,13 @@ def evaluate(
     labels: Sequence[LabelChoice] = (),
     stop_ids: Collection[int] = (),
     on_progress: Progress | None = None,
+    losses: Sequence[RowResult] | None = None,
 ) -> EvaluateResult:
     """Measure `model`, with whatever adapters are switched on, on `examples`.
 
     labels, stop_ids   of the `data.Prepared` that the examples come from; with labels and no metric asked for, the
                        metric is accuracy
+    losses             `row_losses` of these examples where they are known already
 
     Of pairs of answers the better one is measured alone; `halfbyte.evaluate.preference` compares them.
 
@@ -164,7 +167,7 @@ def evaluate(
         )
     progress = on_progress or (lambda what, done, total: None)
     programs = _programs(examples, options, progress)
-    rows = row_losses(model, examples, options.eval_batch_tokens, progress)
+    rows = list(losses or row_losses(model, examples, options.eval_batch_tokens, progress))
     scores: dict[str, float] = {}
     intervals: dict[str, Interval] = {}
     if ACCURACY in options.metrics or metrics or programs:
@@ -190,19 +193,25 @@ def evaluate_base_and_tuned(
     labels: Sequence[LabelChoice] = (),
     stop_ids: Collection[int] = (),
     on_progress: Progress | None = None,
+    tuned_losses: Sequence[RowResult] | None = None,
 ) -> BaseAndTuned:
-    """`evaluate` with the adapters switched off and on: the same weights in memory, the same rows, the same prompts."""
+    """`evaluate` with the adapters switched off and on: the same weights in memory, the same rows, the same prompts.
 
-    def measure(name: str) -> EvaluateResult:
+    tuned_losses   `row_losses` of the tuned model where they are known already
+    """
+
+    def measure(name: str, losses: Sequence[RowResult] | None = None) -> EvaluateResult:
         def progress(what: str, done: int, total: int) -> None:
             if on_progress is not None:
                 on_progress(f"{name}: {what}", done, total)
 
-        return evaluate(model, tokenizer, examples, options, labels=labels, stop_ids=stop_ids, on_progress=progress)
+        return evaluate(
+            model, tokenizer, examples, options, labels=labels, stop_ids=stop_ids, on_progress=progress, losses=losses
+        )
 
     with disabled(model):
         base = measure("base")
-    return against(base, measure("tuned"))
+    return against(base, measure("tuned", tuned_losses))
 
 
 def against(base: EvaluateResult, tuned: EvaluateResult) -> BaseAndTuned:
@@ -223,26 +232,37 @@ def against(base: EvaluateResult, tuned: EvaluateResult) -> BaseAndTuned:
 
 
 def row_losses(
-    model: Model, examples: Sequence[Example], batch_tokens: int = 4096, on_progress: Progress | None = None
+    model: Model,
+    examples: Sequence[Example],
+    batch_tokens: int = 4096,
+    on_progress: Progress | None = None,
+    device: torch.device | None = None,
+    *,
+    finite: bool = True,
 ) -> list[RowResult]:
-    """Each row's summed negative log-likelihood. Rows share forward passes of about `batch_tokens` tokens."""
+    """Each row's summed negative log-likelihood. Rows share forward passes of about `batch_tokens` tokens.
+
+    device   where batches are put first; None: as they are, the model does it
+    finite   HalfbyteError for a row whose loss is not finite
+    """
     results: list[RowResult | None] = [None] * len(examples)
     done = 0
     with inference(model):
         for members in plan_micro_batches([len(e) for e in examples], 1, True, batch_tokens):
             batch = [examples[i] for i in members]
             counts = [example.supervised_tokens for example in batch]
-            logprobs: Tensor = model.token_logprobs(collate(batch)).double().cpu()
+            collated = collate(batch) if device is None else collate(batch).to(device)
+            logprobs: Tensor = model.token_logprobs(collated).double().cpu()
             for i, part in zip(members, logprobs.split(counts), strict=True):
-                results[i] = _row(examples[i], -float(part.sum()), part.numel())
+                results[i] = _row(examples[i], -float(part.sum()), part.numel(), finite)
             done += len(members)
             if on_progress is not None:
                 on_progress("loss", done, len(examples))
     return [row for row in results if row is not None]
 
 
-def _row(example: Example, nll: float, tokens: int) -> RowResult:
-    if not math.isfinite(nll):
+def _row(example: Example, nll: float, tokens: int, finite: bool) -> RowResult:
+    if finite and not math.isfinite(nll):
         raise HalfbyteError(
             f"{example.origin}: the loss of this row is {nll}: the model's weights or adapter are damaged"
         )

@@ -37,12 +37,17 @@ def outlook(path: Path, config: RunConfig, prepared: Prepared) -> dict[str, Any]
 
 
 def final_evaluations(config: RunConfig, prepared: Prepared) -> int:
-    """Passes over the held-out rows after the last step: base and tuned, unless the base is known by then."""
+    """Passes over the held-out rows after the last step: the base's unless it is known by then, and the labels'.
+
+    The tuned model's losses are those of the last evaluation.
+    """
     if not prepared.eval:
         return 0
-    if config.method == "full" or prepared.pairs or config.task == tasks.CLASSIFICATION:
+    if prepared.pairs or config.task == tasks.CLASSIFICATION:
         return 1
-    return SCORING_LABELS if prepared.labels else 2
+    if config.method == "full":
+        return SCORING_LABELS // 2 if prepared.labels else 0
+    return SCORING_LABELS if prepared.labels else 1
 
 
 def predicted(plan: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -45,8 +45,9 @@ from halfbyte.train.options import EFFECTIVE_BATCH, TrainOptions, batch_rows, co
 
 ASSUMED_ROWS, ASSUMED_TOKENS = 1_000, 512
 """Stand-ins for `halfbyte plan` without data, said so in its answer."""
-SCORING_LABELS = 5
-"""Passes over the rows that base against tuned costs where answers are labels, each of which is scored: measured."""
+SCORING_LABELS = 4
+"""Passes over the rows that follow training where answers are labels, each scored for base and tuned: 5 were
+measured, of which the loss of the tuned model is known from the last evaluation."""
 NO_FULL = "method full is built for the decoder's families only: use lora or qlora with this model"
 
 
@@ -303,6 +304,13 @@ def scores_labels(found: Survey) -> bool:
     return bool(found.prepared.labels) and bool(found.prepared.eval)
 
 
+def _beside_training(found: Survey) -> int:
+    """Passes over the held-out rows beside the loop's: the base's, and the tuned model's where the loop has another."""
+    if scores_labels(found):
+        return SCORING_LABELS
+    return 2 if asks_reference(found) or found.config.task == tasks.CLASSIFICATION else 1
+
+
 def asks_reference(found: Survey) -> bool:
     """Whether a reference is asked about the rows before the first step."""
     return found.prepared is not None and found.prepared.pairs
@@ -336,8 +344,8 @@ def request(config: RunConfig, found: Survey, machine: Machine | None = None) ->
         checkpointing=config.gradient_checkpointing,
         epochs=config.num_train_epochs,
         max_steps=config.max_steps,
-        # Every epoch or `eval_steps`, then base and tuned at the end.
-        evaluations=(SCORING_LABELS if scores_labels(found) else 2) + max(1, steps // (config.eval_steps or per_epoch)),
+        # Every epoch or `eval_steps`, then what is not known by the end.
+        evaluations=_beside_training(found) + max(1, steps // (config.eval_steps or per_epoch)),
         forward_tokens=round(min(data.rows, steps * rows_per_update) * data.mean) if asks_reference(found) else 0,
         held=found.source.prequantized_bytes(),
         file_itemsize=max((t.dtype.itemsize for t in found.source.tensors().values() if len(t.shape) == 2), default=4),

@@ -13,7 +13,7 @@ import importlib.util
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +27,7 @@ from halfbyte import ops
 from halfbyte.adapters import AttachReport, attach, load_adapter
 from halfbyte.adapters.lora import LoraOptions, report
 from halfbyte.adapters.peft_io import CONFIG as ADAPTER_CONFIG
-from halfbyte.data import Example, Prepared, collate
+from halfbyte.data import Example, Prepared
 from halfbyte.data.options import sources_of
 from halfbyte.errors import DoesNotFit, HalfbyteError, Interrupted, UsageError
 from halfbyte.evaluate.classify import evaluate_classifier
@@ -35,6 +35,7 @@ from halfbyte.evaluate.evaluate import (
     BaseAndTuned,
     EvaluateOptions,
     EvaluateResult,
+    RowResult,
     against,
     evaluate,
     evaluate_base_and_tuned,
@@ -58,12 +59,13 @@ from halfbyte.quant.options import QuantOptions
 from halfbyte.run import components, folder, learning, outputs, planning, preference, rehearsal, tasks
 from halfbyte.run.config import RunConfig, to_yaml
 from halfbyte.run.continued import with_adapter
+from halfbyte.run.held_out import HeldOut
 from halfbyte.run.planning import Survey
 from halfbyte.run.rehearsal import Evaluation, Measured, Rehearsal
 from halfbyte.train.budget import FAILURES, Layout, in_chunks, is_shortage, reason_of
 from halfbyte.train.checkpoint import Damaged, list_checkpoints, step_of, verify
 from halfbyte.train.dpo import lacking, read_references, references
-from halfbyte.train.evaluation import InChunks, evaluation_loss
+from halfbyte.train.evaluation import InChunks
 from halfbyte.train.feed import Feed
 from halfbyte.train.loop import train
 from halfbyte.train.memory import process_memory
@@ -260,10 +262,11 @@ def _train(
         on_event({"event": "warning", "message": message})
 
     base = in_chunks(partial(_base_of_full, directory.path, config, loaded, prepared), tokens, tell)
-    plan = train_plan(config, loaded, trainable, prepared, planning.identity(found))
+    held_out = HeldOut(loaded.model, prepared.eval, torch.device(config.device))
+    plan = train_plan(config, loaded, trainable, prepared, planning.identity(found), held_out)
     if rehearsal.is_due(config, planned):
         correct = partial(_correct_plan, directory.path, found, planned, loaded, loading)
-        plan = replace(plan, rehearse=rehearsal_of(config, loaded, prepared, plan.total_steps, correct))
+        plan = replace(plan, rehearse=rehearsal_of(config, held_out, prepared, plan.total_steps, correct))
     model: Any = loaded.model
     reference: Tensor | None = None
     if prepared.pairs:
@@ -281,7 +284,8 @@ def _train(
     if prepared.pairs:
         score = partial(preference.scores, config, loaded, prepared, reference) if reference is not None else None
     else:
-        score = partial(_scores, config, loaded, prepared, base) if prepared.eval else None
+        rows = held_out.of_the_end(trained)
+        score = partial(_scores, loaded, prepared, base, rows) if prepared.eval else None
     tokens = max(1, tokens >> trained.layout.evaluation_halvings)
     release()  # what training needed is of other sizes than what the last evaluation will
     scores = None if score is None else in_chunks(score, tokens, tell)
@@ -379,6 +383,7 @@ def train_plan(
     trainable: dict[str, nn.Parameter],
     prepared: Prepared,
     same: dict[str, str],
+    held_out: HeldOut,
 ) -> TrainPlan:
     """The loop's plan: rows of a step, steps in all, how to evaluate, what else to save."""
     options, model = config.pick(TrainOptions), loaded.model
@@ -395,7 +400,7 @@ def train_plan(
         steps_per_epoch=per_epoch,
         batches_for_update=feed.batches_for_update,
         trainable=trainable,
-        evaluate=InChunks(partial(_held_out_loss, model, prepared.eval, device), tokens) if prepared.eval else None,
+        evaluate=InChunks(held_out.measure, tokens) if prepared.eval else None,
         locate=feed.locate,
         save_extras=extras,
         identity=same,
@@ -443,30 +448,21 @@ def _lowered(model: Any, feed: Feed, plan: TrainPlan, layout: Layout) -> TrainPl
     return replace(plan, batches_for_update=cut.batches_for_update, evaluate=evaluate, rehearse=rehearse)
 
 
-def _held_out_loss(
-    model: Any, rows: Sequence[Example], device: torch.device, tokens: int, stop: Callable[[], bool]
-) -> Mapping[str, float] | None:
-    """The loop's evaluation, in chunks of so many tokens."""
-    return evaluation_loss(model, [collate(chunk) for chunk in rehearsal.chunks(rows, tokens)], device, stop)
-
-
 def evaluation_tokens(config: RunConfig) -> int:
     """Tokens of held-out rows in one forward pass, as planned."""
     return config.eval_batch_tokens or EVALUATION_TOKENS
 
 
 def rehearsal_of(
-    config: RunConfig, loaded: LoadedModel, prepared: Prepared, steps: int, tell: Callable[[Measured], Event | None]
+    config: RunConfig, held_out: HeldOut, prepared: Prepared, steps: int, tell: Callable[[Measured], Event | None]
 ) -> Rehearsal:
     """What a run tries before its first step."""
-    model: Any = loaded.model
-    device = torch.device(config.device)
 
     def measure(rows: Sequence[Example], tokens: int) -> object:
         if prepared.pairs:
-            with inference(model):
-                return score_pairs(model, rows, tokens, device)
-        return _held_out_loss(model, rows, device, tokens, lambda: False)
+            with inference(held_out.model):
+                return score_pairs(held_out.model, rows, tokens, held_out.device)
+        return held_out.of_some(rows, tokens)
 
     evaluation = Evaluation(prepared.eval, evaluation_tokens(config), measure) if prepared.eval else None
     return Rehearsal(feed_of(config, prepared), steps, evaluation, tell)
@@ -528,13 +524,20 @@ def _in_batches(tokens: int) -> EvaluateOptions:
 
 
 def _scores(
-    config: RunConfig, loaded: LoadedModel, prepared: Prepared, base: EvaluateResult | None, tokens: int
+    loaded: LoadedModel,
+    prepared: Prepared,
+    base: EvaluateResult | None,
+    losses: Sequence[RowResult] | None,
+    tokens: int,
 ) -> BaseAndTuned:
-    """The loss (and the accuracy of labels) on the held-out rows, `tokens` of them at once, base against tuned."""
+    """The loss (and the accuracy of labels) on the held-out rows, `tokens` of them at once, base against tuned.
+
+    losses  of the tuned model by row, where the loop's last evaluation found them
+    """
     model: Any = loaded.model
     rows, labels, options = prepared.eval, prepared.labels, _in_batches(tokens)
     if isinstance(model, Classifier):
         return evaluate_classifier(model, rows, options)
     if base is not None:
-        return against(base, evaluate(model, loaded.tokenizer, rows, options, labels=labels))
-    return evaluate_base_and_tuned(model, loaded.tokenizer, rows, options, labels=labels)
+        return against(base, evaluate(model, loaded.tokenizer, rows, options, labels=labels, losses=losses))
+    return evaluate_base_and_tuned(model, loaded.tokenizer, rows, options, labels=labels, tuned_losses=losses)

@@ -125,8 +125,8 @@ def train(model: Model, plan: TrainPlan, run: RunDirectory, listeners: Iterable[
         except HalfbyteError as error:
             s.fail(optimizer, error)
             raise
-        s.load_best_if_asked()
-        return s.end("completed" if state.step >= plan.total_steps else "stopped_early")
+        replaced = s.load_best_if_asked()
+        return s.end("completed" if state.step >= plan.total_steps else "stopped_early", replaced=replaced)
 
 
 class Session:
@@ -361,23 +361,24 @@ class Session:
             with contextlib.suppress(HalfbyteError, *FAILURES):
                 self.save(optimizer, final=False)
 
-    def load_best_if_asked(self) -> None:
-        """`load_best_model_at_end`, or a word if the last weights are not the best ones."""
+    def load_best_if_asked(self) -> bool:
+        """`load_best_model_at_end`, or a word if the last weights are not the best ones. Whether others are loaded."""
         best, best_loss = self.state.best_step, self.state.best_eval_loss
         if best is None or best == self.state.step:
-            return
+            return False
         found = f"the best evaluation was at step {best}, with a loss of {best_loss:.4f}"
         if not self.plan.options.load_best_model_at_end:
             self.warn(f"{found}; the last weights are kept: load_best_model_at_end takes the best")
-            return
+            return False
         try:
             load_trainable(self.plan, checkpoint.load(checkpoint.folder_of(self.run.path, best)))
         except checkpoint.Damaged as error:
             self.warn(f"{found}, but its checkpoint cannot be used and the last weights are kept: {error}")
-            return
+            return False
         self.warn(f"{found}: these are the weights that the run ends with")
+        return True
 
-    def end(self, status: str, message: str | None = None) -> TrainResult:
+    def end(self, status: str, message: str | None = None, replaced: bool = False) -> TrainResult:
         """The last event, and what came out."""
         state, (_, peak) = self.state, process_memory()
         result = TrainResult(
@@ -397,6 +398,7 @@ class Session:
             peak_memory_bytes=peak,
             checkpoint=self.last_checkpoint,
             layout=state.layout,
+            evaluated=state.evaluated_step == state.step and not replaced,
             memory_by_component={"gradients": self.gradient_bytes, "optimizer": self.optimizer_bytes},
         )
         fields = {key: value for key, value in result.to_json().items() if key != "step"}

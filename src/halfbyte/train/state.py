@@ -228,6 +228,7 @@ class TrainResult:
     eval_loss           of the last evaluation
     checkpoint          the last one
     layout              what was lowered for want of memory
+    evaluated           the last evaluation was of the weights that it ended with
     memory_by_component bytes of "gradients" (the most that stood in the parameters) and of the "optimizer" in memory
     """
 
@@ -247,6 +248,7 @@ class TrainResult:
     peak_memory_bytes: int
     checkpoint: Path | None
     layout: Layout = AS_PLANNED
+    evaluated: bool = False
     memory_by_component: Mapping[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
