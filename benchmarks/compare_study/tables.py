@@ -68,7 +68,8 @@ def main() -> None:
         print(f"### {report['title']}\n\n{report['sentence']}\n")
         print("\n".join(table(report, chosen)))
         steps, tokens = settings["steps"], settings["supervised_tokens"]
-        print(f"\n{len(settings['seeds'])} seeds, {steps} updates, {tokens:,} supervised tokens a run.\n")
+        count = len(settings["seeds"])
+        print(f"\n{count} seed{'s' * (count > 1)}, {steps} updates, {tokens:,} supervised tokens a run.\n")
         for made in report["comparisons"]:
             if made["metric"] == deciding:
                 print(f"- {made['sentence']}")
