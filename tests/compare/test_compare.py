@@ -17,6 +17,7 @@ from halfbyte.compare import report_data
 from halfbyte.compare.cells import CELL, SMALL
 from halfbyte.compare.compare import Comparison, compare
 from halfbyte.errors import DoesNotFit, Interrupted, UsageError
+from halfbyte.evaluate.rows_file import read_rows
 from halfbyte.run.folder import read_config
 from halfbyte.train.events import read_events
 from tests.compare.conftest import request_of
@@ -389,6 +390,9 @@ def test_metrics_merges_and_prices(model_folder: Path, data_file: Path, tmp_path
     assert made.failed == {}
     assert report["metrics"][0]["key"] == "token_f1"
     full, qlora = (v["figures"] for v in report["variants"])
+    for cell in (made.path / "cells").iterdir():
+        answered = read_rows(cell / "metric_rows.jsonl")  # their loss is the run's own, not computed again
+        assert [row.nll for row in answered] == [row.nll for row in read_rows(cell / "eval_rows.jsonl")[:4]]
     assert 0 <= qlora["token_f1"]["mean"] <= 1
     assert full["merge_loss"] is None
     assert qlora["merge_loss"]["mean"] == pytest.approx(qlora["eval_loss"]["mean"], rel=0.05)

@@ -1,6 +1,7 @@
 """What the loop's last evaluation found is what a run ends with, where it was of the same weights."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 from halfbyte.data import prepare
 from halfbyte.data.options import DataOptions
 from halfbyte.evaluate import evaluate as evaluating
+from halfbyte.evaluate.evaluate import BaseAndTuned, EvaluateOptions
 from halfbyte.evaluate.rows_file import NAME, read_rows
 from halfbyte.run.config import RunConfig
 from halfbyte.run.held_out import HeldOut
 from halfbyte.run.run import load, resume, run
+from halfbyte.run.target import evaluate_target, evaluate_tuned, find
 from halfbyte.train.events import read_events
 
 
@@ -73,6 +76,35 @@ def test_a_run_that_was_killed_after_its_last_evaluation(tiny_config: RunConfig,
     again = resume(done.path)
     assert len(passes) - before == 2
     assert again.result["eval_loss"] == pytest.approx(done.result["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["qlora", "full"])
+def test_what_a_run_found_of_its_rows_is_not_computed_again(
+    tiny_config: RunConfig, passes: list[int], method: str
+) -> None:
+    """The tuned model's loss, of all its held-out rows or of the first."""
+    done = run(tiny_config.replace(method=method))
+    target, found = find(str(done.path)), read_rows(done.path / NAME)
+    for options in (EvaluateOptions(), EvaluateOptions(max_rows=2)):
+        passes.clear()
+        measured = evaluate_tuned(target, options)
+        assert len(passes) == 1
+        known = evaluate_tuned(target, options, found)
+        assert len(passes) == 1
+        assert known.loss == pytest.approx(measured.loss, rel=1e-5)
+        assert [(row.row, row.tokens, row.prompt) for row in known.rows] == [
+            (row.row, row.tokens, row.prompt) for row in measured.rows
+        ]
+        for other in (found[1:], found[:1], [replace(found[0], tokens=found[0].tokens + 1), *found[1:]]):
+            passes.clear()
+            assert evaluate_tuned(target, options, other).loss == pytest.approx(measured.loss, rel=1e-9)
+            assert len(passes) == 1
+    passes.clear()
+    both = evaluate_target(target, known=found)
+    assert isinstance(both, BaseAndTuned)
+    assert len(passes) == 1
+    assert both.tuned.loss == pytest.approx(done.result["eval_loss"], rel=1e-9)
+    assert both.base.loss == pytest.approx(done.result["base_eval_loss"], rel=1e-5)
 
 
 def test_losses_that_are_not_finite_are_told_and_not_kept(tiny_config: RunConfig) -> None:

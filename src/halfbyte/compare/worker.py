@@ -68,13 +68,14 @@ def _moved(config: Any, here: Any) -> dict[str, Any]:
 
 
 def metrics(job: dict[str, Any]) -> None:
-    """The tuned model's answers on the held-out rows."""
-    from halfbyte.evaluate.rows_file import write_rows
+    """The tuned model's answers on the held-out rows. Their loss is what the run found when it ended."""
+    from halfbyte.evaluate.rows_file import NAME, read_rows, write_rows
     from halfbyte.files import write_atomic
     from halfbyte.run.target import evaluate_tuned
 
     path = Path(job["folder"])
-    result = evaluate_tuned(_target(job), _options(job))
+    known = read_rows(path / NAME) if (path / NAME).is_file() else ()
+    result = evaluate_tuned(_target(job), _options(job), known)
     write_rows(path / "metric_rows.jsonl", result)
     write_atomic(path / "evaluation.json", _said(result, job))
 

@@ -12,10 +12,12 @@ No text of the rows is in it.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from halfbyte.data import Example
 from halfbyte.errors import UsageError
 from halfbyte.evaluate.evaluate import BaseAndTuned, EvaluateResult, RowResult
 from halfbyte.evaluate.metrics import ACCURACY
@@ -45,10 +47,31 @@ def rows_of(scores: BaseAndTuned | EvaluateResult) -> list[EvalRow]:
     return [_row(tuned, base) for tuned, base in zip(scores.tuned.rows, scores.base.rows, strict=True)]
 
 
+def losses_of(found: Sequence[EvalRow], examples: Sequence[Example]) -> list[RowResult] | None:
+    """What `evaluate.row_losses` would find of the model that the lines are of; None where a row is not among them.
+
+    found   lines of the same rows in the same order, or of more rows that begin with them. Those of pairs of answers
+            have a loss of another kind
+    """
+    results = []
+    for line, example in zip(found, examples, strict=False):
+        if example.rejected is not None or (line.row, line.tokens) != (
+            _name(str(example.origin)),
+            example.supervised_tokens,
+        ):
+            return None
+        results.append(RowResult(str(example.origin), example.prompt, example.completion, line.nll, line.tokens))
+    return results if len(results) == len(examples) else None
+
+
+def _name(row: str) -> str:
+    file, _, line = row.rpartition(":")
+    return f"{Path(file).name}:{line}"
+
+
 def _row(tuned: RowResult, base: RowResult | None) -> EvalRow:
-    file, _, line = tuned.row.rpartition(":")
     return EvalRow(
-        f"{Path(file).name}:{line}",
+        _name(tuned.row),
         tuned.tokens,
         tuned.nll,
         None if base is None else base.nll,

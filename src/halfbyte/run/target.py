@@ -32,6 +32,7 @@ from halfbyte.evaluate.evaluate import (
 from halfbyte.evaluate.evaluate import against as pair
 from halfbyte.evaluate.generate import Generation, end_ids, generate_batch
 from halfbyte.evaluate.preference import DpoOptions, evaluate_preferences, score_pairs
+from halfbyte.evaluate.rows_file import EvalRow, losses_of
 from halfbyte.evaluate.sampling import GenerateOptions
 from halfbyte.evaluate.session import inference
 from halfbyte.export.deltas import WeightedAdapter
@@ -234,9 +235,11 @@ def load(name: str, adapter: str | None = None, trainable: bool = False, **chang
     return model
 
 
-def evaluate_tuned(target: Target, options: EvaluateOptions | None = None) -> EvaluateResult:
+def evaluate_tuned(
+    target: Target, options: EvaluateOptions | None = None, known: Sequence[EvalRow] = ()
+) -> EvaluateResult:
     """`evaluate_target` of the target as it is, without its base beside it."""
-    result = evaluate_target(target, options, beside_base=False)
+    result = evaluate_target(target, options, beside_base=False, known=known)
     return result.tuned if isinstance(result, BaseAndTuned) else result
 
 
@@ -245,11 +248,15 @@ def evaluate_target(
     options: EvaluateOptions | None = None,
     on_progress: Progress | None = None,
     beside_base: bool = True,
+    known: Sequence[EvalRow] = (),
 ) -> BaseAndTuned | EvaluateResult:
     """Loss and metrics on `config.eval_data`, or on a run's own held-out rows; base against tuned where both are there.
 
     A fully tuned run is measured against the base that it was trained from. Without `beside_base` a base is only
     measured where it costs nothing.
+
+    known   what the run found of its held-out rows when it ended: where the rows are these, the tuned model's loss is
+            not computed again
     """
     config = target.config
     if config.eval_data is None and config.data is None:
@@ -265,20 +272,20 @@ def evaluate_target(
     opened = open_target(target, found.source)
     if isinstance(opened.model, Classifier):
         return evaluate_classifier(opened.model, found.prepared.eval, options, on_progress)
-    rows, labels, stops = found.prepared.eval, found.prepared.labels, opened.end_ids | set(found.prepared.stop_ids)
-
-    def measure(model: Any, both: bool) -> Any:
-        function = evaluate_base_and_tuned if both else evaluate
-        return function(
-            model, opened.loaded.tokenizer, rows, options, labels=labels, stop_ids=stops, on_progress=on_progress
-        )
-
+    rows, tokenizer, losses = found.prepared.eval, opened.loaded.tokenizer, losses_of(known, pairs)
+    asked: dict[str, Any] = {
+        "labels": found.prepared.labels,
+        "stop_ids": opened.end_ids | set(found.prepared.stop_ids),
+        "on_progress": on_progress,
+    }
+    if beside_base and opened.tuned:
+        return evaluate_base_and_tuned(opened.model, tokenizer, rows, options, tuned_losses=losses, **asked)
+    tuned = evaluate(opened.model, tokenizer, rows, options, losses=losses, **asked)
     if beside_base and target.run is not None and config.method == "full":
-        tuned: EvaluateResult = measure(opened.model, both=False)
         base_config, _ = folder.read_config(target.run)
-        base = load_model(base_config.pick(ModelOptions).model_copy(update={"dtype": config.dtype}))
-        return pair(measure(base.model, both=False), tuned)
-    return measure(opened.model, both=opened.tuned and beside_base)  # type: ignore[no-any-return]
+        base: Any = load_model(base_config.pick(ModelOptions).model_copy(update={"dtype": config.dtype})).model
+        return pair(evaluate(base, tokenizer, rows, options, **asked), tuned)
+    return tuned
 
 
 def _evaluate_pairs(
