@@ -366,7 +366,8 @@ def test_the_search_for_learning_rates(model_folder: Path, data_file: Path, tmp_
         model_folder, data_file, tmp_path / "c", tune_lr=True, tune_multiples=(1e-4, 1e-3), tune_steps=3, seeds=1
     )
     events = Events()
-    report = compare(request, events).report
+    made = compare(request, events)
+    report = made.report
     assert report is not None
     # Each end was the best: from 1e-6 and 1e-5 on to 1e-4 and 1e-3, and no further.
     tuned = report["settings"]["tune_lr"]
@@ -375,6 +376,20 @@ def test_the_search_for_learning_rates(model_folder: Path, data_file: Path, tmp_
     assert [v["learning_rate"] for v in report["variants"]] == pytest.approx([1e-3, 1e-3])
     assert any("at an end of its grid" in note for note in report["notes"])
     assert len(events.begun) == 10
+    # What is planned next time knows the searched rates, and with them which runs are there.
+    planned: list[Any] = []
+    compare(request, planned.append, dry_run=True)
+    assert planned[0]["finished"] == 2
+    assert (planned[0]["left"], planned[0]["seconds_left"]) == (0, 0)
+    shutil.rmtree(made.path / next(c["path"] for c in report["cells"] if c["variant"] == "lora"))
+    more = request_of(
+        model_folder, data_file, tmp_path / "c", tune_lr=True, tune_multiples=(1e-4, 1e-3), tune_steps=3, seeds=1,
+        methods="lora,qlora,dora",
+    )  # fmt: skip
+    compare(more, planned.append, dry_run=True)
+    assert planned[1]["finished"] == 1
+    lora, dora = (planned[1]["design"].variant(key).plan["seconds"]["p50"] for key in ("lora", "dora"))
+    assert planned[1]["seconds_left"] == pytest.approx(lora + dora * (1 + 2 * 3 / 6))
 
 
 @pytest.mark.slow

@@ -119,6 +119,9 @@ class _Listener:
         def counted(runs: int) -> str:
             return f"{runs} run{'s are' if runs > 1 else ' is'}"
 
+        left = ""
+        if event["finished"] or event["accepted"]:
+            left = f", {screen.duration(event['seconds_left'])} left" if event["left"] else ", no run is left"
         out.print(
             f"{count} seed{'s' * (count > 1)}, {work.steps} updates of {work.rows_per_update} rows, "
             f"{work.supervised_tokens:,} supervised tokens a run; in all {screen.duration(seconds['p50'])} (up to "
@@ -126,7 +129,8 @@ class _Listener:
             + (f", {cost['amount']:.2f} {cost['currency']}" if cost is not None else "")
             + (f"; not in it: {', '.join(plan['without'])}" if plan["without"] else "")
             + (f"; {counted(event['finished'])} there already" if event["finished"] else "")
-            + (f"; {counted(event['accepted'])} accepted from elsewhere" if event["accepted"] else ""),
+            + (f"; {counted(event['accepted'])} accepted from elsewhere" if event["accepted"] else "")
+            + left,
             soft_wrap=True,
             markup=False,
         )

@@ -83,17 +83,24 @@ def compare(request: Request, on_event: process.Tell = silent, dry_run: bool = F
     design = make_design(request, stored.get("layouts", {}))
     hardware = detect()
     plan = plan_of(design, options, price)
-    places, cells = root / "cells", design.cells(skipped=True)
+    places = root / "cells"
+    known, searches = tune.so_far(design, options, places) if options.tune_lr else (design, [])
+    cells = known.cells(skipped=True)
     there = {cell.id for cell in cells if cell_files.is_finished(places, cell)}
     missing = [cell for cell in cells if cell.id not in there and not cell_files.is_begun(places, cell)]
     # A searched rate is not known yet, and with it which of the runs are accepted.
     accepted = set() if options.tune_lr else cell_files.acceptable(options.accept, missing)
-    counts = {"finished": len(there), "accepted": len(accepted)}
-    on_event({"event": "planned", "design": design, "plan": plan, **counts})
+    left = [cell for cell in (*known.cells(), *searches) if cell.id not in there | accepted]
+    on_event(
+        {
+            "event": "planned", "design": design, "plan": plan, "finished": len(there), "accepted": len(accepted),
+            "left": len(left), "seconds_left": sum(_seconds_of(cell, design) for cell in left),
+        }
+    )  # fmt: skip
     if dry_run:
         return Comparison(root, plan, None, {})
     if not options.accept:
-        _require_two(design, there)
+        _require_two(known, there)
     with Lock(root / LOCK):
         try:
             return _run(request, design, plan, price, hardware, stored, on_event, command)
@@ -403,6 +410,15 @@ def plan_of(design: Design, options: CompareOptions, price: Price | None) -> dic
         "skipped": {planned.key: planned.skipped for planned in design.variants if planned.skipped is not None},
         "without": ["answers"] * bool(options.metrics) + ["merges"] * options.merge_loss,
     }
+
+
+def _seconds_of(cell: Cell, design: Design) -> float:
+    """How long a run takes, as planned; a short one of the search its share of the updates."""
+    planned = design.variant(cell.variant)
+    if planned.plan is None:
+        return 0.0
+    share = (cell.config.max_steps or planned.work.steps) / planned.work.steps if cell.kind == "tune" else 1.0
+    return float(planned.plan["seconds"]["p50"]) * share
 
 
 def _cost(seconds: float, price: Price) -> dict[str, Any]:

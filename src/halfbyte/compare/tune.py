@@ -96,6 +96,20 @@ def beyond(search: Search, design: Design, losses: Mapping[str, Sequence[float |
     return None if rates == dict(search.rates) else replace(search, rates=rates, cells=cells)
 
 
+def so_far(design: Design, options: CompareOptions, cells: Path) -> tuple[Design, list[Cell]]:
+    """(the design with the rates of the variants whose search is done already, the search's runs that are missing)."""
+    search = search_of(design, options)
+    for _ in range(EXTENSIONS):
+        more = beyond(search, design, chosen_rates(search, cells)[1])
+        if more is None:
+            break
+        search = more
+    chosen, _ = chosen_rates(search, cells)
+    missing = [cell for cell in search.all_cells() if not is_finished(cells, cell)]
+    searching = {cell.variant for cell in missing}
+    return with_rates(design, {key: rate for key, rate in chosen.items() if key not in searching}), missing
+
+
 def with_rates(design: Design, chosen: Mapping[str, float]) -> Design:
     """The design with every variant at its chosen rate."""
 
