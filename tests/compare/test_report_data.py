@@ -10,7 +10,16 @@ import pytest
 from halfbyte.compare.cells import is_measured
 from halfbyte.compare.measure import Measured, Point
 from halfbyte.compare.pack import pack
-from halfbyte.compare.report_data import Cells, _as_long, _components, _convergence, _curves, _levels, difference
+from halfbyte.compare.report_data import (
+    Cells,
+    _against_full,
+    _as_long,
+    _components,
+    _convergence,
+    _curves,
+    _levels,
+    difference,
+)
 from halfbyte.compare.statistics import Rows
 from halfbyte.errors import UsageError
 
@@ -59,6 +68,27 @@ def test_components_are_counted_where_every_run_did() -> None:
     assert _components(half, plan) == ({"base": 7}, False)
     both = Cells("a", {**half.by_seed, 1: replace(other, components={"base": 6, "gradients": 0})})
     assert _components(both, plan) == ({"base": 5, "rest": 1}, True)
+
+
+@pytest.mark.parametrize(
+    ("better", "full", "share"),
+    [
+        ("higher", [2.0, 4.0], 0.5),
+        ("higher", [2.0, 0.0], None),  # the other seed's share alone would say more than there is
+        ("lower", [1.0, 2.0], (3.5 / 4 + 2.5 / 3) / 2),
+        ("lower", [1.0, 5.0], None),  # full fine-tuning took nothing off the base's loss
+    ],
+)
+def test_a_share_of_what_full_fine_tuning_gained(better: str, full: list[float], share: float | None) -> None:
+    """A score's of full's score, a loss's of what full took off the base's (5.0)."""
+    own = cells("lora", [1.0, 2.0] if better == "higher" else [1.5, 2.5])
+    other = cells("full", full)
+    other = Cells("full", {s: replace(m, base={"eval_loss": 5.0}) for s, m in other.by_seed.items()})
+    compared = [{"key": key, "method_name": key, "continue_from": None} for key in ("lora", "full")]
+    quality = {"key": "eval_loss", "better": better}
+    assert _against_full(other, [own, other], compared, quality) is None
+    found = _against_full(own, [own, other], compared, quality)
+    assert (found and found["share"]["mean"]) == (share if share is None else pytest.approx(share))
 
 
 def test_training_curves_of_runs_of_unlike_lengths() -> None:

@@ -276,7 +276,10 @@ def _variant_notes(said: Mapping[str, Any], cells: Cells, whole: Mapping[str, An
 def _against_full(
     cells: Cells, groups: Sequence[Cells], compared: Sequence[Mapping[str, Any]], quality: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    """A score as a share of full fine-tuning's; of a loss, the share of what full fine-tuning took off the base's."""
+    """A score as a share of full fine-tuning's; of a loss, the share of what full fine-tuning took off the base's.
+
+    None where full fine-tuning gained nothing with a seed: the seeds at which it did, alone, would flatter it.
+    """
     plain = [v["key"] for v in compared if v["method_name"] == "full" and v["continue_from"] is None]
     full = next((group for group in groups if plain and group.key == plain[0]), None)
     if full is None or full is cells:
@@ -287,12 +290,10 @@ def _against_full(
         if mine is None or metric not in mine.figures:
             continue
         own, theirs = mine.figures[metric], full.by_seed[seed].figures[metric]
-        if quality["better"] == "higher" and theirs > 0:
-            shares.append(own / theirs)
-        elif quality["better"] == "lower":
-            base = full.by_seed[seed].base.get(metric)
-            if base is not None and base > theirs:
-                shares.append((base - own) / (base - theirs))
+        zero = 0.0 if quality["better"] == "higher" else full.by_seed[seed].base.get(metric)
+        if zero is None or (theirs <= zero if quality["better"] == "higher" else theirs >= zero):
+            return None
+        shares.append((own - zero) / (theirs - zero))
     return {"metric": metric, "share": mean_interval(shares).as_dict()} if shares else None
 
 
