@@ -225,7 +225,8 @@ def test_one_more_method_runs_only_its_own_cells(
 def test_runs_of_elsewhere_are_accepted_and_named(
     whole: Comparison, model_folder: Path, data_file: Path, tmp_path: Path
 ) -> None:
-    """The same runs, brought as their small files: one of this machine, one that says that it was another's."""
+    """The same runs, brought as their small files: one of this machine, and two of others, that say so: another
+    processor, and the same one with more cores."""
     assert whole.report is not None
     brought = tmp_path / "brought"
     for number, cell in enumerate(whole.report["cells"]):
@@ -237,6 +238,11 @@ def test_runs_of_elsewhere_are_accepted_and_named(
     said = json.loads((brought / "run-1" / CELL).read_text())
     said["machine"]["processor"] = "Some Other Processor"
     (brought / "run-1" / CELL).write_text(json.dumps(said))
+    said = json.loads((brought / "run-2" / CELL).read_text())
+    here = dict(said["machine"])
+    said["machine"]["cores"] += 62
+    (brought / "run-2" / CELL).write_text(json.dumps(said))
+    (brought / "run-0" / CELL).unlink()  # as `halfbyte train` leaves it
     shutil.rmtree(brought / "run-3")
     request = request_of(model_folder, data_file, tmp_path / "new", accept=(brought,))
     events = Events()
@@ -248,7 +254,11 @@ def test_runs_of_elsewhere_are_accepted_and_named(
     assert events.begun == [("qlora", "train")]
     assert made.report is not None
     origins = [cell["origin"] for cell in made.report["cells"]]
-    assert origins == ["an earlier run", "another machine: Some Other Processor", "an earlier run", "this comparison"]
+    assert [origin.partition(", ")[0] for origin in origins] == [
+        "an earlier run", "another machine: Some Other Processor", "another machine: " + here["processor"],
+        "this comparison",
+    ]  # fmt: skip
+    assert f"{here['cores'] + 62} cores" in origins[2]
     assert any("another machine" in warning for warning in made.report["warnings"])
     kept = [v["figures"]["eval_loss"] for v in made.report["variants"]]
     assert kept == [v["figures"]["eval_loss"] for v in whole.report["variants"]]
@@ -358,6 +368,24 @@ def test_a_chain_goes_on_from_the_same_seeds_adapter(model_folder: Path, data_fi
     shutil.rmtree(made.path / cell["path"])  # what it goes on from is finished already
     assert losses(compare(again, events).report) == losses(report)
     assert events.begun == [("switch", "train")]
+    # Its small files are all that a packed run keeps: none of it can be gone on from.
+    half = Path(config.adapter_path)
+    (half / "adapter_model.safetensors").unlink()
+    shutil.rmtree(made.path / cell["path"])
+    more = request_of(
+        model_folder, data_file, tmp_path / "new", methods="lora", variants=variants, seeds=1, max_steps=6,
+        accept=(made.path,),
+    )  # fmt: skip
+    planned: list[Any] = []
+    compare(more, planned.append, dry_run=True)
+    assert planned[0]["accepted"] == 1
+    events = Events()
+    assert losses(compare(more, events).report)[0] == losses(report)[0]
+    assert sorted(events.begun) == [("half", "train"), ("switch", "train")]
+    events = Events()
+    assert losses(compare(again, events).report) == losses(report)  # what is here already is no dead end either
+    assert sorted(events.begun) == [("half", "train"), ("switch", "train")]
+    assert half.with_name(f"{half.name}.set-aside-1").is_dir()
 
 
 @pytest.mark.slow

@@ -40,6 +40,8 @@ SMALL = (CONFIG, PLAN, EVENTS, RESULT, ROWS, CELL, EVALUATION, METRIC_ROWS, MERG
 ADAPTER = ("adapter_model.safetensors", ADAPTER_CONFIG)
 SCHEMA_VERSION = 1
 HERE = "this comparison"
+UNUSED = 3
+"""Runs of an accepted folder that are told one by one why they were not used."""
 _DEPTH = 4  # folders below an accepted one that are searched for runs
 
 
@@ -144,6 +146,18 @@ def machine_of(hardware: Hardware) -> dict[str, Any]:
     }
 
 
+def machine_name(machine: Mapping[str, Any]) -> str | None:
+    """What tells machines apart whose times and memory are not compared: AMD EPYC, 2 cores, 25 GB. None: not known."""
+    processor, cores, memory = (machine.get(name) for name in ("processor", "cores", "memory_bytes"))
+    if processor is None:
+        return None
+    parts = [str(processor)]
+    parts += [f"{cores} core{'s' if cores > 1 else ''}"] if cores else []
+    parts += [f"{memory / 1e9:.0f} GB"] if memory else []
+    parts += [str(machine["gpu"])] if machine.get("gpu") else []
+    return ", ".join(parts)
+
+
 # ---------------------------------------------------------------- runs from elsewhere
 
 
@@ -155,11 +169,18 @@ class Accepted:
     notes: tuple[str, ...]
 
 
+def lacks_adapter(run: Path, cell: Cell, wanted: Sequence[Cell]) -> bool:
+    """Whether another of the wanted cells goes on from this one, whose run here has no adapter: its small files are all
+    that a packed comparison keeps."""
+    return any(other.source == cell.id for other in wanted) and not (run / ADAPTER[0]).is_file()
+
+
 def acceptable(places: Sequence[Path], wanted: Sequence[Cell]) -> set[str]:
     """The ids of the wanted cells that finished runs below `places` are; UsageError as in `accept`."""
     found: set[str] = set()
-    for run in map(_ended, itertools.chain.from_iterable(_offered(place) for place in places)):
-        able = (cell.id for cell in wanted if cell.id not in found and _refused(run, cell) is None)
+    for path in itertools.chain.from_iterable(_offered(place) for place in places):
+        run = _ended(path)
+        able = (cell.id for cell in wanted if cell.id not in found and _refused(path, run, cell, wanted) is None)
         found |= set(itertools.islice(able, 1))
     return found
 
@@ -182,26 +203,30 @@ def accept(
     taken: dict[str, Path] = {}
     notes: list[str] = []
     for place in places:
-        runs = _offered(place)
-        used = 0
+        runs, unused = _offered(place), []
         for run in runs:
-            reasons, read = {}, _ended(run)
-            for cell in wanted:
-                reason = _refused(read, cell)
-                if reason is None:
-                    if cell.id in missing - taken.keys() and not is_begun(cells, cell):
-                        _copy(run, cells / cell.id, machine)
-                        taken[cell.id] = run
-                    used += 1
-                    break
-                reasons[cell.variant] = reason
+            read = _ended(run)
+            reasons = {cell.id: _refused(run, read, cell, wanted) for cell in wanted}
+            cell = next((cell for cell in wanted if reasons[cell.id] is None), None)
+            if cell is not None:
+                if cell.id in missing - taken.keys() and not is_begun(cells, cell):
+                    _copy(run, cells / cell.id, machine)
+                    taken[cell.id] = run
+            elif wanted and all(_refused(run, read, other, others) is not None for other in others):
+                nearest = next((cell for cell in wanted if _alike(read, cell)), wanted[0])
+                unused.append(f"{run} was not used: for {nearest.variant}, {reasons[nearest.id]}")
             else:
-                if reasons and all(_refused(read, cell) is not None for cell in others):
-                    variant, reason = next(iter(reasons.items()))
-                    notes.append(f"{run} was not used: for {variant}, {reason}")
-        if not used:
-            notes.append(f"nothing in {place} could be used")
+                unused.append("")  # one that was accepted before
+        if len(unused) == len(runs):
+            notes += [f"nothing in {place} could be used", *filter(None, unused[:UNUSED])]
+        elif told := [reason for reason in unused if reason]:
+            notes += told if len(told) <= UNUSED else [f"{len(told)} other runs in {place} were not wanted"]
     return Accepted(taken, tuple(notes))
+
+
+def _alike(run: tuple[RunConfig, Mapping[str, Any]] | str, cell: Cell) -> bool:
+    """Whether both are of one method: what else differs says more."""
+    return not isinstance(run, str) and run[0].method == cell.config.method
 
 
 def _offered(place: Path) -> list[Path]:
@@ -212,8 +237,10 @@ def _offered(place: Path) -> list[Path]:
     return runs
 
 
-def _refused(run: tuple[RunConfig, Mapping[str, Any]] | str, cell: Cell) -> str | None:
-    """Why a run, as `_ended` gives it, is not this cell; None: it is.
+def _refused(
+    path: Path, run: tuple[RunConfig, Mapping[str, Any]] | str, cell: Cell, wanted: Sequence[Cell]
+) -> str | None:
+    """Why a run, as `_ended` gives it, is not this one of the wanted cells; None: it is.
 
     A dtype that was left to the machine is none of a run's identity, and still all runs of a report have one.
     """
@@ -223,6 +250,8 @@ def _refused(run: tuple[RunConfig, Mapping[str, Any]] | str, cell: Cell) -> str 
     reason = identity.mismatch(cell.want, config, record, cell.pairs)
     if reason is None and config.dtype != cell.config.dtype:
         reason = f"dtype {config.dtype}, not {cell.config.dtype}"
+    if reason is None and lacks_adapter(path, cell, wanted):
+        reason = "it has no adapter to go on from"
     return reason
 
 
@@ -240,9 +269,9 @@ def _copy(run: Path, out: Path, machine: Mapping[str, Any]) -> None:
     said: dict[str, Any] = {}
     with contextlib.suppress(UsageError):
         said = folder.read_json(run / CELL)
-    theirs = said.get("machine") or {"processor": _processor(run)}
-    same = theirs.get("processor") == machine["processor"]
-    origin = "an earlier run" if same else f"another machine: {theirs.get('processor') or 'unknown'}"
+    theirs = said.get("machine") or _machine(run)
+    name = machine_name(theirs)
+    origin = "an earlier run" if name == machine_name(machine) else f"another machine: {name or 'unknown'}"
     _, record = folder.read_config(run)
     if (made_by := record.get("versions", {}).get("halfbyte")) != version("halfbyte"):
         origin += f" (halfbyte {made_by or 'of an unknown version'})"
@@ -263,6 +292,13 @@ def _copy(run: Path, out: Path, machine: Mapping[str, Any]) -> None:
         (part / CELL).write_text(json.dumps(said, indent=1) + "\n")
 
 
-def _processor(run: Path) -> str | None:
-    started = next((e for e in read_events(run / EVENTS) if e["event"] in ("start", "resume")), {})
-    return started.get("environment", {}).get("processor")  # type: ignore[no-any-return]
+def _machine(run: Path) -> dict[str, Any]:
+    """The machine of a run that no comparison made, as its plan found it."""
+    with contextlib.suppress(UsageError):
+        found = folder.read_json(run / PLAN).get("hardware") or {}
+        gpus = found.get("gpus") or [{}]
+        return {
+            "processor": found.get("processor"), "cores": found.get("cores"),
+            "memory_bytes": found.get("memory_total"), "gpu": gpus[0].get("name"),
+        }  # fmt: skip
+    return {}

@@ -270,9 +270,15 @@ def _work(
     cells = list({cell.id: cell for cell in wanted}.values())
     continued = {cell.source for cell in cells if cell.source is not None}
 
+    unfinished = [cell for cell in cells if not cell_files.is_finished(root / "cells", cell)]
+
+    def lacking(cell: Cell) -> bool:
+        """Whether one that is to go on from it cannot: it came from elsewhere without its adapter."""
+        return cell_files.lacks_adapter(root / "cells" / cell.id, cell, unfinished)
+
     def next_stage(cell: Cell) -> process.Stage | None:
         path = root / "cells" / cell.id
-        if not cell_files.is_finished(root / "cells", cell):
+        if not cell_files.is_finished(root / "cells", cell) or lacking(cell):
             return "train", {"config": run_config(cell, root).model_dump(mode="json", exclude_unset=True)}
         only_begun = cell.kind == "tune" or design.variant(cell.variant).variant.only_a_start
         if only_begun or not cell_files.has_model(path):
@@ -291,7 +297,7 @@ def _work(
 
     left = [cell for cell in cells if next_stage(cell) or not (root / "cells" / cell.id / cell_files.CELL).is_file()]
     for cell in left:
-        _clear_unfit(root / "cells" / cell.id, cell, on_event)
+        _clear_unfit(root / "cells" / cell.id, cell, on_event, lacking(cell))
     outcome = process.run_cells(left, root, next_stage, finish, options.jobs, hardware.usable, on_event)
     for cell in left:
         if cell.id in outcome.failed and cell_files.is_finished(root / "cells", cell):  # a metric failed, not the run
@@ -299,8 +305,9 @@ def _work(
             cell_files.close(root / "cells" / cell.id, machine, around.joules, around.others, keep=True)
 
 
-def _clear_unfit(path: Path, cell: Cell, on_event: process.Tell) -> None:
-    """A folder that is no run, or a finished one that is not the cell's, cannot be gone on with: begin again.
+def _clear_unfit(path: Path, cell: Cell, on_event: process.Tell, lacking: bool) -> None:
+    """A folder that is no run, or a finished one that is not the cell's or is `lacking` the adapter that is gone on
+    from, cannot be gone on with: begin again.
 
     A finished run is somebody's work (`halfbyte resume` went on with it, say): it is kept under another name.
     """
@@ -308,6 +315,8 @@ def _clear_unfit(path: Path, cell: Cell, on_event: process.Tell) -> None:
     if begun or not path.is_dir() or running(path) is not None:
         return
     reason = cell_files.finished(path, cell.want, cell.pairs, cell.source is not None)
+    if reason is None and lacking:
+        reason = "it has no adapter to go on from"
     if reason is None:
         return
     if (path / CONFIG).is_file() and (path / RESULT).is_file():

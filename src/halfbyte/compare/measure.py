@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from halfbyte.compare.cells import CELL, EVALUATION, MERGE, METRIC_ROWS, is_measured
+from halfbyte.compare.cells import CELL, EVALUATION, MERGE, METRIC_ROWS, is_measured, machine_name
 from halfbyte.compare.statistics import Rows
 from halfbyte.evaluate.rows_file import NAME as ROWS
 from halfbyte.evaluate.rows_file import EvalRow, read_rows
@@ -41,7 +41,7 @@ class Measured:
 
     base        figures of the untrained model on the same rows
     majority    share of the commonest label among the held-out rows
-    machine     the processor that it ran on
+    machine     what tells the machine that it ran on (`cells.machine_name`)
     lowered     memory ran short, and it went on in a layout that takes less
     others      the share of the processor that other work took meanwhile; None: not known
     components  bytes by component (`run.components`); empty in a run of a version that did not count them
@@ -98,7 +98,7 @@ def measure(path: Path, price: float | None = None, asked: Mapping[str, Any] | N
     if held_out and EVAL_LOSS in base:
         held_out = (Point(0, 0, 0.0, base[EVAL_LOSS]), *held_out)
     origin = str(cell.get("origin", "this comparison"))
-    machine = cell.get("machine", {}).get("processor")
+    machine = machine_name(cell.get("machine", {}))
     lowered = any((result.get("layout") or {}).values())
     return Measured(
         known, rows, base, majority, train, held_out, origin, machine, tuple(scores), lowered, cell.get("others_share"),
@@ -132,6 +132,7 @@ def after(source: Measured, own: Measured) -> Measured:
         base=source.base,
         train=(*source.train, *moved(own.train)),
         held_out=(*source.held_out, *moved(own.held_out)),
+        machine=own.machine if own.machine == source.machine else f"{source.machine} and {own.machine}",
         lowered=source.lowered or own.lowered,
         others=None if source.others is None or own.others is None else max(source.others, own.others),
         components=higher.components,
