@@ -16,6 +16,7 @@ import pytest
 from halfbyte.compare import report_data
 from halfbyte.compare.cells import CELL, SMALL
 from halfbyte.compare.compare import Comparison, compare
+from halfbyte.compare.pack import pack
 from halfbyte.errors import DoesNotFit, Interrupted, UsageError
 from halfbyte.evaluate.rows_file import read_rows
 from halfbyte.run.folder import read_config
@@ -404,6 +405,15 @@ def test_the_search_for_learning_rates(model_folder: Path, data_file: Path, tmp_
     assert [v["learning_rate"] for v in report["variants"]] == pytest.approx([1e-3, 1e-3])
     assert any("at an end of its grid" in note for note in report["notes"])
     assert len(events.begun) == 10
+    # A packed search is a search: whoever accepts it searches nothing again.
+    pack(made.path, tmp_path / "packed")
+    elsewhere = request_of(
+        model_folder, data_file, tmp_path / "new", tune_lr=True, tune_multiples=(1e-4, 1e-3), tune_steps=3, seeds=1,
+        accept=(tmp_path / "packed",),
+    )  # fmt: skip
+    accepting = Events()
+    assert losses(compare(elsewhere, accepting).report)[0] == losses(report)[0]
+    assert accepting.begun == []
     # What is planned next time knows the searched rates, and with them which runs are there.
     planned: list[Any] = []
     compare(request, planned.append, dry_run=True)

@@ -14,13 +14,16 @@ from halfbyte.compare.report_data import (
     Cells,
     _against_full,
     _as_long,
+    _bounded,
     _components,
     _convergence,
     _curves,
     _levels,
+    _quiet,
+    _said,
     difference,
 )
-from halfbyte.compare.statistics import Rows
+from halfbyte.compare.statistics import Difference, Rows, mean_interval
 from halfbyte.errors import UsageError
 
 
@@ -153,3 +156,36 @@ def test_who_is_there_at_the_first_evaluation_may_have_been_sooner() -> None:
     assert [row["at_first"] for row in worst["rows"]] == [0, 1]
     assert worst["rows"][1]["supervised_tokens"]["mean"] == 100
     assert _levels([cells("a", [1.0])]) == []
+
+
+def test_runs_beside_other_work_are_not_quiet() -> None:
+    def of(*shares: float | None) -> Cells:
+        runs = cells("a", [1.0] * len(shares)).by_seed.values()
+        return Cells(
+            "a", {n: replace(run, others=share) for n, (run, share) in enumerate(zip(runs, shares, strict=True))}
+        )
+
+    assert _quiet([of(0.01, 0.02), of(0.0, None)]) is True
+    assert _quiet([of(0.01, 0.02), of(None, None)]) is None  # resumed, or of elsewhere
+    assert _quiet([of(0.01, 0.2), of(None, None)]) is False
+
+
+def test_intervals_end_where_the_figure_does() -> None:
+    """Of three seeds Student's interval may reach where no time can be."""
+    figure = mean_interval([1.0, 2.0, 9.0])
+    assert figure.low is not None
+    assert figure.low < 0
+    seconds = {"key": "seconds", "unit": "seconds", "quality": False}
+    assert _bounded(figure, seconds) == replace(figure, low=0.0)
+    assert _bounded(figure, {"key": "mine", "unit": "loss", "quality": True}) == figure
+    share = mean_interval([0.9, 0.95, 0.99])
+    bounded = _bounded(share, {"key": "accuracy", "unit": "share", "quality": True})
+    assert bounded is not None
+    assert (bounded.low, bounded.high) == (share.low, 1.0)
+    assert _bounded(mean_interval([1.0]), seconds) == mean_interval([1.0])
+
+
+def test_one_seed_says_which_is_ahead() -> None:
+    metric = {"label": "held-out loss", "unit": "loss"}
+    for mean, said in ((0.5, "a is higher than b by 0.5000 with"), (-0.5, "a is lower than b by"), (0.0, "are equal")):
+        assert said in _said("a", "b", metric, Difference(mean, None, None, None, 1))

@@ -184,3 +184,21 @@ def test_what_another_was_found_to_beat_is_not_advised() -> None:
     comparisons = [found("a", "b", "accuracy", B, -0.02), found("a", "c", "accuracy", NONE, 0.03),
                    found("b", "c", "accuracy", NONE), found("b", "c", "seconds", A)]  # fmt: skip
     assert sentence(ACCURACY, METRICS, three, comparisons).startswith("Use b here: ")
+
+
+@pytest.mark.parametrize(
+    ("quiet", "why"),
+    [(False, "other work took part of the processor"), (None, "it is not known what else the processor did")],
+)
+def test_times_beside_other_work_decide_nothing(quiet: bool | None, why: str) -> None:
+    comparisons = [found("lora", "qlora", "eval_loss", NONE), found("lora", "qlora", "seconds", A)]
+    assert sentence(LOSS, METRICS, [LORA, QLORA], comparisons).startswith("Use lora here")
+    said = sentence(LOSS, METRICS, [LORA, QLORA], comparisons, quiet=quiet)
+    assert said.startswith("Use qlora here")
+    assert f"; on average it took the least memory of them (times are not compared: {why}); one run costs" in said
+    smaller = [*comparisons, found("lora", "qlora", "peak_memory_bytes", B)]
+    said = sentence(LOSS, METRICS, [LORA, QLORA], smaller, quiet=quiet)
+    assert f", and it takes the least memory of them (times are not compared: {why}); one run costs" in said
+    single = [variant("lora", 1.0, 100, 3e9, n=1), variant("qlora", 1.0, 120, 1e9, n=1)]
+    assert "lora took the least time in its run" in sentence(LOSS, METRICS, single, [])
+    assert "qlora took the least memory in its run" in sentence(LOSS, METRICS, single, [], quiet=quiet)

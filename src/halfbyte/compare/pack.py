@@ -42,7 +42,9 @@ def pack(root: Path, out: Path) -> list[Path]:
 
 
 def _small_files(root: Path) -> Iterator[Path]:
-    wanted = {cell["id"] for cell in read_json(root / report_data.FILE)["cells"]}
+    said = read_json(root / report_data.FILE)
+    searched = (said.get("tune") or {}).get("cells", {})
+    wanted = {cell["id"] for cell in said["cells"]}.union(*searched.values())
     for name in (report_data.FILE, report_data.BASELINE):
         if (root / name).is_file():
             yield root / name

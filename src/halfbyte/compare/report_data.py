@@ -7,7 +7,7 @@ that are there, and the report says how many.
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ CURVE_POINTS = 24
 COMPARED = ("peak_memory_bytes", "seconds", "step_seconds", "tokens_per_second")
 """Metrics beside those of quality that pairs of variants are compared in."""
 
+_SPENT = {"key": "supervised_tokens", "unit": "count", "quality": False}
 _METRICS: tuple[tuple[str, str, str, str], ...] = (
     ("peak_memory_bytes", "peak memory", "lower", "bytes"),
     ("seconds", "time of a run", "lower", "seconds"),
@@ -92,7 +93,9 @@ def build(root: Path) -> dict[str, Any]:
         "created": said["created"],
         "command": said["command"],
         "title": said["options"]["title"] or _title(said, compared),
-        "sentence": sentence(quality, by_key, variants, comparisons, {v["key"] for v in compared if v["skipped"]}),
+        "sentence": sentence(
+            quality, by_key, variants, comparisons, {v["key"] for v in compared if v["skipped"]}, _quiet(groups)
+        ),
         "model": said["model"],
         "data": said["data"],
         "machine": said["machine"],
@@ -104,7 +107,7 @@ def build(root: Path) -> dict[str, Any]:
         "comparisons": comparisons,
         "convergence": _convergence(groups),
         "pareto": _pareto(groups, metrics),
-        "plan": {"seconds": plan.get("seconds"), "cost": plan.get("cost")},
+        "plan": {"seconds": plan.get("seconds"), "cost": plan.get("cost"), "without": plan.get("without", [])},
         "cells": _cell_list(said, cells, messages),
         "commands": [said["command"], *(v["command"] for v in compared if v["skipped"] is None)],
         "notes": _notes(said, compared, groups, comparisons, quality),
@@ -208,7 +211,7 @@ def _variant(
     config, plan = said["config"], said["plan"]
     adapters, quantized = config["method"] != "full", config["method"] == "qlora"
     chained = said["continue_from"] is not None
-    figures = {metric["key"]: cells.figure(metric["key"]) for metric in metrics}
+    figures = {metric["key"]: _bounded(cells.figure(metric["key"]), metric) for metric in metrics}
     own_blocks = whole["model"]["quantized_source"] is not None and quantized and not config["requantize"]
     components, counted = _components(cells, plan)
     return {
@@ -237,6 +240,15 @@ def _variant(
         "cells": [cell["id"] for cell in whole["cells"] if cell["variant"] == said["key"]],
         "notes": _variant_notes(said, cells, whole),
     }
+
+
+def _bounded(figure: Figure | None, metric: Mapping[str, Any]) -> Figure | None:
+    """An interval without what the figure cannot be: no time, memory or loss is below 0, and no share above 1."""
+    if figure is None or figure.low is None or figure.high is None or min(figure.values) < 0:
+        return figure
+    of_users = metric["quality"] and metric["unit"] != "share" and metric["key"] != EVAL_LOSS  # it may be any number
+    low, high = (figure.low if of_users else max(figure.low, 0.0)), figure.high
+    return replace(figure, low=low, high=min(high, 1.0) if metric["quality"] and metric["unit"] == "share" else high)
 
 
 def _components(cells: Cells, plan: Mapping[str, Any] | None) -> tuple[dict[str, float], bool]:
@@ -388,7 +400,10 @@ def _comparison(a: Cells, b: Cells, metric: dict[str, Any], found: Difference, b
 def _said(a: str, b: str, metric: dict[str, Any], found: Difference) -> str:
     label, size = metric["label"], wording.difference(found.mean, metric)
     if found.low is None or found.high is None:
-        return f"{label}: {a} and {b} differ by {size} with one seed, which says nothing of other seeds."
+        if not found.mean:
+            return f"{label}: {a} and {b} are equal with one seed, which says nothing of other seeds."
+        side = "lower" if found.mean < 0 else "higher"
+        return f"{label}: {a} is {side} than {b} by {size} with one seed, which says nothing of other seeds."
     ends = [wording.difference(value, metric) for value in (found.low, found.high)]
     signed = [f"{'-' if value < 0 else ''}{text}" for value, text in zip((found.low, found.high), ends, strict=True)]
     between = f"95 %: {signed[0]} to {signed[1]}"
@@ -405,19 +420,22 @@ def _convergence(groups: Sequence[Cells]) -> list[dict[str, Any]]:
         rows = []
         for group in groups:
             found = [at for m in group.by_seed.values() if (at := reached(m.held_out, loss)) is not None]
-            tokens = mean_interval([at.supervised_tokens for at in found]).as_dict() if found else None
-            seconds = mean_interval([at.seconds for at in found]).as_dict() if found else None
             rows.append(
                 {
                     "variant": group.key,
                     "reached": len(found),
                     "at_first": sum(at.at_first for at in found),
-                    "supervised_tokens": tokens,
-                    "seconds": seconds,
+                    "supervised_tokens": _spent([at.supervised_tokens for at in found]),
+                    "seconds": _spent([at.seconds for at in found]),
                 }
             )
         made.append({"loss": loss, "rows": rows})
     return made
+
+
+def _spent(values: Sequence[float]) -> dict[str, Any] | None:
+    figure = _bounded(mean_interval(values), _SPENT) if values else None
+    return None if figure is None else figure.as_dict()
 
 
 def _levels(groups: Sequence[Cells]) -> list[float]:
@@ -466,6 +484,19 @@ def _title(said: Mapping[str, Any], compared: Sequence[Mapping[str, Any]]) -> st
     return f"{', '.join(v['label'] for v in compared)} on {said['model']['name']}, {names}"
 
 
+def _busy(groups: Sequence[Cells]) -> list[float]:
+    """The shares of the processor that other work took beside runs, where that was more than a quiet machine's."""
+    return [m.others for g in groups for m in g.by_seed.values() if m.others is not None and m.others > QUIET]
+
+
+def _quiet(groups: Sequence[Cells]) -> bool | None:
+    """Whether the runs had the processor for themselves, as far as it is known; None: it is of no run of a variant."""
+    if _busy(groups):
+        return False
+    known = [any(m.others is not None for m in group.by_seed.values()) for group in groups if group.by_seed]
+    return True if all(known) else None
+
+
 def _settings(said: Mapping[str, Any], compared: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     work = compared[0]["work"]
     search = said["tune"]
@@ -511,16 +542,18 @@ def _notes(
     quality: Mapping[str, Any],
 ) -> list[str]:
     work = compared[0]["work"]
+    seen = work["steps"] * work["rows_per_update"]
+    rows = (
+        f"{work['train_rows']:,} rows" if seen >= work["train_rows"] else f"{seen:,} of the {work['train_rows']:,} rows"
+    )
     same = (
-        f"Every run saw the same {work['train_rows']:,} rows in the order of its seed, {work['rows_per_update']} an "
-        f"update for {work['steps']} updates: {work['supervised_tokens']:,} supervised tokens with the first seed. "
-        "Packing and micro-batches lay rows out in memory and change no update."
+        f"With a seed, every variant saw the same {rows} in the same order, {work['rows_per_update']} an update for "
+        f"{work['steps']} updates: {work['supervised_tokens']:,} supervised tokens with the first seed. Packing and "
+        "micro-batches lay rows out in memory and change no update."
     )
     notes = [
         *([same] if _equal(compared) and _as_long(groups) else []),
-        "Memory by component is counted in the runs: their tensors, and what is left of a process's measured peak. "
-        "Where not every run counted it (resumed and older runs, a GPU, what does not fit here) it is planned, and the "
-        "table says so.",
+        _how_counted(compared, groups),
         "A detectable difference is the true one that these seeds and rows would have found with 80 % power at the 5 % "
         "level.",
     ]
@@ -534,9 +567,21 @@ def _notes(
         )
     else:
         notes += _search_notes(said["tune"], compared)
-    if quality["better"] == "lower":
+    if quality["better"] == "lower" and any(_against_full(g, groups, compared, quality) for g in groups):
         notes.append("Against full: the share of what full fine-tuning took off the untrained model's held-out loss.")
     return [*notes, *said["notes"]]
+
+
+def _how_counted(compared: Sequence[Mapping[str, Any]], groups: Sequence[Cells]) -> str:
+    counted = [_components(group, None)[1] for group in groups]
+    measured = "counted in the runs: their tensors, and what is left of a process's measured peak"
+    planned = "planned: not every run counted it (resumed and older runs, a GPU, what does not fit here)"
+    if all(counted):
+        return f"Memory by component is {measured}."
+    if not any(counted):
+        return f"Memory by component is {planned}."
+    names = wording.names([v["label"] for v, is_counted in zip(compared, counted, strict=True) if not is_counted])
+    return f"Memory by component is {measured}. Of {names} it is {planned}."
 
 
 def _equal(compared: Sequence[Mapping[str, Any]]) -> bool:
@@ -616,11 +661,15 @@ def _warnings(
         found.append("The variants did not learn from the same: rows or supervised tokens differ (--unequal).")
     elif not _as_long(groups):
         found.append("Not all runs of a seed saw the same number of supervised tokens: some ended early.")
-    busy = [m.others for group in groups for m in group.by_seed.values() if m.others is not None and m.others > QUIET]
-    if busy:
+    if busy := _busy(groups):
         found.append(
             f"Other work took up to {max(busy):.0%} of the processor beside {len(busy)} of "
             f"{sum(len(group.by_seed) for group in groups)} runs: their times are of a shared machine."
+        )
+    elif _quiet(groups) is None:
+        found.append(
+            "What else the processor did beside the runs is not known (they were interrupted, or are of elsewhere): "
+            "their times may be of a shared machine."
         )
     found += [
         f"{group.key}, seed {seed}: memory ran short, and it went on in a layout that takes less: its time is of both"

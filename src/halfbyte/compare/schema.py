@@ -218,10 +218,11 @@ class Cost(_Part):
 
 
 class Plan(_Part):
-    """What was shown before the first run."""
+    """What was shown before the first run; `without`: what is not in it."""
 
     seconds: Range | None = None
     cost: Cost | None = None
+    without: list[str] = []
 
 
 class Cell(_Part):

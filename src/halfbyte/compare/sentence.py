@@ -11,7 +11,8 @@
    that is another.
 
 `comparisons` are those of report.json; a difference that has no verdict there is none here. Times of two machines are
-not compared.
+not compared, nor those of runs beside which other work had a part of the processor, or may have had: then memory alone
+decides.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -28,6 +29,7 @@ def sentence(
     variants: Sequence[Mapping[str, Any]],
     comparisons: Sequence[Mapping[str, Any]],
     elsewhere: Collection[str] = (),
+    quiet: bool | None = True,
 ) -> str:
     """One or two sentences.
 
@@ -35,6 +37,7 @@ def sentence(
     metrics     by key
     variants    with their figures
     elsewhere   keys of variants that do not fit this machine: their runs are another's
+    quiet       whether the runs had the processor for themselves; None: it is not known
     """
     finished = [v for v in variants if v["figures"].get("seconds")]
     key, label = quality["key"], quality["label"]
@@ -48,10 +51,11 @@ def sentence(
         return f"The {label} {whose}, so nothing can be said of it: --quality names another metric to judge by."
     several = [v for v in known if v["figures"][key]["n"] > 1]
     if len(several) < 2:
-        cheap = min(known, key=lambda v: v["figures"]["seconds"]["mean"])
+        spent, name = ("seconds", "time") if quiet else ("peak_memory_bytes", "memory")
+        cheap = min(known, key=lambda v: v["figures"][spent]["mean"])
         return (
             f"With one seed a difference in {label} cannot be told from chance, so no method is advised for "
-            f"its quality; {cheap['label']} took the least time in its run: {_cost(cheap, metrics)}."
+            f"its quality; {cheap['label']} took the least {name} in its run: {_cost(cheap, metrics)}."
         )
     known = several
     sign = 1 if quality["better"] == "lower" else -1
@@ -66,15 +70,12 @@ def sentence(
             f"{best['label']} has the best {label} ({value}), and does not fit this machine: one run costs "
             f"{_cost(best, metrics)} elsewhere." + _best_here(known, best, quality, metrics, comparisons, elsewhere)
         )
-    fastest = min(here, key=lambda v: v["figures"]["seconds"]["mean"])
-    as_fast = [v for v in here if v is fastest or _verdict(comparisons, v, fastest, "seconds") == NOTHING]
-    smaller = [v for v in as_fast if v is fastest or _better(comparisons, v, fastest, "peak_memory_bytes")]
-    advised = min(smaller, key=lambda v: v["figures"]["peak_memory_bytes"]["mean"])
+    advised, reason = _fastest(here, comparisons) if quiet else _smallest(here, comparisons, quiet)
     said = (
         f"Use {advised['label']} here: {_why(advised, best, equal, quality, comparisons, len(known) < len(finished))}"
     )
     if len(here) > 1:
-        said += _time_and_memory(advised, fastest, here, as_fast, comparisons)
+        said += reason
     elif len(equal) > 1:
         said += _alone(equal, choice)
     said += "; "
@@ -135,26 +136,37 @@ def _why(
     return text
 
 
-def _time_and_memory(
-    advised: Mapping[str, Any],
-    fastest: Mapping[str, Any],
-    choice: Sequence[Mapping[str, Any]],
-    as_fast: Sequence[Mapping[str, Any]],
-    comparisons: Sequence[Mapping[str, Any]],
-) -> str:
-    """Why this one of several equally good ones: only differences that were found are told as such."""
+def _fastest(
+    choice: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]]
+) -> tuple[Mapping[str, Any], str]:
+    """(one of several equally good ones, why it): only differences that were found are told as such."""
+    fastest = min(choice, key=lambda v: v["figures"]["seconds"]["mean"])
+    as_fast = [v for v in choice if v is fastest or _verdict(comparisons, v, fastest, "seconds") == NOTHING]
+    smaller = [v for v in as_fast if v is fastest or _better(comparisons, v, fastest, "peak_memory_bytes")]
+    advised = min(smaller, key=lambda v: v["figures"]["peak_memory_bytes"]["mean"])
     untimed = [v for v in choice if v is not fastest and _comparison(comparisons, v, fastest, "seconds") is None]
     if untimed:
-        return f"; its time was not compared with that of {wording.names([v['label'] for v in untimed])}"
+        return advised, f"; its time was not compared with that of {wording.names([v['label'] for v in untimed])}"
     if len(as_fast) == 1:
-        return ", and it takes the least time of them"
+        return advised, ", and it takes the least time of them"
     others = [v for v in as_fast if v is not advised] if advised is fastest else [fastest]
     text = f", nor one in time between it and {wording.names([v['label'] for v in others])}"
     if advised is fastest:
-        return text + "; on average it took the least time of these"
+        return advised, text + "; on average it took the least time of these"
     if all(_better(comparisons, advised, v, "peak_memory_bytes") for v in as_fast if v is not advised):
-        return text + ", and it takes the least memory of these"
-    return text + f", and it takes less memory than {fastest['label']}"
+        return advised, text + ", and it takes the least memory of these"
+    return advised, text + f", and it takes less memory than {fastest['label']}"
+
+
+def _smallest(
+    choice: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]], quiet: bool | None
+) -> tuple[Mapping[str, Any], str]:
+    """`_fastest` where times say nothing."""
+    least = min(choice, key=lambda v: v["figures"]["peak_memory_bytes"]["mean"])
+    found = all(_better(comparisons, least, v, "peak_memory_bytes") for v in choice if v is not least)
+    text = ", and it takes the least memory of them" if found else "; on average it took the least memory of them"
+    why = "it is not known what else the processor did" if quiet is None else "other work took part of the processor"
+    return least, f"{text} (times are not compared: {why})"
 
 
 def _cost(variant: Mapping[str, Any], metrics: Mapping[str, Mapping[str, Any]]) -> str:

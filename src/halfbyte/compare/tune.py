@@ -129,5 +129,6 @@ def as_dict(
         "steps": search.steps,
         "grid": {key: list(rates) for key, rates in search.rates.items()},
         "losses": {key: list(values) for key, values in losses.items()},
+        "cells": {key: [cell.id for cell in runs] for key, runs in search.cells.items()},
         "chosen": dict(chosen),
     }

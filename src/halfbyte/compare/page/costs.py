@@ -178,6 +178,8 @@ def _plan(view: View) -> str:
     text = f"Before the first run, the plan for all of them said {expected}, at most {most}"
     if plan.cost is not None:
         text += f", and a cost of {number(plan.cost.amount, 2)}{NBSP}{plan.cost.currency}"
+    if plan.without:
+        text += f", without {' and '.join(plan.without)}"
     return text + "."
 
 

@@ -16,7 +16,8 @@ def facts(view: View) -> list[str]:
     if seeds:
         out.append("one seed: no intervals" if seeds == 1 else f"{seeds} seeds, 95 % intervals over them")
     if settings.supervised_tokens is not None:
-        out.append(f"{plain(settings.supervised_tokens)} supervised tokens a run")
+        whose = " with the first seed" if seeds > 1 else ""
+        out.append(f"{plain(settings.supervised_tokens)} supervised tokens a run{whose}")
     out.append(f"learning rates {searched(report)}")
     if report.model.quantized_source:
         out.append(f"the base came from a quantized file: {report.model.quantized_source}")
@@ -94,7 +95,7 @@ def _yes(value: bool | None) -> str:
 def _how_to_read(view: View) -> str:
     text = "1 GB is 10⁹ bytes. "
     if len(view.report.settings.seeds) > 1:
-        text += "Figures are means over the seeds; below each stands its 95 % interval. "
+        text += "Figures are means over the seeds; with each stands its 95 % interval. "
     metric = next((variant.against_full.metric for variant in view.variants if variant.against_full), None)
     if metric is not None:
         text += f"Quality against full: {_share_of_full(view.report.metric(metric))}. "

@@ -64,10 +64,11 @@ def _reached_row(view: View, row: Reached, figure: Measured | None, scaled: Scal
     label, mark = view.label(row.variant), view.mark(row.variant)
     if figure is None:
         return Row(label, NOT_MEASURED if row.reached else "not reached", mark)
-    more = f"{row.reached} of {seeds} seeds" if row.reached < seeds else scaled.interval(figure.low, figure.high)
+    ends = (None, None) if row.at_first else (figure.low, figure.high)  # of upper bounds there is no interval
+    more = f"{row.reached} of {seeds} seeds" if row.reached < seeds else scaled.interval(*ends)
     if row.at_first:
         more = f"{more}, at most" if more else "at most"
-    low, high = scaled.down(figure.low), scaled.down(figure.high)
+    low, high = map(scaled.down, ends)
     values = [value / scaled.scale.factor for value in figure.values] if figure.n > 1 else []
     return Row(label, scaled.number(figure.mean), mark, scaled.down(figure.mean), low, high, values, more=more)
 
@@ -75,9 +76,7 @@ def _reached_row(view: View, row: Reached, figure: Measured | None, scaled: Scal
 def _reached_cell(figure: Measured | None, row: Reached, scaled: Scaled) -> Cell:
     if figure is None:
         return Cell(NOT_MEASURED if row.reached else "not reached")
-    note = scaled.interval(figure.low, figure.high)
-    if row.at_first:
-        note = f"{note}, at most" if note else "at most"
+    note = "at most" if row.at_first else scaled.interval(figure.low, figure.high)
     return Cell(scaled.number(figure.mean), note=note)
 
 
