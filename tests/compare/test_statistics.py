@@ -9,6 +9,7 @@ from halfbyte.compare.statistics import (
     Rows,
     detectable,
     mean_interval,
+    mean_ratio,
     paired_difference,
     pareto,
     power,
@@ -221,3 +222,15 @@ def test_the_pareto_front() -> None:
     assert better([[1, 5], [2, 2], [5, 1], [3, 3]]) == [True, True, True, False]
     assert better([[1, 1], [1, 1], [1, 2]]) == [True, True, False]
     assert better([]) == []
+
+
+def test_ratios_the_other_way_round_are_the_inverse() -> None:
+    values = [0.5, 1.1, 3.0]
+    one, other = mean_ratio(values), mean_ratio([1 / value for value in values])
+    assert one.mean == pytest.approx(math.prod(values) ** (1 / 3)) == pytest.approx(1 / other.mean)
+    assert one.low is not None
+    assert other.high is not None
+    assert 0 < one.low == pytest.approx(1 / other.high)
+    assert (mean_ratio([2.0]).mean, mean_ratio([2.0]).low) == (pytest.approx(2.0), None)
+    with pytest.raises(ValueError, match="above 0"):
+        mean_ratio([1.0, 0.0])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.compare.others import QUIET
-from halfbyte.compare.statistics import Figure, mean_interval
+from halfbyte.compare.statistics import Figure, mean_ratio
 
 CONFIRMED, REFUTED, PARTLY, OPEN = "confirmed", "refuted", "partly", "not testable here"
 NONE = "no difference found"
@@ -100,7 +100,7 @@ def within(figure: Figure, low: float, high: float, what: str, said: str = "clai
     if figure.low >= low and figure.high <= high:
         verdict = CONFIRMED
     elif figure.high < low or figure.low > high:
-        verdict = REFUTED
+        verdict, shown = REFUTED, f"{shown}; it is {'below' if figure.high < low else 'above'} that"
     else:
         verdict, shown = OPEN, f"{shown}; the interval is wider than the question: it would take more seeds or rows"
     return Said(verdict, shown, figure.mean, figure.low, figure.high)
@@ -160,9 +160,9 @@ def ended(sentence: str) -> str:
 def ratio(one: Mapping[str, Any], other: Mapping[str, Any], metric: str) -> Figure | None:
     """The first variant's figure over the second's, seed by seed; None where they have not the same seeds."""
     mine, theirs = one["figures"].get(metric), other["figures"].get(metric)
-    if mine is None or theirs is None or mine["n"] != theirs["n"] or not all(theirs["values"]):
+    if mine is None or theirs is None or mine["n"] != theirs["n"] or min(*mine["values"], *theirs["values"]) <= 0:
         return None
-    return mean_interval([a / b for a, b in zip(mine["values"], theirs["values"], strict=True)])
+    return mean_ratio([a / b for a, b in zip(mine["values"], theirs["values"], strict=True)])
 
 
 def together(said: Sequence[Said]) -> str:

@@ -1,6 +1,7 @@
 """What a few seeds and some held-out rows allow one to say: means, paired differences, what could have been found.
 
     mean_interval(values)            mean over seeds and its 95 % interval (Student's t); none for a single seed
+    mean_ratio(values)               the same of ratios, by their logarithms
     paired_difference(a, b)          the same of differences by seed, where a figure has no rows (memory, seconds)
     row_difference(a, b)             of a figure that is a mean over held-out rows (loss, accuracy), by seed and by row
     pareto(points)                   which points no other one beats in everything
@@ -106,6 +107,16 @@ def mean_interval(values: Sequence[float]) -> Figure:
         return Figure(mean, None, None, (mean,))
     half = t_quantile(0.5 + LEVEL / 2, len(data) - 1) * float(data.std(ddof=1)) / math.sqrt(len(data))
     return Figure(mean, mean - half, mean + half, tuple(map(float, values)))
+
+
+def mean_ratio(values: Sequence[float]) -> Figure:
+    """Geometric mean of ratios with Student's interval of their logarithms: it is above 0, and the ratio the other way
+    round has the inverse. ValueError for no values, or one that is not above 0."""
+    if any(value <= 0 for value in values):
+        raise ValueError("a ratio is above 0")
+    figure = mean_interval([math.log(value) for value in values])
+    low, high = (None if end is None else math.exp(end) for end in (figure.low, figure.high))
+    return Figure(math.exp(figure.mean), low, high, tuple(map(float, values)))
 
 
 def paired_difference(a: Sequence[float], b: Sequence[float]) -> Difference:
