@@ -129,13 +129,13 @@ def test_a_comparison_without_a_verdict_is_no_difference(verdict: str | None) ->
 
 def test_of_three_the_one_between_is_held_against_the_best() -> None:
     three = [variant("full", 0.9, 500, 9e9), LORA, QLORA]
-    comparisons = [found("full", "lora", "eval_loss", NONE, detectable=0.3),
+    comparisons = [found("full", "lora", "eval_loss", NONE, detectable=0.04),
                    found("full", "qlora", "eval_loss", A), found("lora", "qlora", "eval_loss", NONE),
                    found("full", "lora", "seconds", B), found("lora", "qlora", "peak_memory_bytes", B),
                    found("full", "lora", "peak_memory_bytes", B)]  # fmt: skip
     said = sentence(LOSS, METRICS, three, comparisons)
     assert said.startswith(
-        "Use lora here: no difference in held-out loss was found between it (1.0000) and full (one of 0.3000 would "
+        "Use lora here: no difference in held-out loss was found between it (1.0000) and full (one of 0.0400 would "
         "have been)"
     )
 
@@ -202,3 +202,24 @@ def test_times_beside_other_work_decide_nothing(quiet: bool | None, why: str) ->
     single = [variant("lora", 1.0, 100, 3e9, n=1), variant("qlora", 1.0, 120, 1e9, n=1)]
     assert "lora took the least time in its run" in sentence(LOSS, METRICS, single, [])
     assert "qlora took the least memory in its run" in sentence(LOSS, METRICS, single, [], quiet=quiet)
+
+
+def test_runs_that_could_not_find_what_matters_decide_nothing() -> None:
+    comparisons = [found("lora", "qlora", "eval_loss", NONE, detectable=0.3), found("lora", "qlora", "seconds", A),
+                   found("lora", "qlora", "peak_memory_bytes", B)]  # fmt: skip
+    assert sentence(LOSS, METRICS, [QLORA, LORA], comparisons) == (
+        "Too little was run to choose by held-out loss: no difference was found between lora (1.0000) and qlora "
+        "(1.0100), and only one of 0.3000 would have been. By cost alone it is lora, and it takes the least time of "
+        "them; one run costs 1.7 min and 3.00 GB of memory."
+    )
+    as_fast = [comparisons[0], found("lora", "qlora", "seconds", NONE), comparisons[2]]
+    assert sentence(LOSS, METRICS, [QLORA, LORA], as_fast).endswith(
+        "By cost alone it is qlora; no difference in time between it and lora, and it takes the least memory of these; "
+        "one run costs 2.0 min and 1.00 GB of memory."
+    )
+
+
+def test_few_rows_are_told() -> None:
+    comparisons = [found("lora", "qlora", "eval_loss", A, -0.01)]
+    assert sentence(LOSS, METRICS, [LORA, QLORA], comparisons, rows=16).endswith(" This rests on 16 held-out rows.")
+    assert "held-out rows" not in sentence(LOSS, METRICS, [LORA, QLORA], comparisons, rows=200)

@@ -188,6 +188,16 @@ def test_the_detectable_difference_is_found_four_times_of_five(monkeypatch: pyte
     assert 0.65 <= np.mean(found) <= 0.9
 
 
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+@pytest.mark.parametrize("spread", SPREADS)
+def test_what_would_have_been_found_is_more_than_what_was_not(seeds: int, spread: str) -> None:
+    rng = np.random.default_rng(seeds)
+    for repetition in range(20):
+        found = row_difference(*simulated(rng, seeds, 200, SPREADS[spread], True, 0.05), seed=repetition)
+        assert found.detectable is not None
+        assert found.detectable > abs(found.mean) or found.found
+
+
 def test_detectable_differences_shrink_with_what_is_known() -> None:
     # The paired t test's own tables, for a spread that is known: 3 pairs find 3.26 standard deviations, 5 pairs 1.68.
     assert power(np.array([3.264 * math.sqrt(3)]), 2) == pytest.approx(0.8, abs=0.001)

@@ -94,7 +94,13 @@ def build(root: Path) -> dict[str, Any]:
         "command": said["command"],
         "title": said["options"]["title"] or _title(said, compared),
         "sentence": sentence(
-            quality, by_key, variants, comparisons, {v["key"] for v in compared if v["skipped"]}, _quiet(groups)
+            quality,
+            by_key,
+            variants,
+            comparisons,
+            {v["key"] for v in compared if v["skipped"]},
+            _quiet(groups),
+            sum(data["eval_rows"] for data in said["data"]),
         ),
         "model": said["model"],
         "data": said["data"],

@@ -7,6 +7,8 @@
    takes the least time; or one from which no difference in time to it was found and that was found to take less memory.
    It is said to take the least only where a difference to every other of them was found, and named as the best only
    where it is the best and a difference to every other variant was found.
+   Where only a difference of more than TOO_MUCH of the best's figure would have been found, none is advised: it is
+   said that too little was run, and which is the cheapest.
 4. What it costs: time and memory of one run, money where a price is known; and the variant with the least memory, where
    that is another.
 
@@ -21,6 +23,10 @@ from typing import Any
 from halfbyte.compare import wording
 
 NOTHING = "no difference found"
+TOO_MUCH = 0.05
+"""Of the best figure: a difference that somebody cares for, and that runs have to be able to find if they decide."""
+FEW_ROWS = 100
+"""Held-out rows below which it is said how few there were."""
 
 
 def sentence(
@@ -30,14 +36,16 @@ def sentence(
     comparisons: Sequence[Mapping[str, Any]],
     elsewhere: Collection[str] = (),
     quiet: bool | None = True,
+    rows: int | None = None,
 ) -> str:
-    """One or two sentences.
+    """A few sentences.
 
     quality     the metric that decides
     metrics     by key
     variants    with their figures
     elsewhere   keys of variants that do not fit this machine: their runs are another's
     quiet       whether the runs had the processor for themselves; None: it is not known
+    rows        how many were held out; None: it is not known
     """
     finished = [v for v in variants if v["figures"].get("seconds")]
     key, label = quality["key"], quality["label"]
@@ -71,6 +79,10 @@ def sentence(
             f"{_cost(best, metrics)} elsewhere." + _best_here(known, best, quality, metrics, comparisons, elsewhere)
         )
     advised, reason = _fastest(here, comparisons) if quiet else _smallest(here, comparisons, quiet)
+    least = _least_found(best, equal, comparisons, key)
+    if len(here) > 1 and least is not None and least > TOO_MUCH * abs(best["figures"][key]["mean"]):
+        said = f"{_undecided(equal, quality, least)} By cost alone it is {advised['label']}"
+        return f"{said}{reason.replace(', nor one', '; no difference', 1)}; one run costs {_cost(advised, metrics)}."
     said = (
         f"Use {advised['label']} here: {_why(advised, best, equal, quality, comparisons, len(known) < len(finished))}"
     )
@@ -80,7 +92,27 @@ def sentence(
         said += _alone(equal, choice)
     said += "; "
     said += f"one run costs {_cost(advised, metrics)}."
-    return said + _least_memory(advised, known, quality, comparisons)
+    few = f" This rests on {rows} held-out rows." if rows is not None and rows < FEW_ROWS else ""
+    return said + _least_memory(advised, known, quality, comparisons) + few
+
+
+def _least_found(
+    best: Mapping[str, Any], equal: Sequence[Mapping[str, Any]], comparisons: Sequence[Mapping[str, Any]], key: str
+) -> float | None:
+    """The difference to the best that would have been found of each of the others."""
+    found = [_comparison(comparisons, best, other, key) for other in equal if other is not best]
+    return max((c["detectable"] for c in found if c is not None and c["detectable"] is not None), default=None)
+
+
+def _undecided(equal: Sequence[Mapping[str, Any]], quality: Mapping[str, Any], least: float) -> str:
+    sign = 1 if quality["better"] == "lower" else -1
+    ordered = sorted(equal, key=lambda v: sign * v["figures"][quality["key"]]["mean"])
+    values = [f"{v['label']} ({wording.amount(v['figures'][quality['key']]['mean'], dict(quality))})" for v in ordered]
+    size = wording.difference(least, dict(quality))
+    return (
+        f"Too little was run to choose by {quality['label']}: no difference was found between {wording.names(values)}, "
+        f"and only one of {size} would have been."
+    )
 
 
 def _alone(equal: Sequence[Mapping[str, Any]], choice: Sequence[Mapping[str, Any]]) -> str:
