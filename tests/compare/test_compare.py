@@ -536,6 +536,40 @@ def test_what_is_no_comparison_is_refused(model_folder: Path, data_file: Path, t
     assert made.plan["variants"] == ["lora-max-steps-3", "lora-max-steps-6"]
 
 
+def test_the_report_of_another_model_or_of_other_rows_is_not_overwritten(
+    whole: Comparison, model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "copy"
+    shutil.copytree(whole.path, copy)
+    changed, renamed = tmp_path / model_folder.name, tmp_path / "another-model"
+    for folder in (changed, renamed):
+        shutil.copytree(model_folder, folder)
+        tensors: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
+        save_file(
+            {name: tensor + 1 for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+        )
+    more = write_rows(tmp_path / "more.jsonl", rows(61))
+    for model, data, message in (
+        (renamed, data_file, f"{model_folder.name}, and another-model is another model"),
+        (changed, data_file, f"{model_folder.name} with other weights than it has now"),
+        (model_folder, more, rf"other rows \({data_file.name}: .*\)"),
+    ):
+        for dry_run in (True, False):
+            with pytest.raises(UsageError, match=f"{copy} holds a comparison of {message}: choose another output"):
+                compare(request_of(model, data, copy), dry_run=dry_run)
+    assert report_data.build(copy) == whole.report
+    longer = request_of(
+        model_folder, data_file, copy, methods="lora", vary={"max_seq_length": (12, 64)}, unequal=True
+    )  # fmt: skip
+    assert compare(longer, dry_run=True).plan  # one variant is new, the other one's rows are the report's
+    for cell in copy.glob(f"cells/*/{CELL}"):
+        cell.unlink()
+    assert compare(request_of(renamed, more, copy), dry_run=True).plan  # begun, and nothing of it finished
+
+
 def test_grids_leave_out_what_is_the_same_run(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     from halfbyte.compare.design import make_design
 
