@@ -419,10 +419,14 @@ def test_metrics_merges_and_prices(model_folder: Path, data_file: Path, tmp_path
 
 @pytest.mark.slow
 def test_side_by_side(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
-    report = compare(request_of(model_folder, data_file, tmp_path / "c", jobs=2, seeds=1)).report
+    report = compare(request_of(model_folder, data_file, tmp_path / "c", jobs=2, seeds=1, max_steps=300)).report
     assert report is not None
     assert report["settings"]["side_by_side"]
     assert any("side by side" in warning for warning in report["warnings"])
+    runs = [read_events(tmp_path / "c" / cell["path"] / "events.jsonl") for cell in report["cells"]]
+    assert [[event["event"] for event in (events[0], events[-1])] for events in runs] == [["start", "end"]] * 2
+    first, second = ((events[0]["time"], events[-1]["time"]) for events in runs)
+    assert max(first[0], second[0]) < min(first[1], second[1])
 
 
 def test_a_dry_run_writes_nothing(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
