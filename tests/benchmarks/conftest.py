@@ -19,6 +19,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 def scripts() -> Iterator[dict[str, ModuleType]]:
     names = (
         "compare",
+        "compare_loop",
         "comparison_table",
         "gemm_rate",
         "machine",

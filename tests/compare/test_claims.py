@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from halfbyte.compare import claim_tests, memory_claims
-from halfbyte.compare.claims import Report, judge, judge_all, with_verdicts
+from halfbyte.compare.claims import Report, judge, judge_all, load_reports, with_verdicts
 from halfbyte.compare.statistics import mean_interval
 from halfbyte.errors import UsageError
 from halfbyte.plan import claims as claim_file
@@ -398,6 +398,28 @@ def test_reports_are_found_below_a_folder(tmp_path: Path) -> None:
     assert verdicts[9].evidence.endswith("a/b/report.json")
     with pytest.raises(UsageError, match=r"no report\.json in"):
         judge_all([tmp_path / "missing"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"variants": None, "schema_version": 3, "tests": []}, "is no report of a comparison (no variants in it)"),
+        ({"cells": {}}, "is no report of a comparison (no cells in it)"),
+        ({"schema_version": 2}, "is of a newer halfbyte: upgrade it"),
+    ],
+)
+def test_what_is_no_report_of_this_version_is_refused_by_its_name(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    """Other programs write a report.json, too, and left out in silence a damaged one of ours would change verdicts."""
+    data = {name: value for name, value in (report(variant("lora")).data | changes).items() if value is not None}
+    for name, content in (("good", report(variant("lora")).data), ("other", data)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(content))
+    with pytest.raises(UsageError) as refused:
+        load_reports([tmp_path])
+    assert str(refused.value).startswith(f"{tmp_path / 'other' / 'report.json'} {message}")
+    assert "\n" not in str(refused.value)
 
 
 def test_a_title_that_begins_with_another_is_not_taken_for_it() -> None:

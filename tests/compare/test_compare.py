@@ -457,10 +457,14 @@ def test_metrics_merges_and_prices(model_folder: Path, data_file: Path, tmp_path
 
 @pytest.mark.slow
 def test_side_by_side(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
-    report = compare(request_of(model_folder, data_file, tmp_path / "c", jobs=2, seeds=1)).report
+    report = compare(request_of(model_folder, data_file, tmp_path / "c", jobs=2, seeds=1, max_steps=300)).report
     assert report is not None
     assert report["settings"]["side_by_side"]
     assert any("side by side" in warning for warning in report["warnings"])
+    runs = [read_events(tmp_path / "c" / cell["path"] / "events.jsonl") for cell in report["cells"]]
+    assert [[event["event"] for event in (events[0], events[-1])] for events in runs] == [["start", "end"]] * 2
+    first, second = ((events[0]["time"], events[-1]["time"]) for events in runs)
+    assert max(first[0], second[0]) < min(first[1], second[1])
 
 
 def test_a_dry_run_writes_nothing(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
@@ -574,6 +578,40 @@ def test_what_is_no_comparison_is_refused(model_folder: Path, data_file: Path, t
     assert made.plan["variants"] == ["lora-max-steps-3", "lora-max-steps-6"]
 
 
+def test_the_report_of_another_model_or_of_other_rows_is_not_overwritten(
+    whole: Comparison, model_folder: Path, data_file: Path, tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    copy = tmp_path / "copy"
+    shutil.copytree(whole.path, copy)
+    changed, renamed = tmp_path / model_folder.name, tmp_path / "another-model"
+    for folder in (changed, renamed):
+        shutil.copytree(model_folder, folder)
+        tensors: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
+        save_file(
+            {name: tensor + 1 for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+        )
+    more = write_rows(tmp_path / "more.jsonl", rows(61))
+    for model, data, message in (
+        (renamed, data_file, f"{model_folder.name}, and another-model is another model"),
+        (changed, data_file, f"{model_folder.name} with other weights than it has now"),
+        (model_folder, more, rf"other rows \({data_file.name}: .*\)"),
+    ):
+        for dry_run in (True, False):
+            with pytest.raises(UsageError, match=f"{copy} holds a comparison of {message}: choose another output"):
+                compare(request_of(model, data, copy), dry_run=dry_run)
+    assert report_data.build(copy) == whole.report
+    longer = request_of(
+        model_folder, data_file, copy, methods="lora", vary={"max_seq_length": (12, 64)}, unequal=True
+    )  # fmt: skip
+    assert compare(longer, dry_run=True).plan  # one variant is new, the other one's rows are the report's
+    for cell in copy.glob(f"cells/*/{CELL}"):
+        cell.unlink()
+    assert compare(request_of(renamed, more, copy), dry_run=True).plan  # begun, and nothing of it finished
+
+
 def test_grids_leave_out_what_is_the_same_run(model_folder: Path, data_file: Path, tmp_path: Path) -> None:
     from halfbyte.compare.design import make_design
 
@@ -673,10 +711,14 @@ def test_accepting_again_tells_the_same(whole: Comparison, model_folder: Path, d
     assert quiet.notes == ()
 
 
-def command(model: Path, data: Path, out: Path) -> list[str]:
+STEPS = 80
+"""Updates of a run that is to be killed in the middle."""
+
+
+def command(model: Path, data: Path, out: Path, steps: int = STEPS) -> list[str]:
     words = ["compare", "-m", str(model), "-d", str(data), "-o", str(out), "--methods", "lora,qlora", "--seeds", "2"]
     words += ["--lora-r", "4", "--eval-split", "0.2", "--dtype", "float32", "--learning-rate", "0.01"]
-    words += ["--max-seq-length", "64", "--max-steps", "40", "--eval-steps", "20", "--save-steps", "7"]
+    words += ["--max-seq-length", "64", "--max-steps", str(steps), "--eval-steps", "20", "--save-steps", "7"]
     return [sys.executable, "-m", "halfbyte", *words]
 
 
@@ -691,35 +733,71 @@ def workers(out: Path) -> list[int]:
     return found
 
 
+def training(out: Path, updates: int, started: subprocess.Popen[bytes]) -> int | None:
+    """The worker in the middle of a run, once all runs together have made that many updates; None: all has ended."""
+    deadline = time.monotonic() + 120
+    while started.poll() is None:
+        runs = [read_events(file) for file in out.glob("cells/*/events.jsonl")]
+        made = sum(event["event"] == "step" for events in runs for event in events)
+        begun = {e["pid"] for events in runs if events and events[-1]["event"] != "end"
+                 for e in events if e["event"] in ("start", "resume")}  # fmt: skip
+        at_work = begun & set(workers(out / "logs"))
+        if made >= updates and at_work:
+            return int(at_work.pop())
+        assert time.monotonic() < deadline, f"no worker came to {updates} updates"
+        time.sleep(0.02)
+    return None
+
+
+def kill_worker(pid: int, out: Path) -> Path | None:
+    """The run that a worker was killed in; None: it had just come to its end."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return None
+    for file in out.glob("cells/*/events.jsonl"):
+        events = read_events(file)
+        if any(event.get("pid") == pid for event in events) and events[-1]["event"] != "end":
+            return file
+    return None
+
+
 @pytest.mark.slow
 def test_killed_at_random_points_it_gives_the_same_report(model_folder: Path, tmp_path: Path) -> None:
-    """kill -9 of the comparison or of its worker, again and again; what comes out is bit for bit the same losses."""
+    """kill -9 of the comparison or of its worker, again and again; what comes out is bit for bit the same losses.
+
+    The points are counted in updates, so that they are in the middle of runs on any machine.
+    """
     import random
 
     data = write_rows(tmp_path / "rows.jsonl", rows(60))
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     subprocess.run(command(model_folder, data, straight), check=True, capture_output=True)
     random.seed(5)
-    for number in range(6):
+    # None is any time of the start. Each point is beyond the first checkpoint of its run and well before the end.
+    points = [None, *sorted(cell * STEPS + random.randint(10, STEPS // 2) for cell in range(4))]
+    hit = []
+    for number, point in enumerate(points):
         started = subprocess.Popen(command(model_folder, data, killed), stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)  # fmt: skip
-        time.sleep(random.uniform(3.0, 9.0))
-        others = [pid for pid in workers(killed / "logs") if pid != started.pid]
-        victim = others[0] if others and number % 2 else started.pid
-        try:
-            os.kill(victim, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-        if victim != started.pid:
-            time.sleep(0.5)
-            started.kill()
+        worker = None if point is None else training(killed, point, started)
+        if worker is not None and number % 2:
+            hit.append(kill_worker(worker, killed))
+            time.sleep(0.5)  # it is started once more, by a comparison that is killed, too
+        else:
+            time.sleep(random.uniform(0.0, 3.0 if point is None else 1.0))
+        started.kill()
         started.wait()
     subprocess.run(command(model_folder, data, killed), check=True, capture_output=True)
+    runs_hit = {file for file in hit if file is not None}
+    assert runs_hit
+    for file in runs_hit:
+        assert "resume" in [event["event"] for event in read_events(file)]
     reports = [json.loads((out / "report.json").read_text()) for out in (straight, killed)]
     assert losses(reports[0]) == losses(reports[1])
     for cell in reports[1]["cells"]:
         steps = [e["step"] for e in read_events(killed / cell["path"] / "events.jsonl") if e["event"] == "step"]
-        assert steps == list(range(1, 41))
+        assert steps == list(range(1, STEPS + 1))
 
 
 @pytest.mark.slow
@@ -728,8 +806,7 @@ def test_an_interrupted_comparison_saves_and_says_how_to_go_on(
     model_folder: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     data, out = write_rows(tmp_path / "rows.jsonl", rows(60)), tmp_path / "c"
-    words = [word if word != "40" else "4000" for word in command(model_folder, data, out)]
-    started = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(command(model_folder, data, out, steps=4000), stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not any(out.glob("cells/*/events.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -748,8 +825,7 @@ def test_an_interrupted_comparison_saves_and_says_how_to_go_on(
 @pytest.mark.slow
 def test_a_killed_comparisons_worker_saves_and_leaves(model_folder: Path, tmp_path: Path) -> None:
     data, out = write_rows(tmp_path / "rows.jsonl", rows(60)), tmp_path / "c"
-    words = [word if word != "40" else "4000" for word in command(model_folder, data, out)]
-    started = subprocess.Popen(words, stderr=subprocess.DEVNULL)
+    started = subprocess.Popen(command(model_folder, data, out, steps=4000), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while not any(out.glob("cells/*/events.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.1)

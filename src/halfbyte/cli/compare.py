@@ -43,15 +43,16 @@ def compare(
 
     if output is not None:
         options["output"] = output
+    request = load_request(config, flags, options)
     if claims:
-        _claims(output, json)
+        _claims(request.options.output, json)
         return
     if pack is not None:
-        _pack(output or Path("comparison"), pack, json)
+        _pack(request.options.output, pack, json)
         return
     command = shlex.join(["halfbyte", *sys.argv[1:]]) if sys.argv[1:2] == ["compare"] else "halfbyte compare"
     listener = None if json else _Listener()
-    result = compare(load_request(config, flags, options), listener or (lambda event: None), dry_run, command)
+    result = compare(request, listener or (lambda event: None), dry_run, command)
     if json:
         screen.print_json({"path": str(result.path), "plan": result.plan, "report": result.report})
     elif result.report is not None:
@@ -75,10 +76,10 @@ def _pack(root: Path, out: Path, json: bool) -> None:
         screen.console().print(f"{len(files)} files, {size}: {out}", soft_wrap=True, markup=False)
 
 
-def _claims(output: Path | None, json: bool) -> None:
+def _claims(root: Path, json: bool) -> None:
     from halfbyte.compare.claims import judge_all
 
-    verdicts = judge_all([output or Path("comparison")])
+    verdicts = judge_all([root])
     if json:
         screen.print_json([verdict.as_dict() for verdict in verdicts])
         return

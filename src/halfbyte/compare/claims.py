@@ -20,7 +20,7 @@ Where a claim has only a word ("slightly", "comparable"), the range that is take
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +28,17 @@ from typing import Any
 from halfbyte.compare import memory_claims
 from halfbyte.compare.claim_rules import OPEN, Report, Said, ended, title_of, together
 from halfbyte.compare.claim_tests import NEEDS, TESTS
+from halfbyte.compare.schema import SCHEMA_VERSION
 from halfbyte.errors import UsageError
 from halfbyte.plan import claims as claim_file
 from halfbyte.run.folder import read_json
 
 FILE = "report.json"
+_PARTS: Mapping[str, type] = {
+    "title": str, "model": dict, "data": list, "settings": dict, "metrics": list, "variants": list, "comparisons": list,
+    "convergence": list, "cells": list,
+}  # fmt: skip
+"""What the claims ask of a report."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +59,28 @@ class Verdict:
 
 
 def load_reports(folders: Sequence[Path]) -> list[Report]:
-    """Every report.json in or below the folders. UsageError where there is none."""
+    """Every report.json in or below the folders. UsageError where there is none, or one that cannot be read.
+
+    Other programs write files of that name, too. None is left out silently: a verdict says what all reports there say.
+    """
     paths = [path for folder in folders for path in ([folder] if folder.is_file() else sorted(folder.rglob(FILE)))]
     if not paths:
         places = ", ".join(map(str, folders))
         raise UsageError(f"no {FILE} in {places}: a comparison writes one (halfbyte compare … -o)")
-    return [Report(path, read_json(path)) for path in paths]
+    return [Report(path, _read(path)) for path in paths]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    version = found.get("schema_version")
+    if "variants" in found and isinstance(version, int) and version > SCHEMA_VERSION:
+        raise UsageError(f"{path} is of a newer halfbyte: upgrade it, or leave the report out")
+    wrong = [name for name, kind in _PARTS.items() if not isinstance(found.get(name), kind)]
+    if wrong:
+        raise UsageError(
+            f"{path} is no report of a comparison (no {wrong[0]} in it): move it, or give an output (-o) without it"
+        )
+    return found
 
 
 def judge(number: int, reports: Sequence[Report], records: Sequence[memory_claims.Record] = ()) -> Verdict:

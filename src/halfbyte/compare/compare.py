@@ -81,6 +81,7 @@ def compare(request: Request, on_event: process.Tell = silent, dry_run: bool = F
     _require_ours(root)
     stored = _stored(root)
     design = make_design(request, stored.get("layouts", {}))
+    _require_same(root, stored, design)
     hardware = detect()
     plan = plan_of(design, options, price)
     places = root / "cells"
@@ -233,6 +234,28 @@ def _stored(root: Path) -> dict[str, Any]:
     return stored
 
 
+def _require_same(root: Path, stored: Mapping[str, Any], design: Design) -> None:
+    """UsageError where the folder has finished runs of another model or of other rows: their report would be lost.
+
+    One that has none of its runs finished has nothing to lose. Where variants learn from different rows (`unequal`),
+    one that learns from rows that are known is enough: it may be the others that are new.
+    """
+    if not any((root / "cells" / cell["id"] / cell_files.CELL).is_file() for cell in stored.get("cells", ())):
+        return
+    model, now = stored["model"], design.model
+    rows = {variant["work"]["data"] for variant in stored["variants"]}
+    if model["fingerprint"] != now["fingerprint"]:
+        other = f"{model['name']}, and {now['name']} is another model"
+        if model["name"] == now["name"]:
+            other = f"{model['name']} with other weights than it has now"
+    elif rows.isdisjoint(planned.work.data for planned in design.variants):
+        names = ", ".join(data["name"] for data in stored["data"])
+        other = f"other rows ({names}: the rows, template, max_seq_length or what is supervised differ)"
+    else:
+        return
+    raise UsageError(f"{root} holds a comparison of {other}: choose another output (-o), or its report would be lost")
+
+
 def layouts(design: Design) -> dict[str, Any]:
     """What was decided for each variant, by the id of its first cell."""
     return {
@@ -381,7 +404,7 @@ def _baseline(
 
 
 def baseline_of(design: Design, options: CompareOptions) -> dict[str, Any] | None:
-    """What baseline.json is asked for, None: nothing. The folder may have held a comparison of another model."""
+    """What baseline.json is asked for, None: nothing. The folder may have held a comparison of another model, begun."""
     if not options.metrics:
         return None
     first = _held_by(design)
