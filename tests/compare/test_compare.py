@@ -55,8 +55,9 @@ def losses(report: Any) -> list[Any]:
     masked = {"created", "command", "sentence", "variants", "comparisons", "convergence", "pareto", "plan", "cells",
               "commands", "title", "machine", "versions"}  # fmt: skip
     cells = [{k: v for k, v in cell.items() if k not in ("seconds", "others_share")} for cell in report["cells"]]
-    warnings = [warning for warning in report["warnings"] if not warning.startswith("Other work took")]
-    rest = {k: v for k, v in report.items() if k not in masked} | {"warnings": warnings}
+    of_sessions = ("Other work took", "What else the processor did", "Memory by component is")  # known of whole ones
+    told = {n: [one for one in report[n] if not one.startswith(of_sessions)] for n in ("warnings", "notes")}
+    rest = {k: v for k, v in report.items() if k not in masked} | told
     return [kept, curves, compared, reached, cells, rest]
 
 
@@ -806,7 +807,10 @@ def test_an_interrupted_comparison_saves_and_says_how_to_go_on(
     model_folder: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     data, out = write_rows(tmp_path / "rows.jsonl", rows(60)), tmp_path / "c"
-    started = subprocess.Popen(command(model_folder, data, out, steps=4000), stderr=subprocess.PIPE, text=True)
+    started = subprocess.Popen(
+        command(model_folder, data, out, steps=4000), stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )  # fmt: skip
     deadline = time.monotonic() + 60
     while not any(out.glob("cells/*/events.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.1)
