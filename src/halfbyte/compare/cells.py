@@ -217,8 +217,8 @@ def accept(
                 unused.append(f"{run} was not used: for {nearest.variant}, {reasons[nearest.id]}")
             else:
                 unused.append("")  # one that was accepted before
-        if len(unused) == len(runs):
-            notes += [f"nothing in {place} could be used", *filter(None, unused[:UNUSED])]
+        if len(unused) == len(runs) and all(unused):
+            notes += [f"nothing in {place} could be used", *unused[:UNUSED]]
         elif told := [reason for reason in unused if reason]:
             notes += told if len(told) <= UNUSED else [f"{len(told)} other runs in {place} were not wanted"]
     return Accepted(taken, tuple(notes))
