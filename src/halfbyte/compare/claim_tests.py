@@ -293,7 +293,8 @@ def larger_with_qlora(reports: Sequence[Report]) -> list[Said]:
                 f"{title_of(big)} with QLoRA {mine['mean']:.3f}, {title_of(small)} in full "
                 f"{theirs['mean']:.3f} ({big.quality['label']}); two model families, so one example"
             )
-            found.append(Said(verdict, text, mine["mean"] - theirs["mean"], None, None, "share"))
+            often = Said(OPEN, "How often: not measured")
+            found.append(all_of([Said(verdict, text, mine["mean"] - theirs["mean"], None, None, "share"), often]))
     return found
 
 
