@@ -206,15 +206,15 @@ def accept(
         runs, unused = _offered(place), []
         for run in runs:
             read = _ended(run)
-            reasons = {cell.id: _refused(run, read, cell, wanted) for cell in wanted}
-            cell = next((cell for cell in wanted if reasons[cell.id] is None), None)
+            cell = next((cell for cell in wanted if _refused(run, read, cell, wanted) is None), None)
             if cell is not None:
                 if cell.id in missing - taken.keys() and not is_begun(cells, cell):
                     _copy(run, cells / cell.id, machine)
                     taken[cell.id] = run
             elif wanted and all(_refused(run, read, other, others) is not None for other in others):
                 nearest = next((cell for cell in wanted if _alike(read, cell)), wanted[0])
-                unused.append(f"{run} was not used: for {nearest.variant}, {reasons[nearest.id]}")
+                reason = _refused(run, read, nearest, wanted)
+                unused.append(f"{run} was not used: for {nearest.variant}, {reason}")
             else:
                 unused.append("")  # one that was accepted before
         if len(unused) == len(runs) and all(unused):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from halfbyte.compare.others import QUIET
-from halfbyte.compare.statistics import Figure, mean_ratio
+from halfbyte.compare.statistics import ENOUGH_ROWS, Figure, mean_ratio
 
 CONFIRMED, REFUTED, PARTLY, OPEN = "confirmed", "refuted", "partly", "not testable here"
 NONE = "no difference found"
@@ -80,8 +80,6 @@ def chained(variant: Mapping[str, Any]) -> bool:
 
 MARGIN = 0.02
 """Of a figure: how much worse is still "comparable" or "marginal"."""
-ENOUGH_ROWS = 100
-"""Held-out rows below which a comparison says little of what is learned: one of speed holds out a few."""
 SLIGHTLY = 1.15
 """Of a rate: how much more is still "slightly faster"."""
 POINT = 0.01
@@ -151,6 +149,11 @@ def all_of(parts: Sequence[Said]) -> Said:
     verdict = next(iter(found)) if len(found) == 1 else mixed
     main = next((part for part in parts if part.verdict != OPEN), parts[0])
     return replace(main, verdict=verdict, sentence=" ".join(ended(part.sentence) for part in parts))
+
+
+def asked_each(said: Sequence[Said]) -> Said:
+    """What several reports, or several pairs, say of one thing."""
+    return replace(all_of(said), verdict=together(said))
 
 
 def ended(sentence: str) -> str:

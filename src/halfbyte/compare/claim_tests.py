@@ -16,6 +16,7 @@ from halfbyte.compare.claim_rules import (
     Report,
     Said,
     all_of,
+    asked_each,
     better,
     chained,
     ended,
@@ -31,7 +32,6 @@ from halfbyte.compare.claim_rules import (
     share_of_full,
     title_of,
     titled,
-    together,
     within,
 )
 from halfbyte.compare.statistics import Figure, mean_ratio
@@ -181,7 +181,7 @@ def marginally_worse_slightly_slower(reports: Sequence[Report]) -> list[Said]:
     pairs = learning_pairs_of(reports, "qlora", "lora")
     worse = [titled(report, no_worse(report, qlora, lora, report.quality["key"])) for report, qlora, lora in pairs]
     slower = lora_slightly_faster(reports) or [Said(OPEN, "Speed was not compared")]
-    parts = [replace(all_of(said), verdict=together(said)) for said in (worse, slower) if said]
+    parts = [asked_each(said) for said in (worse, slower) if said]
     return [all_of(parts)] if worse else []
 
 
@@ -222,7 +222,7 @@ def steps_cost_more(reports: Sequence[Report]) -> list[Said]:
             text = f"{made.sentence}; with fused kernels it nearly disappears, as the claim also says"
             found.append(replace(made, verdict=PARTLY, sentence=text) if less else made)
     larger = Said(OPEN, "Whether larger batches offset it: not measured")
-    return [all_of([replace(all_of(found), verdict=together(found)), larger])] if found else []
+    return [all_of([asked_each(found), larger])] if found else []
 
 
 def rank_and_targets(reports: Sequence[Report]) -> list[Said]:
@@ -336,7 +336,7 @@ def dora_galore_loftq(reports: Sequence[Report]) -> list[Said]:
         return []
     names = ("DoRA", "GaLore", "LoftQ")
     asked = [
-        replace(all_of(said), verdict=together(said)) if said else Said(OPEN, f"{name}: not measured")
+        asked_each(said) if said else Said(OPEN, f"{name}: not measured")
         for name, said in zip(names, parts, strict=True)
     ]
     return [all_of(asked)]

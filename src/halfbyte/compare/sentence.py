@@ -21,12 +21,11 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from halfbyte.compare import wording
+from halfbyte.compare.statistics import ENOUGH_ROWS
 
 NOTHING = "no difference found"
 TOO_MUCH = 0.05
 """Of the best figure: a difference that somebody cares for, and that runs have to be able to find if they decide."""
-FEW_ROWS = 100
-"""Held-out rows below which it is said how few there were."""
 
 
 def sentence(
@@ -92,7 +91,7 @@ def sentence(
         said += _alone(equal, choice)
     said += "; "
     said += f"one run costs {_cost(advised, metrics)}."
-    few = f" This rests on {rows} held-out rows." if rows is not None and rows < FEW_ROWS else ""
+    few = f" This rests on {rows} held-out rows." if rows is not None and rows < ENOUGH_ROWS else ""
     return said + _least_memory(advised, known, quality, comparisons) + few
 
 

@@ -33,6 +33,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+ENOUGH_ROWS = 100
+"""Held-out rows below which a comparison says little of what is learned: one of speed holds out a few."""
 LEVEL = 0.95
 POWER = 0.80
 DRAWS = 4000
